@@ -1,0 +1,8 @@
+"""Fused conv+BN+ReLU and residual-add+ReLU kernels behind drop-in ResNet blocks."""
+
+from resnet_fused import functional
+from resnet_fused.backends import backends, explain, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = ["backends", "explain", "functional", "use_backend"]

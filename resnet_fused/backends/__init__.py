@@ -1,0 +1,186 @@
+"""The backends: who runs an op, and why not the others.
+
+A backend is a module with ``available() -> reason | None``, ``ADVICE`` (what to do about the
+reason), ``supports(op, *args) -> reason | None`` and one function per op it runs, named as the op
+and taking its arguments. The reference is not a module: it stands in the op's own file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from types import ModuleType, TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from resnet_fused.backends import cpu, onednn
+
+#: Tried in this order by "auto"; the reference runs what none of them takes.
+ORDER: dict[str, ModuleType] = {"cpu": cpu, "onednn": onednn}
+REFERENCE = "reference"
+AUTO = "auto"
+
+
+class Backend(NamedTuple):
+    """One backend as :func:`backends` lists it."""
+
+    name: str
+    available: bool
+    #: Why it is not available; empty when it is.
+    reason: str
+    #: What to do about that; empty when it is available.
+    advice: str
+
+
+class Verdict(NamedTuple):
+    """One backend's answer about one call, as :func:`explain` lists it."""
+
+    name: str
+    chosen: bool
+    #: Why it was not chosen; empty for the chosen one.
+    reason: str
+
+
+class Explanation(tuple[Verdict, ...]):
+    """The verdicts of all backends about one call; ``str()`` is a table."""
+
+    @property
+    def chosen(self) -> str:
+        """The name of the backend that runs the call."""
+        return next(v.name for v in self if v.chosen)
+
+    def __str__(self) -> str:
+        """Return one line per backend."""
+        width = max(len(v.name) for v in self)
+        return "\n".join(f"{v.name:<{width}}  {'runs' if v.chosen else v.reason}" for v in self)
+
+
+def _names() -> tuple[str, ...]:
+    return (AUTO, *ORDER, REFERENCE)
+
+
+def _check_name(name: str, source: str) -> str:
+    if name in _names():
+        return name
+    near = difflib.get_close_matches(str(name), _names(), n=2)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise ValueError(
+        f"{source}: unknown backend {name!r}{hint}; accepted: {', '.join(_names())}"
+    )
+
+
+_requested: str | None = None
+
+
+def requested() -> str:
+    """Return the backend asked for: by :class:`use_backend`, else RESNET_FUSED_BACKEND, else auto."""
+    if _requested is not None:
+        return _requested
+    return _check_name(os.environ.get("RESNET_FUSED_BACKEND", AUTO), "RESNET_FUSED_BACKEND")
+
+
+class use_backend:  # noqa: N801 - used as a function and as a context manager, like torch.no_grad
+    """Ask for a backend by name, for the whole process, or within a ``with`` block.
+
+    Args:
+        name: "auto" (the first backend that supports the call), "reference" (plain torch), or a
+            name that :func:`backends` lists. A backend asked for by name runs the call or raises
+            with its reason; it never hands over silently.
+
+    Raises:
+        ValueError: the name is not one of these.
+        RuntimeError: the backend is not available here; the message says why.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _requested
+        _check_name(name, "use_backend")
+        if name in ORDER and (reason := ORDER[name].available()):
+            raise RuntimeError(
+                f"use_backend: backend {name!r} is not available: {reason}. {ORDER[name].ADVICE}"
+            )
+        self._previous, _requested = _requested, name
+
+    def __enter__(self) -> use_backend:
+        """Keep the backend that the constructor set."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Return to what was asked for before."""
+        global _requested
+        _requested = self._previous
+
+
+def backends() -> list[Backend]:
+    """Return every backend in order of preference, with the reason for each that is not here."""
+    listed = []
+    for name, module in ORDER.items():
+        reason = module.available()
+        listed.append(Backend(name, reason is None, reason or "", module.ADVICE if reason else ""))
+    return [*listed, Backend(REFERENCE, True, "", "")]
+
+
+def _reason(module: ModuleType, op: str, args: tuple[Any, ...]) -> str | None:
+    unavailable: str | None = module.available()
+    if unavailable:
+        return unavailable
+    if not hasattr(module, op):
+        return f"has no {op}"
+    declined: str | None = module.supports(op, *args)
+    return declined
+
+
+def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:
+    """Return the function that runs ``op`` on ``args``, or None for the reference.
+
+    Raises:
+        RuntimeError: a backend was asked for by name and does not run this call.
+    """
+    name = requested()
+    if name == REFERENCE:
+        return None
+    if name != AUTO:
+        reason = _reason(ORDER[name], op, args)
+        if reason:
+            raise RuntimeError(f"backend {name!r} was asked for but cannot run {op}: {reason}")
+        return getattr(ORDER[name], op)
+    for module in ORDER.values():
+        if _reason(module, op, args) is None:
+            return getattr(module, op)
+    return None
+
+
+def explain(op: str, *args: Any) -> Explanation:
+    """Say which backend runs ``op`` on ``args``, and for each other one why it does not.
+
+    Args:
+        op: an op's name, such as "conv_bn_act".
+        args: the op's arguments in the order of its schema; those left out take the defaults of
+            ``resnet_fused.functional``.
+
+    Raises:
+        ValueError: the op is unknown, or its arguments do not fit together.
+    """
+    from resnet_fused import functional
+
+    args = functional.op_arguments(op, *args)
+    name = requested()
+    verdicts, taken = [], False
+    for candidate, module in ORDER.items():
+        reason = _reason(module, op, args)
+        if reason is None and name not in (AUTO, candidate):
+            reason = f"backend {name!r} was asked for"
+        elif reason is None and taken:
+            reason = "a backend before it in the order runs the call"
+        verdicts.append(Verdict(candidate, reason is None, reason or ""))
+        taken = taken or reason is None
+    alone = name in (AUTO, REFERENCE) and not taken
+    verdicts.append(Verdict(REFERENCE, alone, "" if alone else "a faster backend runs the call"))
+    return Explanation(verdicts)

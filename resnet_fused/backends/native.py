@@ -1,0 +1,28 @@
+"""The compiled extension ``resnet_fused._C``: this is the only file that imports it."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+# torch goes first: the extension then uses torch's own OpenMP threads instead of a second pool.
+import torch  # noqa: F401
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from resnet_fused import _C
+    except ImportError as error:
+        return None, str(error)
+    return _C, None
+
+
+def extension() -> ModuleType | None:
+    """Return the extension, or None where it was not built or does not load."""
+    return _load()[0]
+
+
+def load_error() -> str | None:
+    """Return the loader's own words, or None where the extension is loaded."""
+    return _load()[1]

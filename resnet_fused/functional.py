@@ -1,0 +1,189 @@
+"""The stateless public API. Each docstring gives the formula and the eager torch it equals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops import OPS
+
+Pair = int | Sequence[int]
+
+
+def _pair(name: str, value: Pair) -> list[int]:
+    values = [value, value] if isinstance(value, int) else list(value)
+    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+        raise ValueError(f"{name} must be one or two integers, got {value!r}")
+    return values
+
+
+def op_arguments(op: str, *args: Any) -> tuple[Any, ...]:
+    """Return ``args`` as the op's schema takes them, defaults filled in, checked.
+
+    Raises:
+        ValueError: the op is unknown or the arguments do not fit together.
+        TypeError: an argument has a dtype the op does not take, or there are too many.
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; accepted: {', '.join(OPS)}")
+    full = _CANONICAL[op](*args)
+    OPS[op].check(*full)
+    return full
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    act: str | None = None,
+) -> Tensor:
+    r"""Convolution, per-channel scale and shift, residual add and activation in one op.
+
+    .. math:: y = \mathrm{act}(\mathrm{conv}(x, W) \cdot \mathrm{scale} + \mathrm{shift} + r)
+
+    With :math:`\mathrm{scale} = \gamma / \sqrt{\sigma^2 + \epsilon}` and
+    :math:`\mathrm{shift} = \beta - \mu \cdot \mathrm{scale}` this is convolution, BatchNorm with
+    running statistics, shortcut and ReLU of He et al. (arXiv 1512.03385), figure 2 and section 3.4.
+
+    Equivalent to::
+
+        y = F.conv2d(x, weight, None, stride, padding, dilation, groups).float()
+        y = y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1) + residual
+        y = torch.relu(y).to(x.dtype)
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64; any layout, channels_last is fastest.
+        weight: (O, C / groups, KH, KW), x's dtype.
+        scale: (O,), x's dtype or float32; 1 if left out.
+        shift: (O,), likewise; 0 if left out.
+        residual: (N, O, OH, OW), x's dtype; added before the activation.
+        stride: one or two integers of at least 1.
+        padding: one or two integers of at least 0; zeros are padded.
+        dilation: one or two integers of at least 1.
+        groups: divides C and O.
+        act: None or "relu". NaN passes through, as in ``torch.relu``.
+
+    Returns:
+        (N, O, OH, OW) in x's dtype, channels_last. Products are accumulated in float32 (float64 for
+        float64), and scale, shift and add applied there, rounded once.
+
+    Differentiable in x, weight, scale, shift and residual. Saved for backward: x, weight, scale,
+    shift, and y if act is "relu". Under autocast x, weight and residual are cast, the vectors not.
+
+    Raises:
+        ValueError: shapes, devices, geometry or act do not fit; nothing has run.
+        TypeError: a dtype is not accepted.
+        RuntimeError: a backend asked for by name does not run this call.
+    """
+    return torch.ops.resnet_fused.conv_bn_act(
+        x, weight, scale, shift, residual,
+        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation),
+        groups, act,
+    )  # fmt: skip
+
+
+def bn_apply(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    *,
+    act: str | None = None,
+) -> Tensor:
+    r"""Apply per-channel scale and shift, residual add and activation in one pass.
+
+    .. math:: y = \mathrm{act}(x \cdot \mathrm{scale} + \mathrm{shift} + r)
+
+    Equivalent to::
+
+        y = x.float() * scale.view(-1, 1, 1) + shift.view(-1, 1, 1) + residual
+        y = torch.relu(y).to(x.dtype)
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64.
+        scale: (C,), x's dtype or float32.
+        shift: (C,), likewise.
+        residual: (N, C, H, W), x's dtype; added before the activation.
+        act: None or "relu". NaN passes through.
+
+    Returns:
+        (N, C, H, W) in x's dtype, channels_last; computed in float32 (float64), rounded once.
+
+    Differentiable in all tensors. Saved for backward: x, the vectors, and y if act is "relu".
+    Under autocast x and residual are cast, the vectors not.
+
+    Raises:
+        ValueError: shapes, devices or act do not fit; nothing has run.
+        TypeError: a dtype is not accepted.
+    """
+    return torch.ops.resnet_fused.bn_apply(x, scale, shift, residual, act)
+
+
+def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    r"""Add the shortcut and rectify, the end of a residual block (arXiv 1512.03385, figure 2).
+
+    .. math:: y = \mathrm{relu}(x + r)
+
+    Equivalent to ``torch.relu(x + residual)``.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64.
+        residual: the same shape, dtype and device.
+
+    Returns:
+        (N, C, H, W) in x's dtype, channels_last.
+
+    Differentiable in both. Saved for backward: y alone. Under autocast both are cast.
+
+    Raises:
+        ValueError: shapes or devices differ; nothing has run.
+        TypeError: a dtype is not accepted.
+    """
+    return torch.ops.resnet_fused.add_relu(x, residual)
+
+
+def _canonical_conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    act: str | None = None,
+) -> tuple[Any, ...]:
+    geometry = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation))
+    return x, weight, scale, shift, residual, *geometry, groups, act
+
+
+def _canonical_bn_apply(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    act: str | None = None,
+) -> tuple[Any, ...]:
+    return x, scale, shift, residual, act
+
+
+def _canonical_add_relu(x: Tensor, residual: Tensor) -> tuple[Any, ...]:
+    return x, residual
+
+
+_CANONICAL = {
+    "conv_bn_act": _canonical_conv_bn_act,
+    "bn_apply": _canonical_bn_apply,
+    "add_relu": _canonical_add_relu,
+}

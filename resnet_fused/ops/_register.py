@@ -1,0 +1,62 @@
+"""Registration of ops with torch: the only file that touches ``torch.library``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from resnet_fused import backends
+from resnet_fused.ops._op import Op
+
+NAMESPACE = "resnet_fused"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def register(op: Op) -> None:
+    """Make ``torch.ops.resnet_fused.<name>`` exist, with every transform torch knows."""
+    qualified = f"{NAMESPACE}::{op.name}"
+    _LIBRARY.define(op.name + op.schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _LIBRARY.impl(op.name, _kernel(op), "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, op.fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        qualified, op.backward, setup_context=op.setup_context, lib=_LIBRARY
+    )
+    handle = getattr(torch.ops.resnet_fused, op.name)
+    for device in ("cpu", "cuda"):
+        _LIBRARY.impl(op.name, _autocast(op, handle.default, device), f"Autocast{device.upper()}")
+    register_flop_formula(handle)(op.flops)
+
+
+def _kernel(op: Op) -> Callable[..., torch.Tensor]:
+    def kernel(*args: Any) -> torch.Tensor:
+        op.check(*args)
+        run = backends.choose(op.name, *args) or op.reference
+        return run(*args)
+
+    return kernel
+
+
+def _autocast(op: Op, handle: Any, device: str) -> Callable[..., torch.Tensor]:
+    """Cast the arguments that the op names, and those alone, then leave autocast.
+
+    torch's own ``register_autocast`` casts every float argument, statistics included.
+    """
+    names = list(inspect.signature(op.check).parameters)
+    chosen = {names.index(name) for name in op.autocast}
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value if value.dtype == torch.float64 else value.to(dtype)
+        return value
+
+    def autocast(*args: Any) -> torch.Tensor:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return handle(*(cast(a, dtype) if i in chosen else a for i, a in enumerate(args)))
+
+    return autocast

@@ -1,0 +1,120 @@
+"""What a numerical claim is held to: the float64 oracle, the 2x rule, gradient metrics.
+
+Used by the tests, by ``resnet-fused verify`` and by the benchmarks, so that one rule decides.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def to_float64(value: Any) -> Any:
+    """Return ``value`` with every floating point tensor in it (also in sequences) as float64."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    if isinstance(value, list | tuple):
+        return type(value)(to_float64(v) for v in value)
+    return value
+
+
+class ErrorCheck(NamedTuple):
+    """An error against the float64 oracle beside what it may be."""
+
+    #: max |value - oracle|.
+    error: float
+    #: The error of eager torch in the same dtype.
+    eager_error: float
+    #: 2 · eager_error + floor.
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the 2x rule holds."""
+        return self.error <= self.allowed
+
+
+def max_error(value: Tensor, oracle: Tensor) -> float:
+    """Return max |value - oracle|; infinite where only one is finite, or their NaNs differ.
+
+    Equal infinities and NaN in the same places are no error.
+    """
+    if value.numel() == 0:
+        return 0.0
+    value, oracle = value.detach().double(), oracle.detach().double()
+    same = (value == oracle) | (value.isnan() & oracle.isnan())
+    difference = torch.where(same, 0.0, (value - oracle).abs())
+    return float(torch.nan_to_num(difference, nan=math.inf, posinf=math.inf).max())
+
+
+def two_x_rule(value: Tensor, eager: Tensor, oracle: Tensor, reduced: int) -> ErrorCheck:
+    """Hold ``value`` to at most twice eager torch's error plus a floor.
+
+    The floor is eps(dtype) · max|oracle| · √reduced: the error that the rounding of ``reduced``
+    random terms explains on its own, for the cases where eager happens to be exact.
+
+    Args:
+        value: the result under test.
+        eager: what eager torch gives in the same dtype.
+        oracle: the result in float64.
+        reduced: how many terms each element sums (C/groups · KH · KW for a convolution).
+    """
+    finite = oracle[oracle.isfinite()]
+    peak = float(finite.abs().max()) if finite.numel() else 0.0
+    floor = torch.finfo(value.dtype).eps * peak * math.sqrt(max(reduced, 1))
+    eager_error = max_error(eager, oracle)
+    allowed = 2 * (eager_error if math.isfinite(eager_error) else 0.0) + floor
+    return ErrorCheck(max_error(value, oracle), eager_error, allowed)
+
+
+class GradientMetrics(NamedTuple):
+    """How a gradient relates to the oracle's."""
+
+    #: Cosine of the angle between the two; 1 is the same direction.
+    cosine: float
+    #: Mean signed error over the mean magnitude of the oracle: a systematic drift.
+    bias: float
+
+
+def gradient_metrics(value: Tensor, oracle: Tensor) -> GradientMetrics:
+    """Compare a gradient with the float64 oracle's by direction and by signed bias."""
+    value, oracle = value.detach().double().flatten(), oracle.detach().double().flatten()
+    norms = float(value.norm() * oracle.norm())
+    if norms == 0.0:
+        same = bool(torch.equal(value, oracle))
+        return GradientMetrics(1.0 if same else 0.0, 0.0 if same else math.inf)
+    magnitude = float(oracle.abs().mean())
+    return GradientMetrics(
+        float(value @ oracle) / norms, float((value - oracle).mean()) / magnitude
+    )
+
+
+def optional_import(name: str) -> ModuleType:
+    """Import torchvision, timm or another package that needs torchvision's operators to exist.
+
+    Beside a CPU-only torch, PyPI's torchvision does not load its compiled operators and then fails
+    to import because ``torchvision::nms`` has no schema. Defining the two schemas is enough for
+    its models, transforms and data sets.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    _define_torchvision_schemas()
+    return importlib.import_module(name)
+
+
+_schemas: torch.library.Library | None = None
+
+
+def _define_torchvision_schemas() -> None:
+    global _schemas
+    if _schemas is not None or hasattr(torch.ops.torchvision, "nms") or torch.version.cuda:
+        return
+    _schemas = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        _schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
