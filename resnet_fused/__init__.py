@@ -2,7 +2,16 @@
 
 from resnet_fused import functional
 from resnet_fused.backends import backends, explain, use_backend
+from resnet_fused.convert import fuse, fusion_report, unfuse
 
 __version__ = "0.1.0"
 
-__all__ = ["backends", "explain", "functional", "use_backend"]
+__all__ = [
+    "backends",
+    "explain",
+    "functional",
+    "fuse",
+    "fusion_report",
+    "unfuse",
+    "use_backend",
+]

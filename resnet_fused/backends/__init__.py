@@ -66,9 +66,7 @@ def _check_name(name: str, source: str) -> str:
         return name
     near = difflib.get_close_matches(str(name), _names(), n=2)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    raise ValueError(
-        f"{source}: unknown backend {name!r}{hint}; accepted: {', '.join(_names())}"
-    )
+    raise ValueError(f"{source}: unknown backend {name!r}{hint}; accepted: {', '.join(_names())}")
 
 
 _requested: str | None = None

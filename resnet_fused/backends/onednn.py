@@ -109,9 +109,7 @@ def _run(
     bias = None if shift is None else shift.to(x.dtype)
     geometry = (list(padding), list(stride), list(dilation), groups)
     if residual is None:
-        y = torch.ops.mkldnn._convolution_pointwise(
-            x, packed, bias, *geometry, "none", [], None
-        )
+        y = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, "none", [], None)
     else:
         y = torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual.contiguous(memory_format=torch.channels_last), packed, bias,

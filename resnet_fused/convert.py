@@ -1,0 +1,195 @@
+"""The verbs ``fuse``, ``unfuse`` and ``fusion_report``."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from resnet_fused.nn.fused import install, program_of, remove
+from resnet_fused.nn.match import match
+from resnet_fused.nn.program import Program, build
+from resnet_fused.nn.trace import Chains, TraceError, trace
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+def fuse(
+    model: nn.Module, *, inplace: bool = False, filter_fn: FilterFn | None = None
+) -> nn.Module:
+    r"""Run conv → BN → [add] → [ReLU] as one op wherever the model's forwards contain it.
+
+    .. math:: y = \mathrm{relu}(\mathrm{BN}(\mathrm{conv}(x)) + r)
+
+    Each module's forward is traced and matched, so the model may come from torchvision, timm,
+    transformers or anywhere else. Only forwards change: names, children, Parameter objects, hooks
+    and ``state_dict`` stay as they are, weights load before and after, every module remains an
+    instance of its class, and ``unfuse`` gives the original back. What the fused op does not cover
+    (BatchNorm in training mode, a hook on an inner module, an add that broadcasts) runs as before,
+    call by call. Fused blocks return channels_last tensors.
+
+    Parameters may be changed in place at any time under ``torch.no_grad()``; writes through
+    ``parameter.data`` are not seen by the caches of packed weights.
+
+    Args:
+        model: any module with a Conv2d in it, on any device, in training or eval mode.
+        inplace: change ``model`` itself instead of a deep copy.
+        filter_fn: ``filter_fn(module, fqn) -> bool``; a module for which it is false keeps its
+            forward (its children are asked for themselves). The root's name is "".
+
+    Returns:
+        The model, fused. :func:`fusion_report` says what was and was not, and why.
+
+    Raises:
+        TypeError: ``model`` is not an eager ``nn.Module``.
+        ValueError: ``model`` has no Conv2d.
+    """
+    _check_model("fuse", model)
+    if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        raise ValueError(f"fuse: model {type(model).__name__} has no Conv2d, nothing can be fused")
+    model = unfuse(model) if inplace else unfuse(copy.deepcopy(model))
+    shared = _shared(model)
+    for module, program in _units(model, shared, filter_fn or _any):
+        install(module, program)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Give every module of ``model`` its own forward back, in place, and return ``model``.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse: model must be an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        remove(module)
+    return model
+
+
+class Fused(NamedTuple):
+    """One fused group."""
+
+    #: The convolution's fully qualified name.
+    name: str
+    #: The parts, such as "conv+bn+add+relu".
+    pattern: str
+    #: The module whose forward contains the group.
+    reason: str
+
+
+class Skipped(NamedTuple):
+    """One convolution that was left alone."""
+
+    name: str
+    pattern: str
+    reason: str
+
+
+class FusionReport(NamedTuple):
+    """What :func:`fuse` did to a model; ``str()`` is a table."""
+
+    fused: list[Fused]
+    skipped: list[Skipped]
+
+    def __str__(self) -> str:
+        """Return counts by pattern, then each convolution left alone with its reason."""
+        counts = Counter(group.pattern for group in self.fused)
+        lines = [f"fused {len(self.fused)} of {len(self.fused) + len(self.skipped)} convolutions"]
+        lines += [f"  {count:4d}  {pattern}" for pattern, count in counts.most_common()]
+        if self.skipped:
+            lines.append("left alone:")
+            width = max(len(s.name) for s in self.skipped)
+            lines += [f"  {s.name:<{width}}  {s.reason}" for s in self.skipped]
+        return "\n".join(lines)
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """Say which convolutions of ``model`` run fused, which do not, and why.
+
+    Args:
+        model: a fused model; for any other the reasons say what keeps it from being fused.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    _check_model("fusion_report", model)
+    reasons: dict[str, str] = {}
+    fused: dict[str, Fused] = {}
+    for fqn, module in model.named_modules():
+        program = program_of(module)
+        if program is None:
+            continue
+        where = f"in {fqn or 'the root'} ({type(module).__name__})"
+        for call in program.fused:
+            name = _join(fqn, call.conv)
+            fused[name] = Fused(name, call.pattern, where)
+        reasons.update((_join(fqn, name), reason) for name, reason in program.skipped)
+    missing = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)} - fused.keys()
+    if missing - reasons.keys():
+        reasons = {**_find_reasons(model), **reasons}
+    skipped = [Skipped(n, "conv", reasons.get(n, _NOT_ASKED)) for n in sorted(missing)]
+    return FusionReport(list(fused.values()), skipped)
+
+
+_NOT_ASKED = "could be fused: fuse was not called on it, or filter_fn left it out"
+
+
+def _find_reasons(model: nn.Module) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    shared = _shared(model)
+    chains: Chains = {}
+    for fqn, module in model.named_modules():
+        if program_of(module) is not None:
+            continue
+        own = [n for n, m in module.named_children() if isinstance(m, nn.Conv2d)]
+        try:
+            skipped = match(module, trace(module, chains).graph, shared).skipped
+        except TraceError as error:
+            skipped = {n: f"{type(module).__name__}.forward cannot be traced: {error}" for n in own}
+        reasons.update((_join(fqn, name), reason) for name, reason in skipped.items())
+    return reasons
+
+
+def _units(
+    model: nn.Module, shared: set[int], wanted: FilterFn
+) -> Iterator[tuple[nn.Module, Program]]:
+    """Yield each module to fuse with its program, parents first; inlined children are not asked."""
+    covered: set[int] = set()
+    chains: Chains = {}
+    for fqn, module in list(model.named_modules()):
+        if id(module) in covered or next(module.children(), None) is None:
+            continue
+        if not wanted(module, fqn):
+            continue
+        try:
+            traced = trace(module, chains)
+        except TraceError:
+            continue
+        matches = match(module, traced.graph, shared)
+        if matches.groups:
+            covered |= {id(module.get_submodule(name)) for name in traced.inlined}
+            yield module, build(traced, matches)
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Return the ids of the modules that stand under several names."""
+    counts = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    return {i for i, count in counts.items() if count > 1}
+
+
+def _any(module: nn.Module, fqn: str) -> bool:
+    return True
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
+
+
+def _check_model(verb: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"{verb}: model must be an eager nn.Module, got {type(model).__name__}")

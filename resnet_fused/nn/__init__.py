@@ -1,0 +1,1 @@
+"""Fused modules: tracing a forward, matching the groups in it, running the fused program."""

@@ -1,0 +1,62 @@
+"""A module whose forward runs a program, while it stays an instance of its own class."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from resnet_fused.nn.program import Program
+
+_ATTRIBUTE = "_fused_program"
+
+
+class FusedModule:
+    """Mixed in before a module's class by :func:`install`.
+
+    The children, parameters, hooks and the class's other methods are the module's own; only
+    ``forward`` is another, and it goes back to the class's for every call it was not made for.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the fused program where it applies, else the class's own forward."""
+        program: Program = self.__dict__[_ATTRIBUTE]
+        assert isinstance(self, nn.Module)
+        if program.applies(self, args, kwargs):
+            return program.run(self, args)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the original class plus the state: the mixed class is made, not imported."""
+        make, arguments, *state = super().__reduce_ex__(protocol)
+        if arguments and arguments[0] is type(self):
+            return (_rebuild, (type(self).__bases__[1], make, arguments[1:]), *state)
+        return (make, arguments, *state)
+
+
+def _rebuild(original: type, make: Any, arguments: tuple[Any, ...]) -> Any:
+    return make(_fused_class(original), *arguments)
+
+
+@functools.cache
+def _fused_class(original: type) -> type:
+    return type(f"Fused{original.__name__}", (FusedModule, original), {"__doc__": original.__doc__})
+
+
+def install(module: nn.Module, program: Program) -> None:
+    """Make ``module`` run ``program``."""
+    module.__dict__[_ATTRIBUTE] = program
+    module.__class__ = _fused_class(type(module))
+
+
+def remove(module: nn.Module) -> None:
+    """Give ``module`` its class and forward back, if they were exchanged."""
+    if isinstance(module, FusedModule):
+        module.__class__ = type(module).__bases__[1]
+        del module.__dict__[_ATTRIBUTE]
+
+
+def program_of(module: nn.Module) -> Program | None:
+    """Return the program ``module`` runs, or None if it is not fused."""
+    return module.__dict__.get(_ATTRIBUTE)
