@@ -1,0 +1,13 @@
+// The extension module: one line per op. Tensors come in as data pointers (Python ints) and sizes.
+#include <pybind11/pybind11.h>
+
+namespace rf {
+void register_cpu_isa(pybind11::module_& m);
+void register_conv_bn_act(pybind11::module_& m);
+}  // namespace rf
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of resnet_fused. Nothing here knows torch: pointers and sizes only.";
+  rf::register_cpu_isa(m);
+  rf::register_conv_bn_act(m);
+}

@@ -1,0 +1,183 @@
+// conv_bn_act from Python: the arguments checked, then the chosen algorithm run.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace rf {
+namespace {
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+DType parse_dtype(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "bfloat16") return DType::bf16;
+  fail("dtype: expected float32 or bfloat16, got " + name);
+}
+
+void need(const char* name, int64_t value, int64_t least, int64_t most = int64_t(1) << 31) {
+  if (value < least || value > most)
+    fail(std::string(name) + ": expected " + std::to_string(least) + " to " + std::to_string(most) +
+         ", got " + std::to_string(value));
+}
+
+ConvShape checked(ConvShape s) {
+  need("n", s.n, 0);
+  need("h", s.h, 1);
+  need("w", s.w, 1);
+  need("c", s.c, 1);
+  need("o", s.o, 1);
+  need("kh", s.kh, 1, 1 << 12);
+  need("kw", s.kw, 1, 1 << 12);
+  need("sh", s.sh, 1, 1 << 12);
+  need("sw", s.sw, 1, 1 << 12);
+  need("ph", s.ph, 0, 1 << 12);
+  need("pw", s.pw, 0, 1 << 12);
+  need("dh", s.dh, 1, 1 << 12);
+  need("dw", s.dw, 1, 1 << 12);
+  need("groups", s.groups, 1);
+  if (s.c % s.groups) fail("c: must be a multiple of groups");
+  if (s.o % s.groups) fail("o: must be a multiple of groups");
+  if (s.h + 2 * s.ph < s.dh * (s.kh - 1) + 1) fail("kh: the kernel is taller than the padded input");
+  if (s.w + 2 * s.pw < s.dw * (s.kw - 1) + 1) fail("kw: the kernel is wider than the padded input");
+  const double limit = 1e15;
+  if (double(s.n) * s.h * s.w * s.c > limit || double(s.n) * s.oh() * s.ow() * s.o > limit)
+    fail("n: the tensors are too large");
+  return s;
+}
+
+const cpu::ConvAlgorithm* list(DType dtype) {
+  const cpu::KernelTable* table = cpu::kernels(dtype);
+  return table ? table->conv : nullptr;
+}
+
+const cpu::ConvAlgorithm& find(const ConvShape& s, const std::string& name) {
+  const cpu::ConvAlgorithm* a = list(s.dtype);
+  if (!a) fail(std::string("dtype: no kernels for it on ") + cpu::isa_name(cpu::active_isa()));
+  for (; a->name; ++a)
+    if (name == a->name) {
+      if (!a->can_run(s)) fail("algorithm: " + name + " cannot run this shape");
+      return *a;
+    }
+  fail("algorithm: unknown name " + name);
+}
+
+int threads_for(const cpu::ConvAlgorithm& a, const ConvShape& s, size_t scratch_bytes) {
+  for (int threads = omp_get_max_threads(); threads >= 1; --threads)
+    if (a.scratch_bytes(s, threads) <= scratch_bytes) return threads;
+  fail("scratch_bytes: too small even for one thread, expected at least " +
+       std::to_string(a.scratch_bytes(s, 1)));
+}
+
+template <class P>
+P* pointer(uintptr_t address) {
+  return reinterpret_cast<P*>(address);
+}
+
+// Pack-time sizes: a packed buffer depends on the channels, the kernel and the groups alone.
+ConvShape weight_shape(const std::string& dtype, int64_t o, int64_t cg, int64_t kh, int64_t kw,
+                       int64_t groups) {
+  need("c_per_group", cg, 1);
+  need("groups", groups, 1);
+  return checked({parse_dtype(dtype), 1, kh, kw, cg * groups, o, kh, kw, 1, 1, 0, 0, 1, 1, groups});
+}
+
+std::vector<std::string> algorithms(const std::string& dtype, int64_t n, int64_t h, int64_t w,
+                                    int64_t c, int64_t o, int64_t kh, int64_t kw, int64_t sh,
+                                    int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw,
+                                    int64_t groups) {
+  const ConvShape s = checked(
+      {parse_dtype(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups});
+  std::vector<std::string> names;
+  if (const cpu::ConvAlgorithm* a = list(s.dtype))
+    for (; a->name; ++a)
+      if (a->can_run(s)) names.push_back(a->name);
+  return names;
+}
+
+size_t packed_bytes(const std::string& dtype, const std::string& algorithm, int64_t o, int64_t cg,
+                    int64_t kh, int64_t kw, int64_t groups) {
+  const ConvShape s = weight_shape(dtype, o, cg, kh, kw, groups);
+  return find(s, algorithm).packed_bytes(s);
+}
+
+void pack(uintptr_t weight, uintptr_t packed, const std::string& dtype, const std::string& algorithm,
+          int64_t o, int64_t cg, int64_t kh, int64_t kw, int64_t groups) {
+  const ConvShape s = weight_shape(dtype, o, cg, kh, kw, groups);
+  const cpu::ConvAlgorithm& a = find(s, algorithm);
+  if (!weight) fail("weight: null pointer");
+  if (!packed || packed % 64) fail("packed: must be 64-byte aligned");
+  py::gil_scoped_release release;
+  a.pack(s, pointer<const void>(weight), pointer<void>(packed));
+}
+
+size_t scratch_bytes(const std::string& dtype, const std::string& algorithm, int64_t n, int64_t h,
+                     int64_t w, int64_t c, int64_t o, int64_t kh, int64_t kw, int64_t sh,
+                     int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw, int64_t groups,
+                     int threads) {
+  const ConvShape s = checked(
+      {parse_dtype(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups});
+  need("threads", threads, 1, 1 << 16);
+  return find(s, algorithm).scratch_bytes(s, threads);
+}
+
+void conv_bn_act(uintptr_t x, uintptr_t packed, uintptr_t scale, uintptr_t shift, uintptr_t residual,
+                 uintptr_t y, uintptr_t scratch, size_t scratch_size, const std::string& dtype,
+                 const std::string& algorithm, int64_t n, int64_t h, int64_t w, int64_t c, int64_t o,
+                 int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw, int64_t dh,
+                 int64_t dw, int64_t groups, bool relu) {
+  const ConvShape s = checked(
+      {parse_dtype(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups});
+  const cpu::ConvAlgorithm& a = find(s, algorithm);
+  if (n == 0) return;
+  if (!x) fail("x: null pointer");
+  if (!y) fail("y: null pointer");
+  if (x == y) fail("y: must not alias x");
+  if (!packed || packed % 64) fail("packed: must be 64-byte aligned");
+  if (scratch % 64 || (!scratch && scratch_size)) fail("scratch: must be 64-byte aligned");
+  const int threads = threads_for(a, s, scratch_size);
+  py::gil_scoped_release release;
+  a.run({s, pointer<const void>(x), pointer<const void>(packed), pointer<const float>(scale),
+         pointer<const float>(shift), pointer<const void>(residual), pointer<void>(y),
+         pointer<char>(scratch), threads, relu});
+}
+
+}  // namespace
+
+#define RF_SHAPE                                                                             \
+  py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("o"), py::arg("kh"),       \
+      py::arg("kw"), py::arg("sh"), py::arg("sw"), py::arg("ph"), py::arg("pw"), py::arg("dh"), \
+      py::arg("dw"), py::arg("groups")
+#define RF_WEIGHT \
+  py::arg("o"), py::arg("c_per_group"), py::arg("kh"), py::arg("kw"), py::arg("groups")
+
+void register_conv_bn_act(py::module_& m) {
+  m.def("conv_bn_act_algorithms", &algorithms, py::arg("dtype"), RF_SHAPE,
+        "Names that can run the shape, the likely fastest first; empty where this processor has no\n"
+        "kernels for the dtype ('float32' or 'bfloat16').");
+  m.def("conv_bn_act_packed_bytes", &packed_bytes, py::arg("dtype"), py::arg("algorithm"), RF_WEIGHT,
+        "Bytes of the packed weights. They depend on the algorithm and the instruction set too.");
+  m.def("conv_bn_act_pack", &pack, py::arg("weight"), py::arg("packed"), py::arg("dtype"),
+        py::arg("algorithm"), RF_WEIGHT,
+        "Packs a contiguous (o, c_per_group, kh, kw) weight into a 64-byte aligned buffer.");
+  m.def("conv_bn_act_scratch_bytes", &scratch_bytes, py::arg("dtype"), py::arg("algorithm"), RF_SHAPE,
+        py::arg("threads"), "Bytes of scratch a call wants to run on that many threads.");
+  m.def("conv_bn_act", &conv_bn_act, py::arg("x"), py::arg("packed"), py::arg("scale"),
+        py::arg("shift"), py::arg("residual"), py::arg("y"), py::arg("scratch"),
+        py::arg("scratch_bytes"), py::arg("dtype"), py::arg("algorithm"), RF_SHAPE, py::arg("relu"),
+        "y = act(conv(x, weight) * scale + shift + residual), act = ReLU or nothing.\n\n"
+        "x, residual and y are dense NHWC in dtype; scale and shift float32. 0 leaves out scale,\n"
+        "shift or residual. y may be the residual itself, never x. packed and scratch are 64-byte\n"
+        "aligned. Runs on omp_get_max_threads() threads, or as many as the scratch is enough for;\n"
+        "the result does not depend on their number. Allocates nothing.");
+}
+
+}  // namespace rf

@@ -1,0 +1,225 @@
+// Direct convolution: the taps are summed in registers, nothing is written but the result.
+// Where the input needs a border (padding) or an even channel count (bf16), each thread copies the
+// rows of one block of outputs, with zeros around them, into a buffer that stays in its L2 cache.
+
+template <class E>
+struct Direct {
+  using T = typename E::T;
+
+  struct Plan {
+    ConvShape s;             // a 1x1 stride-1 convolution becomes one long row of pixels
+    int64_t cp;              // channels of one group in the buffer, a multiple of KU
+    int64_t run, taps;       // steps of one contiguous run, and how many runs there are
+    int nv;                  // registers across the tile
+    int64_t panels, panel;   // per group; elements of one packed panel
+    int64_t chunk, chunks;   // panels whose weights stay in L2 together, per group
+    bool copy;
+    int64_t bh, bw, nbh, nbw;    // block of outputs, and blocks per image
+    int64_t xh, xw, xs;          // rows, columns and column step of the copied block
+    int64_t buffer;              // elements
+    bool merged;                 // a run spans all the columns of the kernel
+  };
+
+  static Plan plan(const ConvShape& shape) {
+    Plan p{};
+    p.s = shape;
+    ConvShape& s = p.s;
+    if (s.kh == 1 && s.kw == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0) {
+      s.w *= s.n * s.h;
+      s.n = s.h = 1;
+    }
+    const int64_t cg = s.cg(), og = s.og();
+    p.cp = round_up(cg, E::KU);
+    p.merged = s.groups == 1 && s.dw == 1;
+    p.taps = p.merged ? s.kh : s.kh * s.kw;
+    p.run = (p.merged ? s.kw : 1) * p.cp / E::KU;
+    p.nv = og <= E::W ? 1 : E::NV;
+    p.panels = ceil_div(og, p.nv * E::W);
+    p.panel = p.taps * p.run * E::KU * p.nv * E::W;
+    const int64_t fit = (400 << 10) / (p.panel * (int64_t)sizeof(T));
+    p.chunks = ceil_div(p.panels, max64(1, min64(fit, p.panels)));
+    p.chunk = ceil_div(p.panels, p.chunks);
+    p.chunks = ceil_div(p.panels, p.chunk);
+
+    p.copy = s.ph || s.pw || p.cp != cg;
+    p.xs = s.kw == 1 ? 1 : s.sw;
+    const int64_t oh = s.oh(), ow = s.ow();
+    p.bh = max64(1, oh);
+    p.bw = max64(1, ow);
+    if (p.copy) {
+      const int64_t pixel = s.groups * p.cp * (int64_t)sizeof(T), budget = 224 << 10;
+      auto rows = [&](int64_t bh) { return (bh - 1) * s.sh + s.dh * (s.kh - 1) + 1; };
+      auto cols = [&](int64_t bw) { return s.kw == 1 ? bw : (bw - 1) * s.sw + s.dw * (s.kw - 1) + 1; };
+      while (p.bh > 1 && rows(p.bh) * cols(p.bw) * pixel > budget) p.bh = ceil_div(p.bh, 2);
+      while (p.bw > E::MR && rows(p.bh) * cols(p.bw) * pixel > budget) p.bw = ceil_div(p.bw, 2);
+      p.xh = rows(p.bh);
+      p.xw = cols(p.bw);
+      p.buffer = p.xh * p.xw * s.groups * p.cp;
+    }
+    p.nbh = ceil_div(oh, p.bh);
+    p.nbw = ceil_div(ow, p.bw);
+    return p;
+  }
+
+  static bool can_run(const ConvShape&) { return true; }
+
+  static size_t packed_bytes(const ConvShape& s) {
+    const Plan p = plan(s);
+    return s.groups * p.panels * p.panel * sizeof(T);
+  }
+
+  // OIHW -> [group][panel][kh][kw][step][NV * W][KU], zeros beyond the last channel.
+  static void pack(const ConvShape& s, const void* weight, void* packed) {
+    const Plan p = plan(s);
+    const int64_t nr = p.nv * E::W, cg = s.cg(), og = s.og(), kk = s.kh * s.kw;
+    const T* w = static_cast<const T*>(weight);
+#pragma omp parallel for
+    for (int64_t q = 0; q < s.groups * p.panels; ++q) {
+      T* out = static_cast<T*>(packed) + q * p.panel;
+      const int64_t g = q / p.panels, o0 = q % p.panels * nr;
+      for (int64_t t = 0; t < kk; ++t)
+        for (int64_t c0 = 0; c0 < p.cp; c0 += E::KU)
+          for (int64_t j = 0; j < nr; ++j)
+            for (int64_t c = c0; c < c0 + E::KU; ++c)
+              *out++ = o0 + j < og && c < cg ? w[((g * og + o0 + j) * cg + c) * kk + t] : T(0);
+    }
+  }
+
+  static size_t scratch_bytes(const ConvShape& s, int threads) {
+    const Plan p = plan(s);
+    return round_up(p.taps * sizeof(int64_t), 64) + threads * round_up(p.buffer * sizeof(T), 64);
+  }
+
+  // Copies the input under the block at output (y0, x0) of image n, zeros where there is none.
+  static void copy_block(const Plan& p, const T* x, int64_t n, int64_t y0, int64_t x0, T* out) {
+    const ConvShape& s = p.s;
+    const int64_t cg = s.cg(), pixel = s.groups * p.cp;
+    const int64_t step = s.kw == 1 ? s.sw : 1, left = x0 * s.sw - s.pw;
+    const int64_t first = min64(p.xw, left < 0 ? ceil_div(-left, step) : 0);
+    const int64_t last = max64(first, min64(p.xw, ceil_div(s.w - left, step)));
+    for (int64_t r = 0; r < p.xh; ++r, out += p.xw * pixel) {
+      const int64_t iy = y0 * s.sh - s.ph + r;
+      if (iy < 0 || iy >= s.h || first == last) {
+        memset(out, 0, p.xw * pixel * sizeof(T));
+        continue;
+      }
+      memset(out, 0, first * pixel * sizeof(T));
+      memset(out + last * pixel, 0, (p.xw - last) * pixel * sizeof(T));
+      const T* in = x + ((n * s.h + iy) * s.w + left) * s.c;
+      if (p.cp == cg && step == 1) {
+        memcpy(out + first * pixel, in + first * pixel, (last - first) * pixel * sizeof(T));
+      } else {
+        for (int64_t i = first; i < last; ++i)
+          for (int64_t g = 0; g < s.groups; ++g) {
+            T* to = out + i * pixel + g * p.cp;
+            const T* from = in + i * step * s.c + g * cg;
+            for (int64_t c = 0; c < cg; ++c) to[c] = from[c];
+            for (int64_t c = cg; c < p.cp; ++c) to[c] = 0;
+          }
+      }
+    }
+  }
+
+  // How a block's outputs are cut into register tiles: two short rows to a tile, or a row in parts.
+  struct Cut {
+    bool pair;
+    int64_t per_row, count;
+    Cut(int64_t bh, int64_t bw) {
+      pair = 2 * bw <= E::MR;
+      per_row = ceil_div(bw, E::MR);
+      count = pair ? ceil_div(bh, 2) : bh * per_row;
+    }
+  };
+
+  static void run(const ConvArgs& args) {
+    const Plan p = plan(args.s);
+    const ConvShape& s = p.s;
+    const int64_t oh = s.oh(), ow = s.ow();
+    if (s.n * oh * ow * s.o == 0) return;
+    int64_t* tap = reinterpret_cast<int64_t*>(args.scratch);
+    const int64_t pixel = p.copy ? s.groups * p.cp : s.c;
+    const int64_t pitch = (p.copy ? p.xw : s.w) * pixel;
+    for (int64_t t = 0; t < p.taps; ++t)
+      tap[t] = p.merged ? t * s.dh * pitch : t / s.kw * s.dh * pitch + t % s.kw * s.dw * pixel;
+    int64_t per_image = 0;
+    for (int64_t b = 0; b < p.nbh * p.nbw; ++b)
+      per_image += Cut(min64(p.bh, oh - b / p.nbw * p.bh), min64(p.bw, ow - b % p.nbw * p.bw)).count;
+    const int64_t chunks = s.groups * p.chunks, units = chunks * s.n * per_image;
+    char* buffers = args.scratch + round_up(p.taps * sizeof(int64_t), 64);
+    const int64_t stride = round_up(p.buffer * sizeof(T), 64);
+#pragma omp parallel num_threads(args.threads)
+    {
+      const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+      const int64_t lo = units * me / all, hi = units * (me + 1) / all;
+      T* buffer = reinterpret_cast<T*>(buffers + me * stride);
+      int64_t held = -1;  // the block in the buffer
+      for (int64_t u = lo; u < hi;) {
+        const int64_t q = u / (s.n * per_image), n = u / per_image % s.n;
+        int64_t local = u % per_image;
+        for (int64_t b = 0; b < p.nbh * p.nbw && u < hi; ++b) {
+          const int64_t by = b / p.nbw * p.bh, bx = b % p.nbw * p.bw;
+          const Cut cut(min64(p.bh, oh - by), min64(p.bw, ow - bx));
+          if (local >= cut.count) {
+            local -= cut.count;
+            continue;
+          }
+          const int64_t block = n * p.nbh * p.nbw + b;
+          if (p.copy && held != block) {
+            copy_block(p, static_cast<const T*>(args.x), n, by, bx, buffer);
+            held = block;
+          }
+          for (; local < cut.count && u < hi; ++local, ++u)
+            one_tile(p, args, tap, buffer, cut, q, n, by, bx, local);
+          local = 0;
+        }
+      }
+    }
+  }
+
+  static void one_tile(const Plan& p, const ConvArgs& args, const int64_t* tap, const T* buffer,
+                       const Cut& cut, int64_t q, int64_t n, int64_t by, int64_t bx, int64_t i) {
+    const ConvShape& s = p.s;
+    const int64_t oh = s.oh(), ow = s.ow(), bw = min64(p.bw, ow - bx);
+    const int64_t row = cut.pair ? 2 * i : i / cut.per_row;
+    const int64_t part = cut.pair ? 0 : i % cut.per_row;
+    const int64_t c0 = part * bw / cut.per_row, c1 = (part + 1) * bw / cut.per_row;
+    const bool two = cut.pair && by + row + 1 < min64(oh, by + p.bh);
+    const int64_t rows = two ? 2 * bw : c1 - c0, half = (rows + 1) / 2;
+    const int64_t g = q / p.chunks, cg = p.copy ? p.cp : s.cg(), og = s.og();
+    TileArgs t;
+    int64_t down;  // elements from one output row's input to the next's
+    const T* a;
+    if (p.copy) {
+      t.lda = p.xs * s.groups * p.cp;
+      down = s.sh * p.xw * s.groups * p.cp;
+      a = buffer + row * down + c0 * t.lda;
+    } else {
+      t.lda = s.sw * s.c;
+      down = s.sh * s.w * s.c;
+      a = static_cast<const T*>(args.x) + n * s.h * s.w * s.c + (by + row) * down + (bx + c0) * t.lda;
+    }
+    t.a0 = a + g * cg;
+    t.a1 = a + g * cg + (two ? down : half * t.lda);
+    t.tap = tap;
+    t.taps = p.taps;
+    t.steps = p.run;
+    t.ldy = s.o;
+    t.y0 = ((n * oh + by + row) * ow + bx + c0) * s.o;
+    t.y1 = t.y0 + (two ? ow : half) * s.o;
+    t.relu = args.relu;
+    const TileFn fn = tile_fn<E>((int)rows, p.nv);
+    const int64_t first = q % p.chunks * p.chunk, last = min64(p.panels, first + p.chunk);
+    for (int64_t j = first; j < last; ++j) {
+      const int64_t o = j * p.nv * E::W, at = g * og + o;
+      t.b = static_cast<const T*>(args.packed) + (g * p.panels + j) * p.panel;
+      t.scale = args.scale ? args.scale + at : nullptr;
+      t.shift = args.shift ? args.shift + at : nullptr;
+      t.residual = args.residual ? static_cast<const T*>(args.residual) + at : nullptr;
+      t.y = static_cast<T*>(args.y) + at;
+      t.channels = og - o;
+      fn(t);
+    }
+  }
+
+  static constexpr ConvAlgorithm algorithm{"direct", can_run, packed_bytes, pack, scratch_bytes, run};
+};

@@ -1,0 +1,89 @@
+// The register tile: MR rows (output pixels) by NV registers (output channels), summed over
+// `taps` runs of `steps` contiguous input steps, then scale, shift, residual and ReLU.
+
+struct TileArgs {
+  const void* a0;          // first row
+  const void* a1;          // row (MR + 1) / 2, anywhere: a tile may lie in two image rows
+  int64_t lda;             // elements from one row to the next
+  const void* b;           // packed weights: [tap][step][NV * W][KU]
+  const int64_t* tap;      // element offset of each tap
+  int64_t taps, steps;
+  const float* scale;      // at the tile's first channel, or null
+  const float* shift;
+  const void* residual;    // like y, or null
+  void* y;                 // the tensor at the tile's first channel
+  int64_t y0, y1, ldy;     // element offsets of rows 0 and (MR + 1) / 2
+  int64_t channels;        // valid ones, at most NV * W
+  bool relu;
+};
+
+template <class E, int M, int NV>
+static void conv_tile(const TileArgs& g) {
+  using T = typename E::T;
+  using reg = typename E::reg;
+  constexpr int H = (M + 1) / 2;
+  reg acc[M][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[i][j] = E::zero();
+
+  const T* b = static_cast<const T*>(g.b);
+  const int64_t lda = g.lda;
+  for (int64_t t = 0; t < g.taps; ++t) {
+    const T* a0 = static_cast<const T*>(g.a0) + g.tap[t];
+    const T* a1 = static_cast<const T*>(g.a1) + g.tap[t];
+    for (int64_t k = g.steps; k > 0; --k) {
+      reg bv[NV];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) bv[j] = E::load_b(b + j * E::W * E::KU);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+        const reg a = E::broadcast(i < H ? a0 + i * lda : a1 + (i - H) * lda);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) acc[i][j] = E::dot(acc[i][j], a, bv[j]);
+      }
+      a0 += E::KU;
+      a1 += E::KU;
+      b += NV * E::W * E::KU;
+    }
+  }
+
+  // The channels beyond the last are neither read nor written.
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) {
+    const int64_t left = g.channels - j * E::W;
+    if (left <= 0) break;
+    const auto m = E::first(left);
+    const reg scale = g.scale ? Vec::load(g.scale + j * E::W, m) : E::set1(1.0f);
+    const reg shift = g.shift ? Vec::load(g.shift + j * E::W, m) : E::zero();
+    T* y = static_cast<T*>(g.y) + j * E::W;
+    const T* r = static_cast<const T*>(g.residual) + j * E::W;
+    const bool full = left >= E::W;
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const int64_t at = i < H ? g.y0 + i * g.ldy : g.y1 + (i - H) * g.ldy;
+      reg v = E::fma(acc[i][j], scale, shift);
+      if (g.residual) v = E::add(v, full ? E::load(r + at) : E::load(r + at, m));
+      if (g.relu) v = E::relu(v);
+      if (full)
+        E::store(y + at, v);
+      else
+        E::store(y + at, v, m);
+    }
+  }
+}
+
+using TileFn = void (*)(const TileArgs&);
+
+template <class E, int NV, int... M>
+static TileFn pick_tile(int rows, std::integer_sequence<int, M...>) {
+  static constexpr TileFn table[] = {conv_tile<E, M + 1, NV>...};
+  return table[rows - 1];
+}
+
+template <class E>
+static TileFn tile_fn(int rows, int nv) {
+  using Rows = std::make_integer_sequence<int, E::MR>;
+  return nv == 1 ? pick_tile<E, 1>(rows, Rows{}) : pick_tile<E, E::NV>(rows, Rows{});
+}

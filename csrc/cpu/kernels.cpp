@@ -1,0 +1,17 @@
+#include "kernels.h"
+
+#include "isa.h"
+
+namespace rf::cpu {
+
+const KernelTable* kernels(DType dtype) {
+#if defined(__x86_64__)
+  const Isa isa = active_isa();
+  if (dtype == DType::bf16) return isa == Isa::avx512_bf16 ? avx512_bf16::table_bf16() : nullptr;
+  if (isa >= Isa::avx512) return avx512::table_f32();
+  if (isa == Isa::avx2) return avx2::table_f32();
+#endif
+  return nullptr;
+}
+
+}  // namespace rf::cpu

@@ -1,0 +1,62 @@
+// What one build of the kernels (one instruction set, one dtype) offers to the launchers.
+#pragma once
+
+#include "../common/conv_shape.h"
+
+namespace rf::cpu {
+
+// One call of conv_bn_act. Null scale, shift or residual: ones, zeros, none.
+struct ConvArgs {
+  ConvShape s;
+  const void* x;
+  const void* packed;
+  const float* scale;
+  const float* shift;
+  const void* residual;
+  void* y;
+  char* scratch;
+  int threads;
+  bool relu;
+};
+
+// An algorithm is four functions of the shape. Scratch is shared + threads * per_thread bytes.
+struct ConvAlgorithm {
+  const char* name;
+  bool (*can_run)(const ConvShape&);
+  size_t (*packed_bytes)(const ConvShape&);
+  void (*pack)(const ConvShape&, const void* weight, void* packed);
+  size_t (*scratch_bytes)(const ConvShape&, int threads);
+  void (*run)(const ConvArgs&);
+};
+
+struct PoolArgs {
+  DType dtype;
+  const void* x;
+  void* y;
+  int64_t n, h, w, c, k, s, p;
+};
+
+struct HeadArgs {
+  DType dtype;
+  const void* x;       // (n, hw, c)
+  const void* weight;  // (classes, c), as torch.nn.Linear keeps it
+  const void* bias;    // (classes) or null
+  void* y;             // (n, classes)
+  float* scratch;      // n * c floats
+  int64_t n, hw, c, classes;
+};
+
+struct KernelTable {
+  const ConvAlgorithm* conv;  // ends with a null name
+  void (*max_pool)(const PoolArgs&);
+  void (*head)(const HeadArgs&);
+};
+
+// Null where this build or instruction set has no kernels for the dtype.
+const KernelTable* kernels(DType dtype);
+
+namespace avx2 { const KernelTable* table_f32(); }
+namespace avx512 { const KernelTable* table_f32(); }
+namespace avx512_bf16 { const KernelTable* table_bf16(); }
+
+}  // namespace rf::cpu

@@ -1,0 +1,25 @@
+// The kernels built for AVX2 with FMA, float32.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+#include <utility>
+
+// After the system headers: their inline functions must stay runnable everywhere.
+#pragma GCC target("avx2,fma")
+
+namespace rf::cpu::avx2 {
+namespace {
+#include "vec_avx2.h"
+using Element = F32;
+#include "conv_tile.inl"
+#include "conv_direct.inl"
+#include "kernel_table.inl"
+}  // namespace
+const KernelTable* table_f32() { return &table; }
+}  // namespace rf::cpu::avx2
+#endif

@@ -1,0 +1,25 @@
+// The kernels built for AVX-512 (F, BW, VL, DQ), float32.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+#include <utility>
+
+// After the system headers: their inline functions must stay runnable everywhere.
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
+
+namespace rf::cpu::avx512 {
+namespace {
+#include "vec_avx512.h"
+using Element = F32;
+#include "conv_tile.inl"
+#include "conv_direct.inl"
+#include "kernel_table.inl"
+}  // namespace
+const KernelTable* table_f32() { return &table; }
+}  // namespace rf::cpu::avx512
+#endif

@@ -1,0 +1,26 @@
+// The kernels built for AVX-512 with BF16 dot products, bfloat16.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+#include <utility>
+
+// After the system headers: their inline functions must stay runnable everywhere.
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+
+namespace rf::cpu::avx512_bf16 {
+namespace {
+#define RF_BF16
+#include "vec_avx512.h"
+using Element = Bf16;
+#include "conv_tile.inl"
+#include "conv_direct.inl"
+#include "kernel_table.inl"
+}  // namespace
+const KernelTable* table_bf16() { return &table; }
+}  // namespace rf::cpu::avx512_bf16
+#endif
