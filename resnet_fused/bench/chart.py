@@ -1,0 +1,102 @@
+"""The chart: throughput against eager, bars with p20-p80, the conditions right under it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resnet_fused.bench.contenders import FROZEN, FUSED, REFERENCE
+from resnet_fused.bench.options import SHORT_DTYPES, UsageError
+from resnet_fused.bench.results import OK, SKIPPED, Case, Record, Row, cases_of, write_atomically
+from resnet_fused.bench.tables import conditions_line
+
+COLOURS = {
+    REFERENCE: "#b8bcc4",
+    FUSED: "#f2a65a",
+    FROZEN: "#c8553d",
+    "inductor": "#6b8fb3",
+    "onnxruntime": "#4f7a5b",
+    "openvino": "#7d6aa8",
+}
+GROUP_WIDTH = 0.86
+
+
+def save(record: Record, path: Path) -> None:
+    """Draw the record into a PNG file: a panel per dtype, a group of bars per model and batch.
+
+    Raises `UsageError` where matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError('the chart needs matplotlib: pip install "resnet_fused[bench]"') from None
+
+    dtypes = list(dict.fromkeys(case.dtype for case in cases_of(record.rows)))
+    contenders = list(dict.fromkeys(r.contender for r in record.rows if r.verdict != SKIPPED))
+    bars = max(len(_cases(record.rows, dtype)) for dtype in dtypes) * len(contenders)
+    figure = Figure(figsize=(max(7.5, 1.5 + 0.42 * bars), 1.6 + 2.9 * len(dtypes)), dpi=140)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(dtypes), 1, squeeze=False)[:, 0]
+    for axes, dtype in zip(panels, dtypes, strict=True):
+        _panel(axes, record.rows, dtype, contenders)
+    figure.suptitle("Throughput against eager torch (channels_last), higher is better", y=0.99)
+    figure.tight_layout(rect=(0, 0.10 if len(dtypes) > 1 else 0.15, 1, 0.985))
+    handles, labels = panels[0].get_legend_handles_labels()
+    _below(figure, record.conditions, handles, labels)
+    write_atomically(path, lambda temporary: figure.savefig(temporary))
+
+
+def _below(figure: Any, conditions: dict[str, Any], handles: Any, labels: list[str]) -> None:
+    height = figure.get_figheight()
+    figure.legend(
+        handles, labels, loc="lower center", bbox_to_anchor=(0.5, 0.52 / height),
+        ncols=len(labels), frameon=False, fontsize=9,
+    )  # fmt: skip
+    text = "bars: median, lines: p20-p80 of the rounds, numbers: img/s · "
+    width = int(figure.get_figwidth() * 17)
+    wrapped = textwrap.fill(text + conditions_line(conditions), width)
+    figure.text(0.5, 0.1 / height, wrapped, ha="center", va="bottom", fontsize=7.5, color="#555")
+
+
+def _cases(rows: Sequence[Row], dtype: str) -> list[Case]:
+    return [case for case in cases_of(rows) if case.dtype == dtype]
+
+
+def _panel(axes: Any, rows: Sequence[Row], dtype: str, contenders: list[str]) -> None:
+    cases = _cases(rows, dtype)
+    width = GROUP_WIDTH / len(contenders)
+    found = {(row.case, row.contender): row for row in rows}
+    for place, name in enumerate(contenders):
+        shift = (place - (len(contenders) - 1) / 2) * width
+        axes.bar([], [], color=COLOURS[name], label=name)
+        for position, case in enumerate(cases):
+            if row := found.get((case, name)):
+                _bar(axes, row, position + shift, width * 0.94)
+    axes.axhline(1, color="#555", linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_xticks(range(len(cases)), [f"{case.model}\nbatch {case.batch}" for case in cases])
+    axes.set_xlim(-0.5, max(len(cases), 2) - 0.5)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.04)
+    axes.set_ylabel("ratio")
+    axes.set_title(SHORT_DTYPES[dtype], loc="left", fontsize=10, fontweight="bold")
+    axes.tick_params(axis="x", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.grid(True, color="#e8e8e8")
+    axes.set_axisbelow(True)
+
+
+def _bar(axes: Any, row: Row, x: float, width: float) -> None:
+    """Draw one bar with its img/s written inside; a wrong or failed run gets a word, no bar."""
+    text = {"ha": "center", "va": "bottom", "rotation": 90, "fontsize": 8}
+    if row.img_s is None or row.ratio is None:
+        if row.verdict not in (OK, SKIPPED):
+            axes.text(x, 0.05, row.verdict, color="#b00020", fontweight="bold", **text)
+        return
+    low, high = row.ratio.median - row.ratio.p20, row.ratio.p80 - row.ratio.median
+    error = [[low], [high]]
+    axes.bar(x, row.ratio.median, width, color=COLOURS[row.contender])
+    axes.errorbar(x, row.ratio.median, error, color="#333", elinewidth=1, capsize=2)
+    colour = "#222" if row.contender in (REFERENCE, FUSED) else "white"
+    axes.text(x, 0.05, f"{row.img_s.median:.3g}", color=colour, **text)

@@ -1,0 +1,97 @@
+"""Two records side by side: what changed between them, and what is only noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from resnet_fused.bench.options import SHORT_DTYPES, UsageError
+from resnet_fused.bench.results import OK, SKIPPED, Record, Row
+from resnet_fused.bench.tables import NONE, Grid
+
+FASTER = "faster"
+SLOWER = "slower"
+SAME = "no difference"
+#: Conditions under which two records cannot be expected to agree.
+MATTER = ("device", "cpu", "cpu_isa", "threads", "torch")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One case and contender in both records; `ratio` is B's img/s over A's, where both have it."""
+
+    before: Row
+    after: Row
+    ratio: float | None
+    verdict: str
+
+    def regressed(self, threshold: float) -> bool:
+        """Whether B is wrong where A was right, or slower by more than `threshold` and noise."""
+        if self.ratio is None:
+            return self.before.verdict == OK
+        return self.verdict == SLOWER and self.ratio < 1 - threshold
+
+
+def differences(before: Record, after: Record) -> list[Difference]:
+    """Return the rows that both records have, in B's order.
+
+    Raises `UsageError` where they have none in common.
+    """
+    old = {(row.case, row.contender): row for row in before.rows if row.verdict != SKIPPED}
+    pairs = [
+        (old[key], row)
+        for row in after.rows
+        if row.verdict != SKIPPED and (key := (row.case, row.contender)) in old
+    ]
+    if not pairs:
+        raise UsageError("--compare: the two records have no case in common")
+    return [_difference(a, b) for a, b in pairs]
+
+
+def unlike_conditions(before: Record, after: Record) -> list[str]:
+    """Return a line for each condition that differs and bears on speed."""
+    return [
+        f"{name} differs: {before.conditions.get(name)} / {after.conditions.get(name)}"
+        for name in MATTER
+        if before.conditions.get(name) != after.conditions.get(name)
+    ]
+
+
+def show(found: Sequence[Difference], console: Console) -> None:
+    """Print the table of differences."""
+    rows = [_cells(difference) for difference in found]
+    colours = {FASTER: "green", SLOWER: "red", SAME: "dim"}
+    grid = Grid(
+        title="B against A: img/s, and B/A",
+        columns=("model", "dtype", "batch", "run", "A", "B", "B/A", "verdict"),
+        rows=rows,
+        left=("model", "dtype", "run", "verdict"),
+        styles={i: colours.get(d.verdict, "bold red") for i, d in enumerate(found)},
+    )
+    console.print(grid.rich())
+    console.print(
+        f"{SAME}: the ranges p20-p80 of the two records overlap.", highlight=False, markup=False
+    )
+
+
+def _difference(before: Row, after: Row) -> Difference:
+    if before.img_s is None or after.img_s is None:
+        verdict = f"{before.verdict} in A" if before.verdict != OK else f"{after.verdict} in B"
+        return Difference(before, after, None, verdict)
+    ratio = after.img_s.median / before.img_s.median
+    if before.img_s.overlaps(after.img_s):
+        return Difference(before, after, ratio, SAME)
+    return Difference(before, after, ratio, FASTER if ratio > 1 else SLOWER)
+
+
+def _cells(difference: Difference) -> list[str]:
+    case = difference.after.case
+    speeds = [
+        f"{row.img_s.median:.1f}" if row.img_s else row.verdict
+        for row in (difference.before, difference.after)
+    ]
+    ratio = f"{difference.ratio:.3f}" if difference.ratio else NONE
+    words = [case.model, SHORT_DTYPES[case.dtype], str(case.batch), difference.after.contender]
+    return [*words, *speeds, ratio, difference.verdict]

@@ -1,0 +1,135 @@
+"""What a person asked the benchmark for, checked before anything is loaded or timed."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+MODELS = ("resnet34", "resnet50", "resnet152")
+BATCHES = {"cpu": (1, 8), "cuda": (1, 64)}
+DEVICES = ("cpu", "cuda")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done; the message is one line that says why and what can."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the job needs to know, each value already checked.
+
+    `rounds` is None where the time budget decides how many there are.
+    """
+
+    models: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    batches: tuple[int, ...]
+    device: str
+    threads: int
+    backend: str
+    rounds: int | None
+    seed: int
+    images: Path | None
+    out: Path
+    peers: tuple[str, ...]
+
+
+def split(values: Iterable[str] | None) -> list[str]:
+    """`["a,b", "c"]` as `["a", "b", "c"]`: every repeatable option also takes commas."""
+    parts = (part.strip() for value in values or () for part in value.split(","))
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def one_of(option: str, value: str, accepted: Iterable[str]) -> str:
+    """Return `value` if it is accepted.
+
+    Raises `UsageError` naming the option, the nearest names and all accepted ones.
+    """
+    names = list(accepted)
+    if value in names:
+        return value
+    near = difflib.get_close_matches(value, names, n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UsageError(f"{option}: unknown value {value!r}; {hint}accepted: {', '.join(names)}")
+
+
+def positive(option: str, value: str | int, *, least: int = 1) -> int:
+    """Return `value` as a whole number of at least `least`, or raise `UsageError`."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise UsageError(f"{option}: {value!r} given; accepted: a whole number, {least} or more")
+    return number
+
+
+def dtype_name(option: str, value: str) -> str:
+    """Return torch's name of a dtype given by that name or its short one (`bf16`)."""
+    long_names = {short: name for name, short in SHORT_DTYPES.items()}
+    return one_of(option, long_names.get(value, value), DTYPES)
+
+
+def default_dtypes(device: str) -> tuple[str, ...]:
+    """float32, and bfloat16 where the device computes in it rather than imitating it."""
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        )
+    return ("float32", "bfloat16") if native else ("float32",)
+
+
+def usable_device(option: str, value: str) -> str:
+    """Return the device's name, or raise `UsageError` where this machine has none of its kind."""
+    name = one_of(option, value, DEVICES)
+    if name == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda or "no CUDA at all"
+        raise UsageError(
+            f"{option}: no usable CUDA device here (this torch was built for {built}); "
+            "accepted: cpu; `resnet-fused doctor` says more"
+        )
+    return name
+
+
+def usable_backend(option: str, value: str) -> str:
+    """Return the backend's name; one that is known but not available is refused with its reason."""
+    import resnet_fused as rf
+
+    known = {backend.name: backend for backend in rf.backends()}
+    name = one_of(option, value, ["auto", *known])
+    if name != "auto" and not known[name].available:
+        raise UsageError(f"{option}: {name} is not available: {known[name].reason}")
+    return name
+
+
+def usable_models(option: str, values: Sequence[str]) -> tuple[str, ...]:
+    """Return the names if `create_model` knows every one."""
+    from resnet_fused.models import MODELS as known
+
+    return tuple(one_of(option, value, known) for value in values)
+
+
+def writable_directory(option: str, path: Path) -> Path:
+    """Make `path` a directory that was just written to, or raise `UsageError`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle, probe = tempfile.mkstemp(dir=path, prefix=".writable-")
+        os.close(handle)
+        os.unlink(probe)
+    except OSError as error:
+        raise UsageError(f"{option}: cannot write to {path}: {error.strerror}") from None
+    return path

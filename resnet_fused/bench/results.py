@@ -1,0 +1,168 @@
+"""The record of one benchmark: its rows, its conditions, and the JSON file that keeps both."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resnet_fused.bench.contenders import FROZEN, OWN, REFERENCE
+from resnet_fused.bench.options import UsageError
+from resnet_fused.bench.timing import Spread, paired_ratio
+
+SCHEMA = "resnet_fused.bench/1"
+
+OK = "ok"
+WRONG = "WRONG"
+FAILED = "FAILED"
+SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a model, torch's name of a dtype, and a batch size."""
+
+    model: str
+    dtype: str
+    batch: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one contender did in one case.
+
+    Only a row whose verdict is `ok` has a speed. `error` is max|y - y64| / max|y64|, None for an
+    output that is not finite; `seconds` holds one value per round, per call.
+    """
+
+    case: Case
+    contender: str
+    verdict: str
+    gmacs: float
+    mparams: float
+    error: float | None = None
+    allowed_error: float | None = None
+    img_s: Spread | None = None
+    gflop_s: float | None = None
+    ratio: Spread | None = None
+    peak_mib: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """All rows of a run and the conditions they hold under."""
+
+    conditions: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def right(self) -> bool:
+        """Whether no contender gave a wrong answer or failed."""
+        return all(row.verdict in (OK, SKIPPED) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class PeerCell:
+    """The frozen network against the quickest peer that answered rightly, in one case."""
+
+    case: Case
+    peer: str
+    peer_img_s: float
+    frozen_img_s: float | None
+    ratio: Spread | None
+
+
+def cases_of(rows: Sequence[Row]) -> list[Case]:
+    """Return the cases of the rows, each once, in their order."""
+    return list(dict.fromkeys(row.case for row in rows))
+
+
+def against_peers(rows: Sequence[Row]) -> list[PeerCell]:
+    """Return one cell per case that a peer ran rightly."""
+    cells = []
+    for case in cases_of(rows):
+        runs = {row.contender: row for row in rows if row.case == case and row.img_s}
+        peers = [row for name, row in runs.items() if name not in OWN]
+        if not peers:
+            continue
+        best = min(peers, key=lambda row: statistics.median(row.seconds))
+        own = runs.get(FROZEN)
+        assert best.img_s is not None
+        cells.append(
+            PeerCell(
+                case,
+                best.contender,
+                best.img_s.median,
+                own.img_s.median if own and own.img_s else None,
+                paired_ratio(best.seconds, own.seconds) if own else None,
+            )
+        )
+    return cells
+
+
+def geometric_means(rows: Sequence[Row]) -> dict[str, float]:
+    """Return, per contender but the reference, the mean ratio over the cases it ran rightly."""
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        if row.ratio and row.contender != REFERENCE:
+            ratios.setdefault(row.contender, []).append(row.ratio.median)
+    return {name: statistics.geometric_mean(values) for name, values in ratios.items()}
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, then put it in its place: whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)  # mkstemp's files are the owner's alone
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save(record: Record, path: Path) -> None:
+    """Write the record as JSON."""
+    content = {"schema": SCHEMA, **dataclasses.asdict(record)}
+    save_text(json.dumps(content, indent=1, allow_nan=False) + "\n", path)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write text to a file, whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def load(path: Path) -> Record:
+    """Read a record, or raise `UsageError` naming the file and what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({error})") from None
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise UsageError(f"{path}: its schema is {schema!r}; this version reads {SCHEMA!r}")
+    try:
+        return Record(content["conditions"], [_row(fields) for fields in content["rows"]])
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{path}: not a whole benchmark record ({error!r})") from None
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    nested = {name: Spread(**fields[name]) if fields[name] else None for name in ("img_s", "ratio")}
+    return Row(**{**fields, **nested, "case": Case(**fields["case"])})

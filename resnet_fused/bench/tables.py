@@ -1,0 +1,217 @@
+"""The record as text: rich tables for the terminal, the same tables in Markdown for `bench.md`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from resnet_fused.bench import memory
+from resnet_fused.bench.contenders import FROZEN, REFERENCE
+from resnet_fused.bench.options import SHORT_DTYPES
+from resnet_fused.bench.results import (
+    OK,
+    SKIPPED,
+    Case,
+    Record,
+    Row,
+    against_peers,
+    cases_of,
+    geometric_means,
+)
+from resnet_fused.bench.timing import Spread
+
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table that is not yet in any format; `breaks` are the rows with a rule after them.
+
+    Columns named in `left` are words, the others numbers. `styles` colours whole rows by index,
+    where colours exist.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str]]
+    left: tuple[str, ...] = ()
+    breaks: frozenset[int] = frozenset()
+    styles: dict[int, str] | None = None
+
+    def rich(self) -> Table:
+        """Return the table for a terminal."""
+        table = Table(
+            title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0), show_edge=False,
+        )  # fmt: skip
+        for name in self.columns:
+            table.add_column(name, justify="left" if name in self.left else "right")
+        for index, row in enumerate(self.rows):
+            style = (self.styles or {}).get(index)
+            table.add_row(*map(escape, row), style=style, end_section=index in self.breaks)
+        return table
+
+    def markdown(self) -> str:
+        """Return the table as a Markdown section."""
+        rule = [":--" if name in self.left else "--:" for name in self.columns]
+        lines = ["| " + " | ".join(row) + " |" for row in (self.columns, rule, *self.rows)]
+        return "\n".join([f"### {self.title}", "", *lines])
+
+
+def grids(record: Record) -> list[Grid]:
+    """Return the record's tables: one per model, and one against the peers if there were any."""
+    models = dict.fromkeys(case.model for case in cases_of(record.rows))
+    result = [
+        _model_grid(name, [row for row in record.rows if row.case.model == name]) for name in models
+    ]
+    peers = _peer_grid(record.rows)
+    return [*result, peers] if peers else result
+
+
+def closing_lines(record: Record) -> list[str]:
+    """Return what is said under the tables: the means, the failures, what the columns mean."""
+    total = len(cases_of(record.rows))
+    lines = []
+    for name, mean in geometric_means(record.rows).items():
+        right = sum(row.contender == name and row.ratio is not None for row in record.rows)
+        lines.append(f"{name}: {mean:.2f}x {REFERENCE}, geometric mean of {right} cases of {total}")
+    for row in record.rows:
+        if row.verdict not in (OK, SKIPPED):
+            lines.append(f"{row.verdict}: {_where(row.case)} {row.contender}: {row.note}")
+    device = record.conditions.get("device_kind", "cpu")
+    return [*lines, *notes(device)]
+
+
+def notes(device: str) -> list[str]:
+    """Return what the columns mean."""
+    return [
+        f"{REFERENCE}: the model in plain torch, channels_last. ratio: against {REFERENCE}, paired "
+        "round by round, median.",
+        "GFLOP/s: two operations per multiply-add. error: max|y - y64| / max|y64| against float64; "
+        "an answer is right up to twice eager's error.",
+        memory.NOTES[device] + ".",
+    ]
+
+
+def conditions_line(conditions: dict[str, Any]) -> str:
+    """Return the conditions that a number cannot do without, in one line."""
+    parts = [
+        conditions.get("device", ""),
+        f"{conditions.get('threads')} threads",
+        f"torch {conditions.get('torch')}",
+        f"resnet_fused {conditions.get('resnet_fused')}",
+        f"commit {conditions['commit']}" if conditions.get("commit") else "",
+        f"seed {conditions.get('seed')}",
+        str(conditions.get("date", "")),
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def show(record: Record, console: Console) -> None:
+    """Print the tables, what they come to, and the conditions."""
+    for grid in grids(record):
+        console.print(grid.rich())
+        console.print()
+    for text in (*closing_lines(record), conditions_line(record.conditions)):
+        console.print(text, highlight=False, markup=False)
+
+
+def markdown(record: Record) -> str:
+    """Return the record as a Markdown page."""
+    conditions = record.conditions
+    head = [
+        "# resnet_fused benchmark",
+        conditions_line(conditions),
+        f"`{conditions.get('command', '')}`",
+        "![img/s against eager](bench.png)",
+    ]
+    tables = [grid.markdown() for grid in grids(record)]
+    closing = "\n".join(f"- {text}" for text in closing_lines(record))
+    return "\n\n".join([*head, *tables, closing]) + "\n"
+
+
+def ratio_text(ratio: Spread | None) -> str:
+    """Return a ratio as the tables show it."""
+    return f"{ratio.median:.2f}x" if ratio else NONE
+
+
+def _model_grid(name: str, rows: Sequence[Row]) -> Grid:
+    columns = (
+        "dtype", "batch", "run", "img/s", "p20-p80", "GFLOP/s", "ratio", "error", "peak MiB",
+    )  # fmt: skip
+    last_of_case = {row.case: index for index, row in enumerate(rows)}
+    cells = [_cells(row, first=_is_first(rows, index)) for index, row in enumerate(rows)]
+    return Grid(
+        title=f"{name}: {rows[0].gmacs:.3f} GMACs an image, {rows[0].mparams:.2f} M parameters",
+        columns=columns,
+        rows=cells,
+        left=("dtype", "run"),
+        breaks=frozenset(last_of_case.values()),
+        styles={index: _style(row) for index, row in enumerate(rows)},
+    )
+
+
+def _is_first(rows: Sequence[Row], index: int) -> bool:
+    return index == 0 or rows[index].case != rows[index - 1].case
+
+
+def _cells(row: Row, *, first: bool) -> list[str]:
+    case = [SHORT_DTYPES[row.case.dtype], str(row.case.batch)] if first else ["", ""]
+    if row.img_s:
+        speed = [
+            f"{row.img_s.median:.1f}",
+            f"{row.img_s.p20:.1f}-{row.img_s.p80:.1f}",
+            f"{row.gflop_s:.0f}",
+            ratio_text(row.ratio),
+        ]
+    else:
+        speed = [row.verdict, *[NONE] * 3]
+    error = NONE if row.error is None else f"{row.error:.1e}"
+    memory_cell = NONE if row.peak_mib is None else f"{row.peak_mib:.0f}"
+    return [*case, row.contender, *speed, error, memory_cell]
+
+
+def _style(row: Row) -> str:
+    if row.verdict not in (OK, SKIPPED):
+        return "bold red"
+    return {REFERENCE: "dim", FROZEN: "green"}.get(row.contender, "")
+
+
+def _peer_grid(rows: Sequence[Row]) -> Grid | None:
+    cells = against_peers(rows)
+    if not cells:
+        return None
+    body = [
+        [
+            cell.case.model,
+            SHORT_DTYPES[cell.case.dtype],
+            str(cell.case.batch),
+            cell.peer,
+            f"{cell.peer_img_s:.1f}",
+            f"{cell.frozen_img_s:.1f}" if cell.frozen_img_s else NONE,
+            ratio_text(cell.ratio),
+        ]
+        for cell in cells
+    ]
+    ratios = [cell.ratio.median for cell in cells if cell.ratio]
+    mean = f"{statistics.geometric_mean(ratios):.2f}x" if ratios else NONE
+    total = f"geometric mean, {len(ratios)} of {len(cells)}"
+    return Grid(
+        title="frozen against the quickest peer of each case",
+        columns=("model", "dtype", "batch", "best peer", "its img/s", "frozen", "ratio"),
+        rows=[*body, [total, "", "", "", "", "", mean]],
+        left=("model", "dtype", "best peer"),
+        breaks=frozenset({len(body) - 1}),
+        styles={len(body): "bold"},
+    )
+
+
+def _where(case: Case) -> str:
+    return f"{case.model} {SHORT_DTYPES[case.dtype]} batch {case.batch}"

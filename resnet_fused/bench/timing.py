@@ -1,0 +1,121 @@
+"""Interleaved timing: every contender once a round, each round beginning with another one.
+
+Slow drifts of the machine (heat, a neighbour) then fall on all contenders alike, and ratios are
+taken within a round, where both sides saw the same machine.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+T = TypeVar("T")
+
+SHORTEST_SAMPLE_S = 0.04
+MIN_ROUNDS = 5
+MAX_ROUNDS = 30
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and the 20th and 80th percentile: the middle three fifths of what was seen."""
+
+    median: float
+    p20: float
+    p80: float
+
+    def overlaps(self, other: Spread) -> bool:
+        """Whether the two ranges share a value, so that a difference may be noise."""
+        return self.p20 <= other.p80 and other.p20 <= self.p80
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How many rounds: between `least` and `most`, as many as fit into `seconds`."""
+
+    least: int = MIN_ROUNDS
+    most: int = MAX_ROUNDS
+    seconds: float = math.inf
+
+    def goes_on(self, done: int, elapsed: float) -> bool:
+        """Whether another round is due, taking it to last as long as those done did."""
+        if done < self.least:
+            return True
+        return done < self.most and elapsed * (done + 1) / done <= self.seconds
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Return median, p20 and p80 of at least one value, interpolated linearly."""
+    p20, median, p80 = np.percentile(values, (20, 50, 80))
+    return Spread(float(median), float(p20), float(p80))
+
+
+def paired_ratio(reference: Sequence[float], other: Sequence[float]) -> Spread:
+    """Return the spread of `reference / other` taken round by round (above 1: other is faster)."""
+    return spread([a / b for a, b in zip(reference, other, strict=True)])
+
+
+def rotated(items: Sequence[T], turn: int) -> list[T]:
+    """Return the items in their order, beginning with number `turn` (counted round and round)."""
+    start = turn % len(items)
+    return [*items[start:], *items[:start]]
+
+
+def elapsed_cpu(run: Callable[[], object], calls: int) -> float:
+    """Seconds per call of `run`, by the wall clock."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+def elapsed_cuda(run: Callable[[], object], calls: int) -> float:
+    """Seconds per call of `run` on the current CUDA stream, by its events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def clock_for(device: str) -> Callable[[Callable[[], object], int], float]:
+    """Return the function that times calls on `device`."""
+    return elapsed_cuda if device == "cuda" else elapsed_cpu
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: Rounds,
+    *,
+    clock: Callable[[Callable[[], object], int], float] = elapsed_cpu,
+    on_round: Callable[[int], None] = lambda done: None,
+) -> dict[str, list[float]]:
+    """Time every run once per round and return its seconds per call, one value per round.
+
+    All runs make the same number of calls per sample, enough for the quickest to last
+    `SHORTEST_SAMPLE_S`. Where that is more than one, an untimed call goes first: it brings the
+    contender's weights back into the cache that the one before it filled.
+    """
+    quickest = min(clock(run, 1) for run in runs.values())
+    calls = max(1, math.ceil(SHORTEST_SAMPLE_S / max(quickest, 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    begin = time.perf_counter()
+    done = 0
+    while rounds.goes_on(done, time.perf_counter() - begin):
+        for name in rotated(names, done):
+            if calls > 1:
+                runs[name]()
+            seconds[name].append(clock(runs[name], calls))
+        done += 1
+        on_round(done)
+    return seconds

@@ -1,0 +1,353 @@
+"""The command `resnet-fused`: bench, flops, verify, doctor.
+
+Imports are inside the commands, so that `--help` waits for nothing it does not show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from resnet_fused.bench.options import Settings
+    from resnet_fused.bench.results import Record
+
+app = typer.Typer(
+    name="resnet-fused",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fused ResNets: measure them, count them, verify them, and see what runs here.\n\n"
+    "Begin with [bold]resnet-fused doctor[/bold], then [bold]resnet-fused bench[/bold].",
+)
+
+BENCH_EPILOG = """
+[bold]Examples[/bold]
+
+resnet-fused bench  [dim]# ResNet-34, -50, -152, batch 1 and 8: two to three minutes[/dim]
+
+resnet-fused bench --model resnet50 --dtype bf16 --batch 1,4,16 --images ~/photos
+
+resnet-fused bench --peers inductor,onnxruntime,openvino
+
+resnet-fused bench --compare before/bench.json after/bench.json --threshold 0.05
+"""
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", "-m", help="A model; repeat it, or separate with commas."),
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="Directory of your own photographs (jpg, png) instead of two samples."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the random weights and crops.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="resnet-fused")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if show_version:
+        from resnet_fused import __version__
+
+        typer.echo(f"resnet_fused {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog=BENCH_EPILOG)
+def bench(
+    model: Models = None,
+    batch: Annotated[
+        list[str] | None, typer.Option("--batch", "-b", help="Batch sizes [default: 1,8].")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", "-d", help="fp32, bf16, fp16 [default: fp32, native bf16]."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads, for every contender [default: torch's].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    backend: Annotated[
+        str, typer.Option(help="The one backend to use; `doctor` lists them.")
+    ] = "auto",
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="Exactly so many rounds per case [default: by a time budget]."),
+    ] = None,
+    seed: Seed = 0,
+    images: Images = None,
+    out: Annotated[Path, typer.Option(help="Where bench.json, bench.md and bench.png go.")] = Path(
+        "out/bench"
+    ),
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(help="Also time inductor, onnxruntime, openvino (extra: bench-peers)."),
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Time nothing; compare two bench.json files instead.", metavar="A B"),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="With --compare: exit 1 if B is slower by more than this share."),
+    ] = None,
+) -> None:
+    """Time real ResNets on real photographs: eager against fused against frozen.
+
+    Every round times each contender once, in rotated order. Answers are checked against float64
+    first; a wrong one is reported as [red]WRONG[/red] and has no speed. Exits with 1 if any was.
+    """
+    with _one_line_errors():
+        if compare:
+            _compare(compare, threshold)
+            return
+        if threshold is not None:
+            _refuse("--threshold: belongs to --compare A.json B.json")
+        settings = _settings(
+            models=model, batches=batch, dtypes=dtype, threads=threads, device=device,
+            backend=backend, rounds=rounds, seed=seed, images=images, out=out, peers=peers,
+        )  # fmt: skip
+        record = _run(settings)
+        _report(record, settings.out)
+        raise typer.Exit(0 if record.right else 1)
+
+
+@app.command()
+def flops(
+    model: Models = None,
+    input_size: Annotated[
+        str, typer.Option(help="Batch, channels, height, width.")
+    ] = "1,3,224,224",
+    stride_in: Annotated[
+        str,
+        typer.Option(help="Where a bottleneck's stride sits: 3x3 (torchvision) or 1x1 (paper)."),
+    ] = "3x3",
+    layers: Annotated[bool, typer.Option("--layers", help="Also every layer.")] = False,
+) -> None:
+    """Count multiply-adds and parameters; without a model, the paper's table.
+
+    Nothing is computed: the models are built on meta tensors.
+    """
+    with _one_line_errors():
+        from resnet_fused.flops import format_paper_table
+
+        names = _model_names(model)
+        if not names:
+            typer.echo(format_paper_table())
+            return
+        _count(names, input_size, stride_in, layers)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A model, such as resnet50.")],
+    dtype: Annotated[str, typer.Option("--dtype", "-d", help="fp32, bf16 or fp16.")] = "fp32",
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Photographs in the batch.")] = 2,
+    seed: Seed = 0,
+    images: Images = None,
+) -> None:
+    """Hold a fused model against float64, layer by layer, beside eager torch's own errors.
+
+    Exits with 1 if any layer is off by more than twice eager's error.
+    """
+    with _one_line_errors():
+        import torch
+
+        from resnet_fused.bench import networks, options, photos
+        from resnet_fused.models import create_model
+        from resnet_fused.verify import verify as certify
+
+        (name,) = options.usable_models("MODEL", [model])
+        kind = options.DTYPES[options.dtype_name("--dtype", dtype)]
+        size = options.positive("--batch", batch)
+        loaded, _ = photos.load(images, size)
+        crops = photos.batch(loaded, size, seed=seed)
+        torch.manual_seed(seed)
+        network = create_model(name)
+        networks.calibrate(network, crops)
+        report = certify(network.to(kind), crops.to(kind))
+        typer.echo(str(report))
+        raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def doctor(
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if anything is missing.")
+    ] = False,
+) -> None:
+    """Show versions, devices and backends; for each that is missing, why and what to do."""
+    from resnet_fused import env
+
+    console = _console()
+    for name, text in env.facts():
+        console.print(f"[bold]{name:<13}[/bold]", end="")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print("\n[bold]backends[/bold], in order of preference")
+    findings = env.diagnose()
+    for finding in findings:
+        mark = "[green]yes[/green]" if finding.good else "[yellow]no [/yellow]"
+        console.print(f"  {mark} {finding.name:<17}", end="")
+        console.print(finding.state, markup=False, highlight=False, soft_wrap=True)
+        if finding.advice:
+            console.print(f"      -> {finding.advice}", markup=False, soft_wrap=True)
+    missing = any(not finding.good for finding in findings)
+    raise typer.Exit(1 if strict and missing else 0)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn a `UsageError` into its one line and exit code 2; other errors keep their traceback."""
+    from resnet_fused.bench.options import UsageError
+
+    try:
+        yield
+    except UsageError as error:
+        _refuse(str(error))
+
+
+def _refuse(message: str) -> NoReturn:
+    typer.echo(f"resnet-fused: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a file or a pipe has no width to keep to
+    return console
+
+
+def _settings(
+    *,
+    models: list[str] | None,
+    batches: list[str] | None,
+    dtypes: list[str] | None,
+    threads: int | None,
+    device: str,
+    backend: str,
+    rounds: int | None,
+    seed: int,
+    images: Path | None,
+    out: Path,
+    peers: list[str] | None,
+) -> Settings:
+    import torch
+
+    from resnet_fused.bench import options
+    from resnet_fused.bench.peers import usable_peers
+
+    device = options.usable_device("--device", device)
+    asked_dtypes = tuple(options.dtype_name("--dtype", name) for name in options.split(dtypes))
+    asked_batches = tuple(options.positive("--batch", size) for size in options.split(batches))
+    return options.Settings(
+        models=_model_names(models) or options.MODELS,
+        dtypes=asked_dtypes or options.default_dtypes(device),
+        batches=asked_batches or options.BATCHES[device],
+        device=device,
+        threads=torch.get_num_threads()
+        if threads is None
+        else options.positive("--threads", threads),
+        backend=options.usable_backend("--backend", backend),
+        rounds=None if rounds is None else options.positive("--rounds", rounds),
+        seed=options.positive("--seed", seed, least=0),
+        images=images,
+        peers=usable_peers("--peers", options.split(peers)),
+        out=options.writable_directory("--out", out),
+    )
+
+
+def _model_names(asked: list[str] | None) -> tuple[str, ...]:
+    from resnet_fused.bench import options
+
+    return options.usable_models("--model", options.split(asked))
+
+
+def _run(settings: Settings) -> Record:
+    from resnet_fused import env
+    from resnet_fused.bench import job, progress
+
+    found = env.collect()
+    conditions: dict[str, Any] = {
+        **found,
+        "device_kind": settings.device,
+        "device": found["cpu"] if settings.device == "cpu" else found["gpus"][0],
+        "threads": settings.threads,
+        "backend": settings.backend,
+        "seed": settings.seed,
+        "command": shlex.join(["resnet-fused", *sys.argv[1:]]),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        return job.run(settings, conditions, progress.LineWatch(console))
+    with progress.BarWatch(console) as watch:
+        return job.run(settings, conditions, watch)
+
+
+def _report(record: Record, out: Path) -> None:
+    from resnet_fused.bench import chart, options, results, tables
+
+    console = _console()
+    tables.show(record, console)
+    results.save(record, out / "bench.json")
+    results.save_text(tables.markdown(record), out / "bench.md")
+    written = ["bench.json", "bench.md"]
+    try:
+        chart.save(record, out / "bench.png")
+        written.append("bench.png")
+    except options.UsageError as error:  # no matplotlib: the numbers are worth keeping all the same
+        typer.echo(f"resnet-fused: {error}", err=True)
+    console.print(f"written to {out}: {', '.join(written)}", highlight=False, soft_wrap=True)
+
+
+def _compare(paths: tuple[Path, Path], threshold: float | None) -> None:
+    from resnet_fused.bench import compare, results
+
+    before, after = (results.load(path) for path in paths)
+    found = compare.differences(before, after)
+    console = _console()
+    compare.show(found, console)
+    for text in compare.unlike_conditions(before, after):
+        console.print(text, highlight=False, markup=False)
+    worse = [d for d in found if threshold is not None and d.regressed(threshold)]
+    if worse:
+        typer.echo(f"resnet-fused: {len(worse)} of {len(found)} slower or wrong in B", err=True)
+        raise typer.Exit(1)
+
+
+def _count(names: tuple[str, ...], input_size: str, stride_in: str, layers: bool) -> None:
+    import torch
+
+    from resnet_fused import flops as counting
+    from resnet_fused.bench import options
+    from resnet_fused.models import create_model
+
+    size = tuple(options.positive("--input-size", part) for part in input_size.split(","))
+    if len(size) != 4:
+        _refuse(f"--input-size: {input_size!r} given; accepted: four numbers, as 1,3,224,224")
+    options.one_of("--stride-in", stride_in, ("1x1", "3x3"))
+    for name in names:
+        with torch.device("meta"):
+            model = create_model(name, stride_in=stride_in)
+        report = counting.count(model, size)
+        total = f"{report.macs / 1e9:.3f} GMACs, {report.params / 1e6:.2f} M parameters"
+        typer.echo(str(report) if layers else f"{name}: {total}")

@@ -1,0 +1,162 @@
+"""What this machine and this installation are: versions, devices, backends, and what is missing.
+
+`collect` is the one place that benchmark records take their conditions from; `diagnose` is what
+`resnet-fused doctor` shows.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "numpy", "triton", "torchvision", "timm", "onnxruntime", "openvino", "scikit-learn", "pillow",
+    "matplotlib",
+)  # fmt: skip
+
+
+def collect() -> dict[str, Any]:
+    """Return the conditions that a number measured here holds under, ready for JSON.
+
+    Versions of what is not installed are None. Nothing is compiled; where torch sees a GPU, its
+    name is asked for.
+    """
+    cpu = _cpu_name()
+    return {
+        "resnet_fused": version("resnet_fused"),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+        "compiler": _compiler(),
+        "packages": {name: found for name in PACKAGES if (found := version(name))},
+        "os": platform.platform(),
+        "cpu": cpu,
+        "cpu_isa": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "gpus": _gpus(),
+        "native": native_error() is None,
+    }
+
+
+def version(package: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        if package == "resnet_fused":  # run from a checkout that was never installed
+            import resnet_fused
+
+            return resnet_fused.__version__
+        return None
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout this package lies in, "+changes" if it has any, or None.
+
+    A package installed inside somebody else's checkout does not count.
+    """
+    here = Path(__file__).parent
+    if not _output("git", "-C", str(here), "ls-files", Path(__file__).name):
+        return None
+    number = _output("git", "-C", str(here), "rev-parse", "--short=12", "HEAD")
+    changes = _output("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no", ".")
+    return f"{number}+changes" if number and changes else number
+
+
+def native_error() -> str | None:
+    """Return the loader's own words about the native extension, or None where it is loaded."""
+    from resnet_fused.backends import native
+
+    return native.load_error()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's: what it is about, how it is, and what can be done."""
+
+    name: str
+    good: bool
+    state: str
+    advice: str = ""
+
+
+def diagnose() -> list[Finding]:
+    """Return a finding per backend, and one for the native extension."""
+    import resnet_fused as rf
+
+    error = native_error()
+    advice = "rebuild it with `make build` or `pip install .`; everything works without it"
+    findings = [
+        Finding("native extension", error is None, error or "loaded", advice if error else "")
+    ]
+    for backend in rf.backends():
+        state = "available" if backend.available else backend.reason
+        findings.append(Finding(backend.name, backend.available, state, backend.advice))
+    return findings
+
+
+def facts() -> list[tuple[str, str]]:
+    """Return `collect` as labelled lines for reading."""
+    found = collect()
+    packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
+    cpu = f"{found['cpu']}, {found['cores']} cores, {found['cpu_isa']}"
+    return [
+        ("resnet_fused", " ".join(filter(None, [found["resnet_fused"], found["commit"]]))),
+        ("python", f"{found['python']} on {found['os']}"),
+        ("torch", f"{found['torch']}, CUDA {found['cuda'] or 'not built in'}"),
+        ("packages", packages),
+        ("compiler", found["compiler"] or "none found (gcc builds the native extension)"),
+        ("driver", found["driver"] or "no NVIDIA driver"),
+        ("cpu", cpu),
+        ("threads", str(found["threads"])),
+        ("gpus", ", ".join(found["gpus"]) or "none that torch can use"),
+    ]
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _compiler() -> str | None:
+    text = _output("c++", "--version")
+    return text.splitlines()[0] if text else None
+
+
+def _driver() -> str | None:
+    text = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return text.splitlines()[0] if text else None
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
