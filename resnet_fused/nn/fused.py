@@ -41,7 +41,13 @@ def _rebuild(original: type, make: Any, arguments: tuple[Any, ...]) -> Any:
 
 @functools.cache
 def _fused_class(original: type) -> type:
-    return type(f"Fused{original.__name__}", (FusedModule, original), {"__doc__": original.__doc__})
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return FusedModule.forward(self, *args, **kwargs)
+
+    # Wrapped, so that whoever asks for the forward's signature sees the original's.
+    members = {"__doc__": original.__doc__, "forward": forward}
+    return type(f"Fused{original.__name__}", (FusedModule, original), members)
 
 
 def install(module: nn.Module, program: Program) -> None:
