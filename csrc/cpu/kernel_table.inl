@@ -1,4 +1,6 @@
 // What this build offers, best general choice last.
 
-constexpr ConvAlgorithm algorithms[] = {Direct<Element>::algorithm, {}};
+constexpr ConvAlgorithm algorithms[] = {Winograd<Element, Wino4>::algorithm,
+                                        Winograd<Element, Wino2>::algorithm,
+                                        Direct<Element>::algorithm, {}};
 constexpr KernelTable table{algorithms, nullptr, nullptr};

@@ -18,6 +18,7 @@ namespace {
 using Element = F32;
 #include "conv_tile.inl"
 #include "conv_direct.inl"
+#include "conv_winograd.inl"
 #include "kernel_table.inl"
 }  // namespace
 const KernelTable* table_f32() { return &table; }

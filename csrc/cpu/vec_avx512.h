@@ -24,6 +24,7 @@ struct Vec {
     const reg m = _mm512_max_ps(a, b);
     return _mm512_mask_mov_ps(m, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
   }
+  static bool any_nan(reg v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
   static float sum(reg v) { return _mm512_reduce_add_ps(v); }
 };
 
