@@ -1,13 +1,166 @@
-"""placeholder"""
+"""The native CPU kernels of the extension: conv_bn_act on channels_last float32 and bfloat16."""
 
-from typing import Any
+from __future__ import annotations
 
-ADVICE = ""
+import functools
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import native
+from resnet_fused.backends._derived import derived
+
+ADVICE = "Build the extension with a C++17 compiler: pip install --no-binary :all: resnet_fused"
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def available() -> str | None:
-    return "not yet"
-
-
-def supports(op: str, *args: Any) -> str | None:
+    """Return why the native CPU kernels cannot be used here, or None."""
+    extension = native.extension()
+    if extension is None:
+        return f"the extension is not loaded: {native.load_error()}"
+    if extension.cpu_isa() == "none":
+        return "this processor has neither AVX2 nor AVX-512"
     return None
+
+
+def supports(op: str, x: Tensor, weight: Tensor, *args: object) -> str | None:
+    """Return why the native kernels do not take this call, or None."""
+    if x.device.type != "cpu":
+        return f"runs on the CPU, x is on {x.device}"
+    if x.dtype not in _NAMES:
+        return f"takes float32 and bfloat16, x is {x.dtype}"
+    extension = native.extension()
+    assert extension is not None
+    if x.dtype == torch.bfloat16 and extension.cpu_isa() != "avx512_bf16":
+        return "bfloat16 needs a processor with AVX-512 BF16"
+    return None
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+) -> Tensor:
+    """Run the op; the packed weights are kept until the weight changes."""
+    conv = Convolution(x.shape, weight, stride, padding, dilation, groups)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(conv.output_shape, dtype=x.dtype, memory_format=torch.channels_last)
+    scratch = _scratch(conv.scratch_bytes)
+    conv.bind(x, as_vector(scale), as_vector(shift), residual, y, scratch, act)()
+    return y
+
+
+class Convolution:
+    """One convolution of one input shape: its algorithm, packed weights and scratch size."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        weight: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> None:
+        n, c, h, w = shape
+        self._dtype = _NAMES[weight.dtype]
+        self._geometry = (
+            n, h, w, c, weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation, groups,
+        )  # fmt: skip
+        self.algorithm, self.scratch_bytes, self.output_shape = _plan(
+            self._dtype, self._geometry, torch.get_num_threads()
+        )
+        self._packed = derived(
+            (weight,), ("cpu", self.algorithm), lambda: _pack(weight, groups, self.algorithm)
+        )
+
+    def bind(
+        self,
+        x: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        y: Tensor,
+        scratch: Tensor,
+        act: str | None,
+    ) -> Callable[[], None]:
+        """Return a call that runs the convolution on these buffers.
+
+        The caller keeps x, residual, y and scratch alive; the call keeps the rest.
+
+        Args:
+            x: the input, channels_last.
+            scale: float32 vector (:func:`as_vector`) or None for ones.
+            shift: float32 vector or None for zeros.
+            residual: channels_last in the output's shape, or None; it may be ``y`` itself.
+            y: receives the output, channels_last.
+            scratch: at least ``scratch_bytes`` bytes, 64-byte aligned.
+            act: None or "relu".
+        """
+        extension = native.extension()
+        assert extension is not None
+        addresses = (0 if t is None else t.data_ptr() for t in (scale, shift, residual))
+        run = functools.partial(
+            extension.conv_bn_act, x.data_ptr(), self._packed.data_ptr(), *addresses, y.data_ptr(),
+            scratch.data_ptr(), scratch.nbytes, self._dtype, self.algorithm, *self._geometry,
+            act == "relu",
+        )  # fmt: skip
+        # The call holds addresses only; these two are the ones nobody else need keep.
+        run.keeps = (scale, shift, self._packed)  # type: ignore[attr-defined]
+        return run
+
+
+def as_vector(vector: Tensor | None) -> Tensor | None:
+    """Return a scale or shift as the kernels read it: float32, contiguous."""
+    return None if vector is None else vector.detach().float().contiguous()
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    dtype: str, geometry: tuple[int, ...], threads: int
+) -> tuple[str, int, tuple[int, int, int, int]]:
+    """Return algorithm, scratch size and output shape for one geometry."""
+    extension = native.extension()
+    assert extension is not None
+    algorithm = extension.conv_bn_act_algorithms(dtype, *geometry)[0]
+    scratch = extension.conv_bn_act_scratch_bytes(dtype, algorithm, *geometry, threads)
+    n, h, w, _, o, kh, kw, sh, sw, ph, pw, dh, dw, _ = geometry
+    oh = (h + 2 * ph - dh * (kh - 1) - 1) // sh + 1
+    ow = (w + 2 * pw - dw * (kw - 1) - 1) // sw + 1
+    return algorithm, scratch, (n, o, oh, ow)
+
+
+def _pack(weight: Tensor, groups: int, algorithm: str) -> Tensor:
+    extension = native.extension()
+    assert extension is not None
+    dtype, (o, c, kh, kw) = _NAMES[weight.dtype], weight.shape
+    layout = (dtype, algorithm, o, c, kh, kw, groups)
+    packed = torch.empty(extension.conv_bn_act_packed_bytes(*layout), dtype=torch.uint8)
+    source = weight.detach().contiguous()
+    extension.conv_bn_act_pack(source.data_ptr(), packed.data_ptr(), *layout)
+    return packed
+
+
+_local = threading.local()
+
+
+def _scratch(size: int) -> Tensor:
+    """Return this thread's scratch memory: kept, as fresh pages cost more than the kernel's work."""
+    kept: Tensor | None = getattr(_local, "scratch", None)
+    if kept is None or kept.nbytes < size:
+        kept = torch.empty(size, dtype=torch.uint8)
+        _local.scratch = kept
+    return kept

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from resnet_fused import backends
+from resnet_fused.backends import choose
 from resnet_fused.ops._op import Op
 
 NAMESPACE = "resnet_fused"
@@ -34,7 +34,7 @@ def register(op: Op) -> None:
 def _kernel(op: Op) -> Callable[..., torch.Tensor]:
     def kernel(*args: Any) -> torch.Tensor:
         op.check(*args)
-        run = backends.choose(op.name, *args) or op.reference
+        run = choose(op.name, *args) or op.reference
         return run(*args)
 
     return kernel

@@ -1,0 +1,1 @@
+"""The inference engine behind ``freeze``: a captured graph, planned buffers, bound kernel calls."""
