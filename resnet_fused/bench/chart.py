@@ -22,6 +22,9 @@ COLOURS = {
 }
 GROUP_WIDTH = 0.86
 
+#: Inches: above and below the panels, and of each panel with the gap under it.
+TOP, BOTTOM, PANEL = 0.75, 1.25, 2.6
+
 
 def save(record: Record, path: Path) -> None:
     """Draw the record into a PNG file: a panel per dtype, a group of bars per model and batch.
@@ -29,7 +32,6 @@ def save(record: Record, path: Path) -> None:
     Raises `UsageError` where matplotlib is missing.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError('the chart needs matplotlib: pip install "resnet_fused[bench]"') from None
@@ -37,28 +39,35 @@ def save(record: Record, path: Path) -> None:
     dtypes = list(dict.fromkeys(case.dtype for case in cases_of(record.rows)))
     contenders = list(dict.fromkeys(r.contender for r in record.rows if r.verdict != SKIPPED))
     bars = max(len(_cases(record.rows, dtype)) for dtype in dtypes) * len(contenders)
-    figure = Figure(figsize=(max(7.5, 1.5 + 0.42 * bars), 1.6 + 2.9 * len(dtypes)), dpi=140)
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(dtypes), 1, squeeze=False)[:, 0]
+    height = TOP + BOTTOM + PANEL * len(dtypes)
+    figure = Figure(figsize=(max(7.5, 1.5 + 0.36 * bars), height), dpi=140)
+    panels = figure.subplots(
+        len(dtypes), 1, squeeze=False,
+        gridspec_kw={"top": 1 - TOP / height, "bottom": BOTTOM / height, "hspace": 0.45},
+    )[:, 0]  # fmt: skip
     for axes, dtype in zip(panels, dtypes, strict=True):
         _panel(axes, record.rows, dtype, contenders)
-    figure.suptitle("Throughput against eager torch (channels_last), higher is better", y=0.99)
-    figure.tight_layout(rect=(0, 0.10 if len(dtypes) > 1 else 0.15, 1, 0.985))
-    handles, labels = panels[0].get_legend_handles_labels()
-    _below(figure, record.conditions, handles, labels)
+    figure.subplots_adjust(left=0.6 / figure.get_figwidth(), right=0.99)
+    figure.suptitle(
+        "Throughput against eager torch in channels_last (higher is better)", y=1 - 0.12 / height
+    )
+    _below(figure, record.conditions, contenders)
     write_atomically(path, lambda temporary: figure.savefig(temporary))
 
 
-def _below(figure: Any, conditions: dict[str, Any], handles: Any, labels: list[str]) -> None:
+def _below(figure: Any, conditions: dict[str, Any], contenders: list[str]) -> None:
+    from matplotlib.patches import Patch
+
     height = figure.get_figheight()
     figure.legend(
-        handles, labels, loc="lower center", bbox_to_anchor=(0.5, 0.52 / height),
-        ncols=len(labels), frameon=False, fontsize=9,
+        handles=[Patch(color=COLOURS[name], label=name) for name in contenders],
+        loc="lower center", bbox_to_anchor=(0.5, 0.46 / height), ncols=len(contenders),
+        frameon=False, fontsize=9,
     )  # fmt: skip
-    text = "bars: median, lines: p20-p80 of the rounds, numbers: img/s · "
+    text = "bars: median ratio, lines: p20-p80 of the rounds, numbers: img/s · "
     width = int(figure.get_figwidth() * 17)
     wrapped = textwrap.fill(text + conditions_line(conditions), width)
-    figure.text(0.5, 0.1 / height, wrapped, ha="center", va="bottom", fontsize=7.5, color="#555")
+    figure.text(0.5, 0.12 / height, wrapped, ha="center", va="bottom", fontsize=7.5, color="#555")
 
 
 def _cases(rows: Sequence[Row], dtype: str) -> list[Case]:
@@ -69,16 +78,15 @@ def _panel(axes: Any, rows: Sequence[Row], dtype: str, contenders: list[str]) ->
     cases = _cases(rows, dtype)
     width = GROUP_WIDTH / len(contenders)
     found = {(row.case, row.contender): row for row in rows}
+    axes.axhline(1, color="#555", linewidth=0.8, linestyle=(0, (4, 3)), zorder=1.5)
     for place, name in enumerate(contenders):
         shift = (place - (len(contenders) - 1) / 2) * width
-        axes.bar([], [], color=COLOURS[name], label=name)
         for position, case in enumerate(cases):
             if row := found.get((case, name)):
                 _bar(axes, row, position + shift, width * 0.94)
-    axes.axhline(1, color="#555", linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_xticks(range(len(cases)), [f"{case.model}\nbatch {case.batch}" for case in cases])
     axes.set_xlim(-0.5, max(len(cases), 2) - 0.5)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.04)
+    axes.set_ylim(0, max(1.25, axes.get_ylim()[1]))
     axes.set_ylabel("ratio")
     axes.set_title(SHORT_DTYPES[dtype], loc="left", fontsize=10, fontweight="bold")
     axes.tick_params(axis="x", length=0)
@@ -89,14 +97,15 @@ def _panel(axes: Any, rows: Sequence[Row], dtype: str, contenders: list[str]) ->
 
 def _bar(axes: Any, row: Row, x: float, width: float) -> None:
     """Draw one bar with its img/s written inside; a wrong or failed run gets a word, no bar."""
-    text = {"ha": "center", "va": "bottom", "rotation": 90, "fontsize": 8}
+    text = {"ha": "center", "va": "bottom", "rotation": 90, "fontsize": 8, "zorder": 4}
     if row.img_s is None or row.ratio is None:
         if row.verdict not in (OK, SKIPPED):
-            axes.text(x, 0.05, row.verdict, color="#b00020", fontweight="bold", **text)
+            axes.text(x, 0.04, row.verdict, color="#b00020", fontweight="bold", **text)
         return
-    low, high = row.ratio.median - row.ratio.p20, row.ratio.p80 - row.ratio.median
-    error = [[low], [high]]
     axes.bar(x, row.ratio.median, width, color=COLOURS[row.contender])
-    axes.errorbar(x, row.ratio.median, error, color="#333", elinewidth=1, capsize=2)
+    if row.contender != REFERENCE:  # its ratio to itself has no spread
+        low, high = row.ratio.median - row.ratio.p20, row.ratio.p80 - row.ratio.median
+        error = [[low], [high]]
+        axes.errorbar(x, row.ratio.median, error, color="#333", elinewidth=1, capsize=2)
     colour = "#222" if row.contender in (REFERENCE, FUSED) else "white"
-    axes.text(x, 0.05, f"{row.img_s.median:.3g}", color=colour, **text)
+    axes.text(x, 0.04, f"{row.img_s.median:.3g}", color=colour, **text)

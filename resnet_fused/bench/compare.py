@@ -70,7 +70,7 @@ def show(found: Sequence[Difference], console: Console) -> None:
         left=("model", "dtype", "run", "verdict"),
         styles={i: colours.get(d.verdict, "bold red") for i, d in enumerate(found)},
     )
-    console.print(grid.rich())
+    console.print(grid.rich(console.width))
     console.print(
         f"{SAME}: the ranges p20-p80 of the two records overlap.", highlight=False, markup=False
     )

@@ -36,12 +36,12 @@ def build(name: str, crops: Tensor, *, seed: int, checked: int = 2) -> Network:
     The float64 answers are worked out for the first `checked` crops only: a float64 ResNet-152
     takes a second an image.
     """
-    from resnet_fused import flops
+    from resnet_fused.flops import count
     from resnet_fused.models import create_model
 
     torch.manual_seed(seed)
     model = create_model(name)
-    counted = flops.count(model, (1, *crops.shape[1:]))
+    counted = count(model, (1, *crops.shape[1:]))
     calibrate(model, crops)
     first = crops[:checked]
     return Network(

@@ -112,7 +112,8 @@ def usable_backend(option: str, value: str) -> str:
     known = {backend.name: backend for backend in rf.backends()}
     name = one_of(option, value, ["auto", *known])
     if name != "auto" and not known[name].available:
-        raise UsageError(f"{option}: {name} is not available: {known[name].reason}")
+        missing = known[name]
+        raise UsageError(f"{option}: {name} is not available: {missing.reason}; {missing.advice}")
     return name
 
 

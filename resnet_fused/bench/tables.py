@@ -28,6 +28,8 @@ from resnet_fused.bench.results import (
 from resnet_fused.bench.timing import Spread
 
 NONE = "-"
+#: From this width on, the columns of the widest table can stand apart.
+ROOMY = 96
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,12 @@ class Grid:
     breaks: frozenset[int] = frozenset()
     styles: dict[int, str] | None = None
 
-    def rich(self) -> Table:
-        """Return the table for a terminal."""
+    def rich(self, width: int) -> Table:
+        """Return the table for a terminal of so many columns."""
+        gap = 1 if width >= ROOMY else 0
         table = Table(
             title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0), show_edge=False,
+            padding=(0, gap, 0, 0), show_edge=False,
         )  # fmt: skip
         for name in self.columns:
             table.add_column(name, justify="left" if name in self.left else "right")
@@ -117,7 +120,7 @@ def conditions_line(conditions: dict[str, Any]) -> str:
 def show(record: Record, console: Console) -> None:
     """Print the tables, what they come to, and the conditions."""
     for grid in grids(record):
-        console.print(grid.rich())
+        console.print(grid.rich(console.width))
         console.print()
     for text in (*closing_lines(record), conditions_line(record.conditions)):
         console.print(text, highlight=False, markup=False)

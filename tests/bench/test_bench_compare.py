@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from resnet_fused.bench import compare
+from resnet_fused.bench.options import UsageError
+from resnet_fused.bench.results import WRONG, Record, Row
+
+
+def only(before: Row, after: Row) -> compare.Difference:
+    (found,) = compare.differences(Record({}, [before]), Record({}, [after]))
+    return found
+
+
+def test_overlapping_ranges_are_no_difference(row: Callable[..., Row]) -> None:
+    found = only(row("frozen", [0.2, 0.21, 0.22]), row("frozen", [0.21, 0.22, 0.23]))
+    assert found.verdict == compare.SAME
+    assert not found.regressed(0)
+
+
+def test_clear_ranges_are_faster_or_slower(row: Callable[..., Row]) -> None:
+    slow, quick = row("frozen", [0.40, 0.41]), row("frozen", [0.20, 0.205])
+    better, worse = only(slow, quick), only(quick, slow)
+    assert better.verdict == compare.FASTER
+    assert better.ratio == pytest.approx(2.0)
+    assert not better.regressed(0)
+    assert worse.verdict == compare.SLOWER
+    assert worse.regressed(0.4)
+    assert not worse.regressed(0.6)
+
+
+def test_becoming_wrong_is_a_regression_and_becoming_right_is_none(
+    row: Callable[..., Row],
+) -> None:
+    right, wrong = row("frozen", [0.2]), row("frozen", verdict=WRONG)
+    assert only(right, wrong).regressed(0.99)
+    assert only(right, wrong).verdict == "WRONG in B"
+    assert not only(wrong, right).regressed(0)
+
+
+def test_cases_match_by_model_dtype_batch_and_contender(record: Record) -> None:
+    found = compare.differences(record, record)
+    assert len(found) == 9  # all but the skipped one
+    assert {d.verdict for d in found if d.ratio} == {compare.SAME}
+    other = [replace(row, case=replace(row.case, batch=99)) for row in record.rows]
+    with pytest.raises(UsageError, match="no case in common"):
+        compare.differences(record, Record({}, other))
+
+
+def test_conditions_that_matter_are_pointed_out(record: Record) -> None:
+    other = replace(record, conditions={**record.conditions, "threads": 8, "date": "later"})
+    assert compare.unlike_conditions(record, other) == ["threads differs: 2 / 8"]
+
+
+def test_the_table_says_what_no_difference_means(record: Record) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    compare.show(compare.differences(record, record), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "WRONG in A" in text
+    assert "1.000" in text
+    assert "overlap" in text

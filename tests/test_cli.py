@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from resnet_fused.bench import contenders, job
+from resnet_fused.cli import app
+
+
+def call(*words: str | Path) -> Result:
+    return CliRunner(env={"COLUMNS": "100"}).invoke(app, [str(word) for word in words])
+
+
+def network(name: str, **kwargs: object) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 7, stride=8, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+    )
+
+
+@pytest.fixture
+def small_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job of a second: a tiny network, and freezing left to its own tests."""
+    monkeypatch.setattr("resnet_fused.models.create_model", network)
+    monkeypatch.setattr("resnet_fused.bench.timing.SHORTEST_SAMPLE_S", 0.0)
+    monkeypatch.setattr(job, "OWN", {"eager": contenders.eager, "frozen": contenders.eager})
+
+
+@pytest.mark.usefixtures("small_job")
+def test_bench_writes_its_three_files_and_compares_them(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    result = call("bench", "-m", "resnet50", "-b", "1,2", "-d", "fp32", "--rounds", 2, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "resnet50 fp32 batch 2: eager" in result.stderr  # plain lines without a terminal
+    assert "GMACs an image" in result.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["bench.json", "bench.md", "bench.png"]
+
+    record = json.loads((out / "bench.json").read_text())
+    assert len(record["rows"]) == 4
+    conditions = record["conditions"]
+    assert conditions["threads"] == torch.get_num_threads()
+    assert conditions["photographs"] == ["china.jpg", "flower.jpg"]
+    assert {"torch", "python", "cpu", "commit", "command", "date", "seed"} <= conditions.keys()
+
+    compared = call("bench", "--compare", out / "bench.json", out / "bench.json", "--threshold", 0)
+    assert compared.exit_code == 0, compared.output
+    assert "no difference" in compared.stdout
+
+
+@pytest.mark.usefixtures("small_job")
+def test_a_wrong_answer_makes_the_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(setup: contenders.Setup) -> contenders.Runner:
+        right = contenders.eager(setup)
+        return right._replace(run=lambda x: right.run(x) * 2)
+
+    monkeypatch.setattr(job, "OWN", {"eager": contenders.eager, "frozen": wrong})
+    result = call(
+        "bench", "-m", "resnet50", "-b", 1, "-d", "fp32", "--rounds", 1, "--out", tmp_path
+    )
+    assert result.exit_code == 1
+    assert "WRONG: resnet50 fp32 batch 1 frozen: error 1.0e+00, allowed" in result.stdout
+
+
+def test_a_regression_beyond_the_threshold_makes_the_exit_code_1(tmp_path: Path) -> None:
+    from resnet_fused.bench.results import OK, Case, Record, Row, save
+
+    for name, seconds in (("a", 0.2), ("b", 0.3)):
+        row = Row(Case("resnet50", "float32", 8), "eager", OK, 4.1, 25.6)
+        save(Record({}, [job.with_speed(row, {"eager": [seconds] * 3})]), tmp_path / name)
+    paths = tmp_path / "a", tmp_path / "b"
+    assert call("bench", "--compare", *paths).exit_code == 0
+    assert call("bench", "--compare", *paths, "--threshold", 0.5).exit_code == 0
+    worse = call("bench", "--compare", *paths, "--threshold", 0.1)
+    assert worse.exit_code == 1
+    assert "1 of 1 slower or wrong in B" in worse.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench", "--model", "resnt50"], "did you mean resnet50"),
+        (["bench", "--dtype", "int8"], "accepted: float32, bfloat16, float16"),
+        (["bench", "--batch", "none"], "--batch: 'none' given; accepted: a whole number"),
+        (["bench", "--rounds", "0"], "--rounds: 0 given"),
+        (["bench", "--threads", "-2"], "--threads: -2 given"),
+        (["bench", "--seed", "-1"], "--seed: -1 given"),
+        (["bench", "--device", "tpu"], "--device: unknown value 'tpu'; accepted: cpu, cuda"),
+        (["bench", "--backend", "ondnn"], "did you mean onednn"),
+        (["bench", "--peers", "tvm"], "accepted: inductor, onnxruntime, openvino"),
+        (["bench", "--images", "/no/such/place"], "/no/such/place: no such directory"),
+        (["bench", "--compare", "/no/a", "/no/b"], "/no/a: No such file or directory"),
+        (["bench", "--threshold", "0.1"], "--threshold: belongs to --compare"),
+        (["flops", "--model", "resnet5"], "did you mean resnet50"),
+        (["flops", "-m", "resnet18", "--input-size", "1,3,224"], "four numbers"),
+        (["flops", "-m", "resnet18", "--input-size", "1,3,x,9"], "--input-size: 'x' given"),
+        (["flops", "-m", "resnet18", "--stride-in", "2x2"], "accepted: 1x1, 3x3"),
+        (["verify", "resnet5"], "MODEL: unknown value 'resnet5'; did you mean resnet50"),
+        (["verify", "resnet18", "--batch", "0"], "--batch: 0 given"),
+        (["verify", "resnet18", "--images", "/no/such/place"], "no such directory"),
+    ],
+)
+def test_bad_values_get_one_line_and_exit_code_2(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call(*words)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_unwritable_out_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "run", lambda *args: pytest.fail("the job was begun"))
+    (tmp_path / "file").write_text("")
+    result = call("bench", "--out", tmp_path / "file" / "out")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("resnet-fused: --out: cannot write to")
+
+
+def test_flops_without_a_model_is_the_papers_table() -> None:
+    result = call("flops")
+    assert result.exit_code == 0
+    assert "vgg19" in result.stdout
+    assert "11.282" in result.stdout
+
+
+def test_flops_of_a_model_and_its_layers() -> None:
+    assert call("flops", "-m", "resnet50").stdout == "resnet50: 4.089 GMACs, 25.56 M parameters\n"
+    assert "3.858 GMACs" in call("flops", "-m", "resnet50", "--stride-in", "1x1").stdout
+    assert "layer4.1.conv2" in call("flops", "-m", "resnet18", "--layers").stdout
+
+
+class Certificate(NamedTuple):
+    ok: bool
+
+    def __str__(self) -> str:
+        return "conv1 1e-7"
+
+
+@pytest.mark.usefixtures("small_job")
+@pytest.mark.parametrize("ok", [True, False])
+def test_verify_shows_the_report_and_its_verdict_decides(
+    ok: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.dtype, torch.Size]] = []
+
+    def certify(model: nn.Module, example: torch.Tensor) -> Certificate:
+        assert not model.training
+        seen.append((next(model.parameters()).dtype, example.shape))
+        return Certificate(ok)
+
+    monkeypatch.setattr(importlib.import_module("resnet_fused.verify"), "verify", certify)
+    result = call("verify", "resnet18", "--dtype", "bf16", "--batch", "3")
+    assert result.exit_code == (0 if ok else 1)
+    assert result.stdout == "conv1 1e-7\n"
+    assert seen == [(torch.bfloat16, (3, 3, 224, 224))]
+
+
+def test_doctor_names_versions_and_backends() -> None:
+    result = call("doctor")
+    assert result.exit_code == 0
+    for word in (torch.__version__, "python", "native extension", "onednn", "reference"):
+        assert word in result.stdout
+
+
+def test_doctor_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_fused import env
+
+    findings = [env.Finding("cuda", False, "no [cuda] driver", "install one")]
+    monkeypatch.setattr(env, "diagnose", lambda: findings)
+    result = call("doctor")
+    assert result.exit_code == 0
+    assert "no [cuda] driver" in result.stdout
+    assert "-> install one" in result.stdout
+    assert call("doctor", "--strict").exit_code == 1
+
+
+@pytest.mark.parametrize("command", [(), ("bench",), ("flops",), ("verify",), ("doctor",)])
+def test_help_teaches(command: tuple[str, ...]) -> None:
+    result = call(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage: " in result.stdout
+
+
+def test_version() -> None:
+    import resnet_fused
+
+    assert call("--version").stdout == f"resnet_fused {resnet_fused.__version__}\n"
+
+
+def test_python_m_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_fused", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.startswith("resnet_fused ")
+
+
+def test_the_benchmark_modules_import_no_optional_package() -> None:
+    modules = "chart compare contenders job memory networks peers photos progress results tables"
+    code = (
+        "import sys, importlib\n"
+        f"[importlib.import_module('resnet_fused.bench.' + m) for m in '{modules}'.split()]\n"
+        "import resnet_fused.cli\n"
+        "print([m for m in ('sklearn', 'matplotlib', 'PIL', 'onnxruntime', 'openvino', 'onnx') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from resnet_fused import env
+
+
+class Backend(NamedTuple):
+    name: str
+    available: bool
+    reason: str
+    advice: str
+
+
+def test_the_conditions_are_json_and_whole() -> None:
+    found = json.loads(json.dumps(env.collect()))
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["cores"] >= 1
+    assert found["cpu"]
+    assert found["packages"]["numpy"]
+
+
+def test_versions_of_what_is_not_installed_are_none() -> None:
+    assert env.version("no-such-distribution") is None
+    assert env.version("resnet_fused")
+
+
+def test_a_missing_tool_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    found = env.collect()
+    assert found["compiler"] is None
+    assert found["driver"] is None
+    assert found["commit"] is None
+
+
+def test_a_package_in_somebody_elses_checkout_has_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path / "env.py").write_text("")
+    monkeypatch.setattr(env, "__file__", str(tmp_path / "env.py"))
+    assert env.commit() is None
+
+
+def test_a_commit_with_changes_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "env.py").write_text("")
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "env.py"], check=True)
+    subprocess.run([*git, "commit", "-qm", "first"], check=True)
+    monkeypatch.setattr(env, "__file__", str(tmp_path / "env.py"))
+    number = env.commit()
+    assert number is not None
+    assert len(number) == 12
+    (tmp_path / "env.py").write_text("changed")
+    assert env.commit() == f"{number}+changes"
+
+
+def test_every_backend_is_a_finding_with_its_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [Backend("cuda", False, "no driver", "install one"), Backend("onednn", True, "", "")]
+    monkeypatch.setattr("resnet_fused.backends", lambda: listed)
+    monkeypatch.setattr(env, "native_error", lambda: "libgomp.so.1: cannot open")
+    native, cuda, onednn = env.diagnose()
+    assert native.state == "libgomp.so.1: cannot open"
+    assert "make build" in native.advice
+    assert (cuda.good, cuda.state, cuda.advice) == (False, "no driver", "install one")
+    assert (onednn.good, onednn.state, onednn.advice) == (True, "available", "")
+
+
+def test_the_facts_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = dict(env.facts())
+    assert torch.__version__ in facts["torch"]
+    assert all(text and "\n" not in text for text in facts.values())
