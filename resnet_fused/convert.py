@@ -126,7 +126,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
             continue
         where = f"in {fqn or 'the root'} ({type(module).__name__})"
         for call in program.fused:
-            name = _join(fqn, call.conv)
+            name = _join(fqn, call.name)
             fused[name] = Fused(name, call.pattern, where)
         reasons.update((_join(fqn, name), reason) for name, reason in program.skipped)
     missing = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)} - fused.keys()
@@ -173,7 +173,7 @@ def _units(
         matches = match(module, traced.graph, shared)
         if matches.groups:
             covered |= {id(module.get_submodule(name)) for name in traced.inlined}
-            yield module, build(traced, matches)
+            yield module, build(module, traced, matches)
 
 
 def _shared(model: nn.Module) -> set[int]:

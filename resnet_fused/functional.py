@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def conv_bn_act(
         y = torch.relu(y).to(x.dtype)
 
     Args:
-        x: (N, C, H, W), float32, bfloat16, float16 or float64; any layout, channels_last is fastest.
+        x: (N, C, H, W), float32, bfloat16, float16 or float64; channels_last is fastest.
         weight: (O, C / groups, KH, KW), x's dtype.
         scale: (O,), x's dtype or float32; 1 if left out.
         shift: (O,), likewise; 0 if left out.
@@ -182,7 +182,7 @@ def _canonical_add_relu(x: Tensor, residual: Tensor) -> tuple[Any, ...]:
     return x, residual
 
 
-_CANONICAL = {
+_CANONICAL: dict[str, Callable[..., tuple[Any, ...]]] = {
     "conv_bn_act": _canonical_conv_bn_act,
     "bn_apply": _canonical_bn_apply,
     "add_relu": _canonical_add_relu,

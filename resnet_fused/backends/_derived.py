@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+import torch
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
-_lock = threading.Lock()
-_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+#: By the id of the first source: its values, by key. Gone with that tensor.
+_cache: dict[int, dict[Hashable, _Kept]] = {}
+
+
+class _Kept:
+    """A value and the state of its sources when it was made."""
+
+    def __init__(self, sources: tuple[Tensor | None, ...], value: Any) -> None:
+        # None answers "is it the same tensor" like any other source that has gone.
+        self._refs = [_nothing if s is None else weakref.ref(s) for s in sources]
+        self._stamps = [_stamp(s) for s in sources]
+        self.value = value
+
+    def holds(self, sources: tuple[Tensor | None, ...]) -> bool:
+        """Return whether the sources are the same tensors, not written since."""
+        # The order matters: only a tensor known from before is sure to have a version counter.
+        return all(r() is s for r, s in zip(self._refs, sources, strict=True)) and all(
+            _stamp(s) == stamp for s, stamp in zip(sources, self._stamps, strict=True)
+        )
 
 
 def derived(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[], T]) -> T:
@@ -21,8 +37,8 @@ def derived(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[]
 
     A source counts as changed when it is another tensor, lives in other memory, or was written in
     place (its version counter moved). Writing through ``tensor.data`` moves no counter and is not
-    seen: write under ``torch.no_grad()`` instead. Tensors made in inference mode have no counter;
-    nothing is kept for them.
+    seen: write under ``torch.no_grad()`` instead. Tensors made in inference mode have no counter,
+    and those of torch's function transforms and fake tensors no memory; nothing is kept for them.
 
     Args:
         sources: the tensors the value depends on; the value lives as long as the first one.
@@ -30,21 +46,30 @@ def derived(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[]
         make: computes the value.
     """
     first = sources[0]
-    if first is None or any(s is not None and s.is_inference() for s in sources):
-        return make()
-    stamp = tuple(None if s is None else (s._version, s.data_ptr(), s.dtype) for s in sources)
-    with _lock:
-        kept = _cache.get(first, {}).get(key)
-    if kept is not None and kept[0] == stamp and _same(kept[1], sources):
-        return kept[2]
+    values = _cache.get(id(first))
+    kept = values.get(key) if values is not None else None
+    if kept is not None and kept.holds(sources):
+        return kept.value
     value = make()
-    entry: Any = (stamp, [None if s is None else weakref.ref(s) for s in sources], value)
-    with _lock:
-        _cache.setdefault(first, {})[key] = entry
+    if first is not None and all(s is None or _countable(s) for s in sources):
+        if values is None:
+            values = _cache.setdefault(id(first), {})
+            weakref.finalize(first, _cache.pop, id(first), None)
+        values[key] = _Kept(sources, value)
     return value
 
 
-def _same(
-    kept: list[weakref.ReferenceType[Tensor] | None], sources: tuple[Tensor | None, ...]
-) -> bool:
-    return all((r() if r is not None else None) is s for r, s in zip(kept, sources, strict=True))
+def _nothing() -> None:
+    return None
+
+
+def _stamp(source: Tensor | None) -> tuple[int, int, torch.dtype] | None:
+    return None if source is None else (source._version, source.data_ptr(), source.dtype)
+
+
+def _countable(source: Tensor) -> bool:
+    return (
+        type(source) in (Tensor, nn.Parameter, nn.Buffer)
+        and not source.is_inference()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(source)
+    )

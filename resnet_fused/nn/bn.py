@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,13 +13,23 @@ from resnet_fused.backends._derived import derived
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
+_FROZEN_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
 def is_batch_norm(module: nn.Module) -> bool:
     """Return whether ``module`` is one of torch's BatchNorms or a detection model's frozen one.
 
-    Subclasses are left alone: their forward may do more. torchvision's FrozenBatchNorm2d is known
-    by its class name, so that torchvision need not be there.
+    Subclasses are left alone: their forward may do more. FrozenBatchNorm2d is known by its class
+    name and what it holds, so that torchvision need not be there; under autocast its result has
+    the autocast dtype when fused, as BatchNorm2d's has.
     """
-    return type(module) in BATCH_NORMS or type(module).__name__ == "FrozenBatchNorm2d"
+    if type(module) in BATCH_NORMS:
+        return True
+    return (
+        type(module).__name__ == "FrozenBatchNorm2d"
+        and isinstance(getattr(module, "eps", None), float)
+        and all(isinstance(getattr(module, n, None), Tensor) for n in _FROZEN_TENSORS)
+    )
 
 
 def uses_batch_statistics(bn: nn.Module) -> bool:
@@ -34,13 +46,20 @@ def scale_shift(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
     (Ioffe and Szegedy, arXiv 1502.03167, algorithm 2), in float32, or float64 for float64 buffers.
     The result is kept until one of the tensors changes, unless gradients are wanted.
     """
-    sources = (bn.running_var, bn.running_mean, bn.weight, bn.bias, conv.bias)
-    wants_grad = torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources)
-    if wants_grad or torch.compiler.is_compiling():
-        return _compute(*sources, eps=bn.eps)
-    # Tensors made in inference mode have no version counter, so nothing could be keyed on them.
-    with torch.inference_mode(False), torch.no_grad():
-        return derived(sources, ("scale_shift", bn.eps), lambda: _compute(*sources, eps=bn.eps))
+    norm: Any = bn  # BatchNorm2d, or any class that is_batch_norm takes
+    sources = (norm.running_var, norm.running_mean, norm.weight, norm.bias, conv.bias)
+    eps: float = norm.eps
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources)
+    ):
+        return _compute(*sources, eps=eps)
+
+    def compute() -> tuple[Tensor, Tensor]:
+        # Tensors made in inference mode have no version counter, so nothing is keyed on them.
+        with torch.inference_mode(False), torch.no_grad():
+            return _compute(*sources, eps=eps)
+
+    return derived(sources, ("scale_shift", eps), compute)
 
 
 def _compute(

@@ -23,13 +23,16 @@ class FusedModule:
         """Run the fused program where it applies, else the class's own forward."""
         program: Program = self.__dict__[_ATTRIBUTE]
         assert isinstance(self, nn.Module)
-        if program.applies(self, args, kwargs):
-            return program.run(self, args)
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        bound = program.bind(self, args, kwargs)
+        if bound is None:
+            own: Any = super()
+            return own.forward(*args, **kwargs)
+        return program.run(bound, args)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as the original class plus the state: the mixed class is made, not imported."""
-        make, arguments, *state = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *state = reduced
         if arguments and arguments[0] is type(self):
             return (_rebuild, (type(self).__bases__[1], make, arguments[1:]), *state)
         return (make, arguments, *state)
@@ -40,7 +43,7 @@ def _rebuild(original: type, make: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 @functools.cache
-def _fused_class(original: type) -> type:
+def _fused_class(original: Any) -> Any:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return FusedModule.forward(self, *args, **kwargs)
@@ -53,7 +56,8 @@ def _fused_class(original: type) -> type:
 def install(module: nn.Module, program: Program) -> None:
     """Make ``module`` run ``program``."""
     module.__dict__[_ATTRIBUTE] = program
-    module.__class__ = _fused_class(type(module))
+    original: Any = type(module)
+    module.__class__ = _fused_class(original)
 
 
 def remove(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,12 @@ class Group:
     def nodes(self) -> list[fx.Node]:
         """The group's nodes in the order of computation."""
         return [n for n in (self.conv, self.bn, self.add, self.relu) if n is not None]
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The nodes whose results the group reads: the convolution's input, then the residual."""
+        inputs = (self.conv.args[0], self.residual)
+        return [n for n in inputs if isinstance(n, fx.Node)]
 
     @property
     def pattern(self) -> str:
@@ -84,7 +91,7 @@ def _match_convolution(module: nn.Module, node: fx.Node, shared: set[int]) -> Gr
     if bn_node.op != "call_module" or not is_batch_norm(_module(module, bn_node)):
         return "no BatchNorm follows"
     if bn_node.args != (node,) or bn_node.kwargs:
-        return "its BatchNorm is called with more than its output"
+        return "its BatchNorm is called with other than its output alone"
     reason = _bn_reason(_module(module, bn_node), bn_node, shared)
     if reason:
         return reason
@@ -96,7 +103,7 @@ def _match_convolution(module: nn.Module, node: fx.Node, shared: set[int]) -> Gr
 def _convolution_reason(conv: nn.Module, shared: set[int]) -> str | None:
     assert isinstance(conv, nn.Conv2d)
     if type(conv) is not nn.Conv2d:
-        return f"{type(conv).__name__} is a subclass of Conv2d with a forward of its own"
+        return f"{type(conv).__name__} is a subclass of Conv2d, whose forward may do more"
     if has_hooks(conv):
         return "the convolution has hooks"
     if id(conv) in shared:
@@ -109,8 +116,8 @@ def _convolution_reason(conv: nn.Module, shared: set[int]) -> str | None:
 
 
 def _call_reason(node: fx.Node) -> str | None:
-    if len(node.args) != 1 or node.kwargs:
-        return "the convolution is called with more than one argument"
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return "the convolution is called with other than one positional argument"
     if len(node.users) != 1:
         return f"its output has {len(node.users)} readers"
     return None
@@ -136,7 +143,7 @@ def _extend(module: nn.Module, group: Group) -> None:
         if residual is not None and not _overwrites(module, user, residual):
             group.add, group.residual, last = user, residual, user
             user = _only_user(last)
-    if user is not None and _is_relu(module, user) and user.args[0] is last:
+    if user is not None and _is_relu(module, user):
         group.relu = user
 
 
@@ -181,29 +188,36 @@ def _without_hazards(module: nn.Module, group: Group, order: dict[fx.Node, int])
     """
     for candidate in (group, Group(group.conv, group.bn)):
         last = candidate.nodes[-1]
-        inputs = (candidate.conv.args[0], candidate.residual)
+        memory = _memory(module, candidate.inputs)
         between = [
             n for n, i in order.items()
             if order[candidate.conv] < i < order[last] and n not in candidate.nodes
         ]  # fmt: skip
-        if not any(_may_overwrite(module, n, inputs) for n in between):
+        if not any(_may_overwrite(module, n, memory) for n in between):
             return candidate
     return "an in-place operation stands between the convolution and its BatchNorm"
 
 
-def _may_overwrite(module: nn.Module, node: fx.Node, inputs: tuple[object, ...]) -> bool:
+def _may_overwrite(module: nn.Module, node: fx.Node, memory: set[fx.Node]) -> bool:
     if node.op == "call_module":
         child = _module(module, node)
-        written = node.all_input_nodes
-        if isinstance(child, _PURE_MODULES) or is_batch_norm(child):
+        if _is_fresh(module, node) or (type(child) is nn.ReLU and not child.inplace):
             return False
-        if type(child) is nn.ReLU and not child.inplace:
-            return False
-    elif _is_in_place(node):
-        written = node.all_input_nodes
-    else:
+    elif not _is_in_place(node):
         return False
-    return any(n in inputs or not _is_fresh(module, n) for n in written)
+    return any(n in memory or not _is_fresh(module, n) for n in node.all_input_nodes)
+
+
+def _memory(module: nn.Module, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return the nodes whose results may share memory with those of ``nodes``."""
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += [] if _is_fresh(module, node) else node.all_input_nodes
+    return found
 
 
 def _is_in_place(node: fx.Node) -> bool:
@@ -220,10 +234,11 @@ def _is_in_place(node: fx.Node) -> bool:
 
 
 def _is_fresh(module: nn.Module, node: fx.Node) -> bool:
-    """Return whether ``node``'s result is memory of its own, no view of something else."""
-    return node.op == "call_module" and (
-        isinstance(_module(module, node), _PURE_MODULES) or is_batch_norm(_module(module, node))
-    )
+    """Return whether ``node``'s result is memory of its own, and its input stays as it was."""
+    if node.op != "call_module":
+        return False
+    child = _module(module, node)
+    return (type(child) in _PURE_MODULES or is_batch_norm(child)) and not has_hooks(child)
 
 
 def _share_adds(groups: list[Group]) -> None:

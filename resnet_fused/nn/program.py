@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from resnet_fused import functional
@@ -27,6 +30,7 @@ class Step:
 
     #: "module", "function", "method", "attribute", "fused" or "output".
     kind: str
+    #: What is called: a module's place in :attr:`Program.children`, a function, a name, a group.
     target: Any
     args: Any
     kwargs: dict[str, Any]
@@ -37,10 +41,11 @@ class Step:
 
 @dataclass(frozen=True)
 class FusedCall:
-    """conv → bn → [add] → [relu], by the names of the modules, resolved when it runs."""
+    """conv → bn → [add] → [relu]; the modules by their places in :attr:`Program.children`."""
 
-    conv: str
-    bn: str
+    name: str
+    conv: int
+    bn: int
     pattern: str
     #: Whether a residual is added before the ReLU.
     adds: bool
@@ -50,14 +55,40 @@ class FusedCall:
 
 
 @dataclass(frozen=True)
+class Child:
+    """A submodule, or the module itself, as the program knows it."""
+
+    path: tuple[str, ...]
+    #: Whether no step calls it any more; a hook on it then sends the call the old way.
+    bypassed: bool
+    #: The class it must have, if the steps stand for that class's forward.
+    kind: type | None
+    #: The plain values among its attributes, if the steps stand for its forward.
+    attributes: tuple[tuple[str, Any], ...]
+    #: How many children it has, if the steps stand for its forward.
+    size: int | None
+
+    def holds(self, module: nn.Module) -> bool:
+        """Return whether ``module`` is still what the steps were made for."""
+        if self.bypassed and has_hooks(module):
+            return False
+        if self.kind is not None and type(module) is not self.kind:
+            return False
+        if self.size is not None and len(module._modules) != self.size:
+            return False
+        now = module.__dict__
+        return all(name in now and now[name] == value for name, value in self.attributes)
+
+
+@dataclass(frozen=True)
 class Program:
     """What a fused module runs instead of its class's forward."""
 
     inputs: int
     steps: tuple[Step, ...]
     slots: int
-    #: Modules that no step calls any more; a hook on one of them sends the call the old way.
-    bypassed: tuple[str, ...]
+    #: The module itself, then each submodule that the steps call or stand for.
+    children: tuple[Child, ...]
     #: Whether training mode takes another way through the forward.
     eval_only: bool
     #: Convolutions in reach that were left alone, with the reason.
@@ -68,52 +99,125 @@ class Program:
         """The fused calls in order."""
         return [step.target for step in self.steps if step.kind == "fused"]
 
-    def applies(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether this call may run the steps: the usual arguments, no hook passed by."""
-        if kwargs or len(args) != self.inputs or (self.eval_only and module.training):
-            return False
-        return not any(has_hooks(_submodule(module, name)) for name in self.bypassed)
+    def bind(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[nn.Module] | None:
+        """Return the modules that the steps call, or None if this call may not run the steps.
 
-    def run(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        """Run the steps on positional arguments."""
+        It may with the usual arguments, no hook passed by, and no change to the module since:
+        children exchanged or removed, a flag set that the forward was traced with.
+        """
+        if kwargs or len(args) != self.inputs or (self.eval_only and module.training):
+            return None
+        if any(a is None for a in args):
+            return None
+        bound = []
+        for child in self.children:
+            found: nn.Module | None = module
+            for name in child.path:
+                found = found._modules.get(name) if found is not None else None
+            if found is None or not child.holds(found):
+                return None
+            bound.append(found)
+        return bound
+
+    def run(self, bound: list[nn.Module], args: tuple[Any, ...]) -> Any:
+        """Run the steps on positional arguments, with the modules that :meth:`bind` gave."""
         results: list[Any] = [*args, *[None] * (self.slots - len(args))]
         for step in self.steps:
             if step.kind == "output":
                 return _fill(step.args, results)
-            results[step.out] = _run(module, step, results)
+            results[step.out] = _run(bound, step, results)
             for index in step.frees:
                 results[index] = None
         raise AssertionError("a traced forward ends with an output")
 
-
-def build(trace: Trace, matches: Matches) -> Program:
-    """Write the steps of a traced forward, each group of ``matches`` as one fused call."""
-    index = {node: i for i, node in enumerate(trace.graph.nodes)}
-    ends = {group.nodes[-1]: group for group in matches.groups}
-    inside = {n for group in matches.groups for n in group.nodes if n not in ends}
-    nodes = [n for n in trace.graph.nodes if n.op != "placeholder" and n not in inside]
-    reads = {node: _reads(node, ends.get(node)) for node in nodes}
-    last_reader = {read: node for node in nodes for read in reads[node]}
-    steps = []
-    for node in nodes:
-        frees = tuple(sorted(index[n] for n, reader in last_reader.items() if reader is node))
-        steps.append(_step(node, ends.get(node), index, frees))
-    names = [str(n.target) for n in inside | set(ends) if n.op == "call_module"]
-    bypassed = dict.fromkeys([*names, *matches.erased, *trace.inlined])
-    return Program(
-        inputs=trace.inputs,
-        steps=tuple(steps),
-        slots=len(index),
-        bypassed=tuple(bypassed),
-        eval_only=trace.eval_only,
-        skipped=tuple(matches.skipped.items()),
-    )
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        """Return itself: nothing in it changes or belongs to one module."""
+        return self
 
 
-def _reads(node: fx.Node, group: Group | None) -> list[fx.Node]:
-    if group is None:
-        return node.all_input_nodes
-    return [n for n in (group.conv.args[0], group.residual) if isinstance(n, fx.Node)]
+def build(module: nn.Module, trace: Trace, matches: Matches) -> Program:
+    """Write the steps of ``module``'s traced forward, each group as one fused call."""
+    return _Builder(module, trace, matches).build()
+
+
+class _Builder:
+    def __init__(self, module: nn.Module, trace: Trace, matches: Matches) -> None:
+        self.module, self.trace, self.matches = module, trace, matches
+        self.index = {node: i for i, node in enumerate(trace.graph.nodes)}
+        self.ends = {group.nodes[-1]: group for group in matches.groups}
+        self.grouped = {n for group in matches.groups for n in group.nodes}
+        names = [str(n.target) for n in trace.graph.nodes if n.op == "call_module"]
+        # An inlined module goes before what it contains, as a call replaces it whole.
+        names = ["", *trace.inlined, *matches.erased, *names]
+        self.places = {name: i for i, name in enumerate(dict.fromkeys(names))}
+
+    def build(self) -> Program:
+        nodes = [
+            n for n in self.trace.graph.nodes
+            if n.op != "placeholder" and (n not in self.grouped or n in self.ends)
+        ]  # fmt: skip
+        last_reader = {read: node for node in nodes for read in self._reads(node)}
+        steps = []
+        for node in nodes:
+            frees = tuple(i for n, i in self.index.items() if last_reader.get(n) is node)
+            steps.append(self._step(node, frees))
+        return Program(
+            inputs=self.trace.inputs,
+            steps=tuple(steps),
+            slots=len(self.index),
+            children=tuple(self._child(name) for name in self.places),
+            eval_only=self.trace.eval_only,
+            skipped=tuple(self.matches.skipped.items()),
+        )
+
+    def _child(self, name: str) -> Child:
+        module = self.module.get_submodule(name)
+        traced = not name or name in self.trace.inlined
+        grouped = any(n.op == "call_module" and n.target == name for n in self.grouped)
+        bypassed = bool(name) and (traced or grouped or name in self.matches.erased)
+        # Convolution and BatchNorm are looked at by the fused call; SyncBatchNorm may come later.
+        fixed = bypassed and not (isinstance(module, nn.Conv2d) or is_batch_norm(module))
+        return Child(
+            path=tuple(name.split(".")) if name else (),
+            bypassed=bypassed,
+            kind=type(module) if fixed else None,
+            attributes=_plain_attributes(module) if traced else (),
+            size=len(module._modules) if traced else None,
+        )
+
+    def _reads(self, node: fx.Node) -> list[fx.Node]:
+        group = self.ends.get(node)
+        return node.all_input_nodes if group is None else group.inputs
+
+    def _step(self, node: fx.Node, frees: tuple[int, ...]) -> Step:
+        group = self.ends.get(node)
+        if group is None:
+            return self._plain_step(node, frees)
+        inputs = tuple(Slot(self.index[n]) for n in self._reads(node))
+        return Step("fused", self._fused(group), inputs, {}, self.index[node], frees)
+
+    def _plain_step(self, node: fx.Node, frees: tuple[int, ...] = ()) -> Step:
+        args: Any = _slots(node.args, self.index)
+        target: Any = node.target
+        if node.op == "call_module":
+            target = self.places[str(node.target)]
+        elif node.op == "output":
+            args = args[0]
+        kwargs = _slots(dict(node.kwargs), self.index)
+        return Step(_KINDS[node.op], target, args, kwargs, self.index[node], frees)
+
+    def _fused(self, group: Group) -> FusedCall:
+        return FusedCall(
+            name=str(group.conv.target),
+            conv=self.places[str(group.conv.target)],
+            bn=self.places[str(group.bn.target)],
+            pattern=group.pattern,
+            adds=group.add is not None,
+            act="relu" if group.relu is not None else None,
+            unfused=tuple(self._plain_step(n) for n in group.nodes),
+        )
 
 
 _KINDS = {
@@ -125,47 +229,70 @@ _KINDS = {
 }
 
 
-def _step(
-    node: fx.Node, group: Group | None, index: dict[fx.Node, int], frees: tuple[int, ...]
-) -> Step:
-    if group is None:
-        args = fx.node.map_arg(node.args, lambda n: Slot(index[n]))
-        kwargs = fx.node.map_arg(dict(node.kwargs), lambda n: Slot(index[n]))
-        if node.op == "output":
-            args = args[0]
-        return Step(_KINDS[node.op], node.target, args, dict(kwargs), index[node], frees)
-    call = FusedCall(
-        conv=str(group.conv.target),
-        bn=str(group.bn.target),
-        pattern=group.pattern,
-        adds=group.add is not None,
-        act="relu" if group.relu is not None else None,
-        unfused=tuple(_step(n, None, index, ()) for n in group.nodes),
+_TORCHS_OWN = frozenset(nn.Module().__dict__)
+
+
+def _plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Return what a forward may have branched on or computed with."""
+    return tuple(
+        (name, value)
+        for name, value in module.__dict__.items()
+        if name not in _TORCHS_OWN and isinstance(value, bool | int | float | str | None)
     )
-    inputs = tuple(Slot(index[n]) for n in _reads(node, group))
-    return Step("fused", call, inputs, {}, index[node], frees)
 
 
-def _run(module: nn.Module, step: Step, results: list[Any]) -> Any:
+def _slots(value: Any, index: dict[fx.Node, int]) -> Any:
+    """Return ``value`` with each node in it, also inside sequences, replaced by its slot."""
+    if isinstance(value, fx.Node):
+        return Slot(index[value])
+    return _map(value, lambda v: _slots(v, index))
+
+
+def _fill(value: Any, results: list[Any]) -> Any:
+    """Return ``value`` with each slot in it, also inside sequences, replaced by its result."""
+    if isinstance(value, Slot):
+        return results[value.index]
+    return _map(value, lambda v: _fill(v, results))
+
+
+def _map(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply ``function`` to the members of a sequence, dict or slice (fx has its own classes)."""
+    if isinstance(value, tuple):
+        members = [function(v) for v in value]
+        return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+    if isinstance(value, list):
+        return [function(v) for v in value]
+    if isinstance(value, dict):
+        return {k: function(v) for k, v in value.items()}
+    if isinstance(value, slice):
+        return slice(function(value.start), function(value.stop), function(value.step))
+    return value
+
+
+def _run(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     if step.kind == "fused":
-        return _run_fused(module, step, results)
-    args, kwargs = _fill(step.args, results), _fill(step.kwargs, results)
+        return _run_fused(bound, step, results)
+    args = [_fill(a, results) for a in step.args]
+    kwargs = {k: _fill(v, results) for k, v in step.kwargs.items()}
     if step.kind == "module":
-        return _submodule(module, step.target)(*args, **kwargs)
+        return bound[step.target](*args, **kwargs)
     if step.kind == "function":
         return step.target(*args, **kwargs)
     if step.kind == "method":
         return getattr(args[0], step.target)(*args[1:], **kwargs)
-    return _attribute(module, step.target)
+    return operator.attrgetter(step.target)(bound[0])
 
 
-def _run_fused(module: nn.Module, step: Step, results: list[Any]) -> Any:
+def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     call: FusedCall = step.target
-    conv, bn = _submodule(module, call.conv), _submodule(module, call.bn)
+    conv, bn = bound[call.conv], bound[call.bn]
     x = results[step.args[0].index]
     residual = results[step.args[1].index] if call.adds else None
     if not _fits(conv, bn, x, residual):
-        return _run_unfused(module, call, results)
+        results = list(results)
+        for plain in call.unfused:
+            results[plain.out] = _run(bound, plain, results)
+        return results[call.unfused[-1].out]
     assert isinstance(conv, nn.Conv2d)
     scale, shift = scale_shift(conv, bn)
     return functional.conv_bn_act(
@@ -175,7 +302,7 @@ def _run_fused(module: nn.Module, step: Step, results: list[Any]) -> Any:
     )  # fmt: skip
 
 
-def _fits(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None) -> bool:
+def _fits(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> bool:
     """Return whether the fused call computes what the modules would, for this call.
 
     The modules may have been exchanged since; BatchNorm may want the batch's statistics; an add
@@ -183,44 +310,23 @@ def _fits(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None) ->
     """
     if type(conv) is not nn.Conv2d or not is_batch_norm(bn) or uses_batch_statistics(bn):
         return False
+    if conv.padding_mode != "zeros" or conv.padding == "same" or x.dim() != 4:
+        return False
     if residual is None:
         return True
+    if not isinstance(residual, Tensor) or residual.dtype != _result_dtype(x):
+        return False
     shape = output_shape(x.shape, conv.weight.shape, conv.stride, _padding(conv), conv.dilation)
-    return residual.dtype == x.dtype and tuple(residual.shape) == shape
+    return tuple(residual.shape) == shape
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
-    # Of the string paddings only "valid" is matched.
+    # Of the string paddings only "valid" is taken.
     return (0, 0) if isinstance(conv.padding, str) else conv.padding
-
-
-def _run_unfused(module: nn.Module, call: FusedCall, results: list[Any]) -> Any:
-    results = list(results)
-    for step in call.unfused:
-        results[step.out] = _run(module, step, results)
-    return results[call.unfused[-1].out]
-
-
-def _fill(value: Any, results: list[Any]) -> Any:
-    """Return ``value`` with each slot in it, also inside sequences, replaced by its result."""
-    if isinstance(value, Slot):
-        return results[value.index]
-    if isinstance(value, tuple | list):
-        return type(value)(_fill(v, results) for v in value)
-    if isinstance(value, dict):
-        return {k: _fill(v, results) for k, v in value.items()}
-    if isinstance(value, slice):
-        return slice(*(_fill(v, results) for v in (value.start, value.stop, value.step)))
-    return value
-
-
-def _submodule(module: nn.Module, name: str) -> nn.Module:
-    """Return a submodule by its dotted name, faster than ``get_submodule``."""
-    for part in name.split("."):
-        module = module._modules[part]  # type: ignore[assignment]
-    return module
-
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    path, _, last = name.rpartition(".")
-    return getattr(_submodule(module, path) if path else module, last)

@@ -8,38 +8,60 @@ add outside it. Everything else stays one call, with its hooks and wrappers inta
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
+from resnet_fused.nn.watch import Watch
 
-class Trace:
+
+class Trace(NamedTuple):
     """The graph of one module's forward, and what the graph depends on."""
 
-    def __init__(
-        self, graph: fx.Graph, inputs: int, inlined: tuple[str, ...], eval_only: bool
-    ) -> None:
-        self.graph = graph
-        #: How many positional arguments the graph takes: those without a default.
-        self.inputs = inputs
-        #: Names of the submodules whose forward was inlined.
-        self.inlined = inlined
-        #: Whether the graph in training mode is another one.
-        self.eval_only = eval_only
+    graph: fx.Graph
+    #: How many positional arguments the graph takes: those without a default.
+    inputs: int
+    #: Names of the submodules whose forward was inlined.
+    inlined: tuple[str, ...]
+    #: Whether the graph in training mode is another one, or none.
+    eval_only: bool
 
 
 class TraceError(Exception):
     """The forward cannot be turned into a graph; the message says why."""
 
 
-#: Whether each module is a straight chain; one per walk over a model, as every trace asks.
-Chains = dict[nn.Module, bool]
+#: Whether a module (by its id) is a straight chain; one per walk over a model, as every trace asks.
+Chains = dict[int, bool]
+
+
+class _Proxy(fx.Proxy):
+    """A symbol for a tensor, where fx's own would let a forward go wrong unseen."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """Refuse ``isinstance``: a branch taken on a symbol's type is not the tensor's branch."""
+        raise TraceError("forward asks for the type of a value")
+
+
+def _in_place(function: Any) -> Any:
+    def method(self: _Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+# fx would take ``y += x`` for ``y = y + x``, although others may hold ``y``.
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
 
 
 class _Tracer(fx.Tracer):
+    # A buffer read or written in the forward belongs into the graph, not into the tracing.
+    proxy_buffer_attributes = True
+
     def __init__(self, required: list[str], chains: Chains) -> None:
         super().__init__()
         self._required = required
@@ -47,9 +69,9 @@ class _Tracer(fx.Tracer):
         self.inlined: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if m not in self._chains:
-            self._chains[m] = _is_chain(m, self._chains)
-        if not self._chains[m]:
+        if id(m) not in self._chains:
+            self._chains[id(m)] = _is_chain(m, self._chains)
+        if not self._chains[id(m)]:
             return True
         self.inlined.append(module_qualified_name)
         return False
@@ -60,6 +82,13 @@ class _Tracer(fx.Tracer):
         """Make placeholders for the required arguments only; the others keep their defaults."""
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._required]
         return root_fn, [self.root, *proxies]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        # Before fx asks what it is an instance of.
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 
 
 def trace(module: nn.Module, chains: Chains) -> Trace:
@@ -74,32 +103,39 @@ def trace(module: nn.Module, chains: Chains) -> Trace:
             arguments that no graph can stand for.
     """
     required = _required_arguments(module)
-    before = dict(module.__dict__)
+    graph, inlined = _graph(module, required, chains, training=False)
     try:
-        with _training(module, False):
-            tracer = _Tracer(required, chains)
+        eval_only = _text(_graph(module, required, chains, training=True)[0]) != _text(graph)
+    except TraceError:
+        eval_only = True
+    return Trace(graph, len(required), inlined, eval_only)
+
+
+def _graph(
+    module: nn.Module, required: list[str], chains: Chains, *, training: bool
+) -> tuple[fx.Graph, tuple[str, ...]]:
+    tracer = _Tracer(required, chains)
+    with Watch(module) as watch:
+        try:
+            # The flags directly: a model may override ``train`` to keep parts of it frozen.
+            for m in module.modules():
+                m.training = training
             graph = tracer.trace(module)
-        with _training(module, True):
-            eval_only = _text(_Tracer(required, chains).trace(module)) != _text(graph)
-    except Exception as error:
-        # A forward is anybody's code: whatever it raises on symbolic values, it is not traceable.
-        raise TraceError(str(error).strip().split("\n")[0] or type(error).__name__) from error
-    finally:
-        changed = {k for k, v in module.__dict__.items() if before.get(k, _MISSING) is not v}
-        module.__dict__.clear()
-        module.__dict__.update(before)
-    if changed:
-        raise TraceError(f"forward writes attributes of the module: {', '.join(sorted(changed))}")
-    return Trace(graph, len(required), tuple(dict.fromkeys(tracer.inlined)), eval_only)
-
-
-_MISSING = object()
+        except Exception as error:
+            # A forward is anybody's code: whatever it raises on symbols, it is not traceable.
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise TraceError(reason) from error
+    if watch.changed:
+        raise TraceError(f"forward changes {', '.join(watch.changed)}")
+    return graph, tuple(dict.fromkeys(tracer.inlined))
 
 
 def _is_chain(module: nn.Module, chains: Chains) -> bool:
     """Return whether ``module`` passes one value through childless modules, one after another."""
-    children = list(module.modules())[1:]
+    children = list(module.children())
     if not any(isinstance(child, nn.Conv2d) for child in children) or has_hooks(module):
+        return False
+    if any(True for child in children for _ in child.children()):
         return False
     try:
         graph = trace(module, chains).graph
@@ -113,8 +149,6 @@ def _is_chain(module: nn.Module, chains: Chains) -> bool:
         elif node.op == "output":
             return node.args[0] is previous
         elif node.op != "call_module" or node.args != (previous,) or node.kwargs:
-            return False
-        elif next(module.get_submodule(node.target).children(), None) is not None:
             return False
         previous = node
     return False
@@ -134,24 +168,15 @@ def has_hooks(module: nn.Module) -> bool:
 def _required_arguments(module: nn.Module) -> list[str]:
     if isinstance(module, torch.jit.ScriptModule):
         raise TraceError("a TorchScript module has no Python forward")
+    if "forward" in module.__dict__:
+        raise TraceError("forward was replaced on the instance")
+    if type(module).forward is nn.Module.forward:
+        raise TraceError("it has no forward")
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     required = [p for p in parameters if p.default is p.empty]
     if not required or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in required):
         raise TraceError("forward does not take a fixed list of positional arguments")
     return [p.name for p in required]
-
-
-@contextmanager
-def _training(module: nn.Module, mode: bool) -> Iterator[None]:
-    """Set the training flags directly: a model may override ``train`` to keep parts frozen."""
-    flags = [(m, m.training) for m in module.modules()]
-    try:
-        for m, _ in flags:
-            m.training = mode
-        yield
-    finally:
-        for m, flag in flags:
-            m.training = flag
 
 
 def _text(graph: fx.Graph) -> list[str]:

@@ -93,7 +93,7 @@ def channels_last(y: torch.Tensor) -> torch.Tensor:
     ``contiguous`` leaves a map of one channel or one pixel as it came, so that the strides of a
     result would depend on the way it was computed; a compiled caller relies on one answer.
     """
-    n, c, h, w = y.shape
+    _, c, h, w = y.shape
     if y.stride() == (h * w * c, 1, w * c, c):
         return y
     return empty_channels_last(y, y.shape).copy_(y)

@@ -22,7 +22,7 @@ def output_shape(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> tuple[int, ...]:
-    """Return (N, O, OH, OW) of a convolution of shape ``x`` with ``weight`` (O, C/groups, KH, KW)."""
+    """Return (N, O, OH, OW) of a convolution of ``x`` with ``weight`` (O, C/groups, KH, KW)."""
     spatial = [
         (x[i + 2] + 2 * padding[i] - dilation[i] * (weight[i + 2] - 1) - 1) // stride[i] + 1
         for i in range(2)
@@ -192,7 +192,8 @@ def nbytes(
 
 
 #: (N, C, H, W), O, kernel, stride, padding, dilation, groups: each line one branch of a kernel.
-GEOMETRIES = (
+_Pair = int | tuple[int, int]
+GEOMETRIES: tuple[tuple[tuple[int, ...], int, _Pair, _Pair, _Pair, _Pair, int], ...] = (
     ((2, 16, 9, 7), 32, 1, 1, 0, 1, 1),  # pointwise
     ((2, 16, 9, 7), 24, 1, 2, 0, 1, 1),  # strided pointwise: a projection shortcut
     ((1, 8, 8, 8), 16, 3, 1, 1, 1, 1),  # the basic block's convolution
@@ -207,6 +208,10 @@ GEOMETRIES = (
 )
 
 
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield arguments over :data:`GEOMETRIES`, with and without vectors, residual and ReLU."""
     generator = torch.Generator().manual_seed(0)
@@ -215,9 +220,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, to)
 
     for i, (shape, o, k, s, p, d, groups) in enumerate(GEOMETRIES):
-        kernel, stride, padding, dilation = (
-            (v, v) if isinstance(v, int) else v for v in (k, s, p, d)
-        )
+        kernel, stride, padding, dilation = map(_pair, (k, s, p, d))
         weight = draw(o, shape[1] // groups, *kernel)
         out = output_shape(shape, weight.shape, stride, padding, dilation)
         vector_dtype = dtype if i % 3 == 2 else _checks.accumulate_dtype(dtype)
@@ -233,7 +236,8 @@ OP = Op(
     name=NAME,
     schema=(
         "(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, "
-        "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str? act) -> Tensor"
+        "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, str? act) "
+        "-> Tensor"
     ),
     check=check,
     reference=reference,
