@@ -55,8 +55,9 @@ def max_error(value: Tensor, oracle: Tensor) -> float:
 def two_x_rule(value: Tensor, eager: Tensor, oracle: Tensor, reduced: int) -> ErrorCheck:
     """Hold ``value`` to at most twice eager torch's error plus a floor.
 
-    The floor is eps(dtype) · max|oracle| · √reduced: the error that the rounding of ``reduced``
-    random terms explains on its own, for the cases where eager happens to be exact.
+    The floor is max|oracle| · (eps(dtype) + eps(accumulation dtype) · √reduced): one rounding of the
+    result, and that of ``reduced`` random terms in float32 (float64 for float64). It is for the
+    cases where eager happens to be exact.
 
     Args:
         value: the result under test.
@@ -66,7 +67,9 @@ def two_x_rule(value: Tensor, eager: Tensor, oracle: Tensor, reduced: int) -> Er
     """
     finite = oracle[oracle.isfinite()]
     peak = float(finite.abs().max()) if finite.numel() else 0.0
-    floor = torch.finfo(value.dtype).eps * peak * math.sqrt(max(reduced, 1))
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    terms = torch.finfo(wide).eps * math.sqrt(max(reduced, 1))
+    floor = peak * (torch.finfo(value.dtype).eps + terms)
     eager_error = max_error(eager, oracle)
     allowed = 2 * (eager_error if math.isfinite(eager_error) else 0.0) + floor
     return ErrorCheck(max_error(value, oracle), eager_error, allowed)

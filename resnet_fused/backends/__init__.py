@@ -73,13 +73,13 @@ _requested: str | None = None
 
 
 def requested() -> str:
-    """Return the backend asked for: by :class:`use_backend`, else RESNET_FUSED_BACKEND, else auto."""
+    """Return the backend asked for: :class:`use_backend`, else RESNET_FUSED_BACKEND, else auto."""
     if _requested is not None:
         return _requested
     return _check_name(os.environ.get("RESNET_FUSED_BACKEND", AUTO), "RESNET_FUSED_BACKEND")
 
 
-class use_backend:  # noqa: N801 - used as a function and as a context manager, like torch.no_grad
+class use_backend:
     """Ask for a backend by name, for the whole process, or within a ``with`` block.
 
     Args:

@@ -158,7 +158,7 @@ _local = threading.local()
 
 
 def _scratch(size: int) -> Tensor:
-    """Return this thread's scratch memory: kept, as fresh pages cost more than the kernel's work."""
+    """Return this thread's scratch memory, kept: touching fresh pages is slow."""
     kept: Tensor | None = getattr(_local, "scratch", None)
     if kept is None or kept.nbytes < size:
         kept = torch.empty(size, dtype=torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 
 # torch goes first: the extension then uses torch's own OpenMP threads instead of a second pool.
@@ -12,10 +13,9 @@ import torch  # noqa: F401
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        from resnet_fused import _C
+        return importlib.import_module("resnet_fused._C"), None
     except ImportError as error:
         return None, str(error)
-    return _C, None
 
 
 def extension() -> ModuleType | None:

@@ -67,9 +67,11 @@ def conv_bn_act(
     act: str | None,
 ) -> Tensor:
     """Run the op; the scale is folded into packed weights, kept until weight or scale change."""
-    geometry = tuple(map(tuple, (stride, padding, dilation))) + (groups, tuple(x.shape))
+    key = ("onednn", *stride, *padding, *dilation, groups, tuple(x.shape))
     packed = derived(
-        (weight, scale), ("onednn", *geometry), lambda: _pack(weight, scale, *geometry)
+        (weight, scale),
+        key,
+        lambda: _pack(weight, scale, stride, padding, dilation, groups, x.shape),
     )
     y = _run(x, packed, shift, residual, stride, padding, dilation, groups)
     # oneDNN's own ReLU turns NaN into 0; torch.relu keeps it.

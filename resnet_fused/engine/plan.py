@@ -27,7 +27,7 @@ class Plan:
         self._outputs, self._spec = captured.outputs, captured.spec
         self._values: list[Any] = [None] * captured.size
         layout = Layout(captured, x)
-        planned = arena.place([b for b in dict.fromkeys(layout.buffers.values())])
+        planned = arena.place(list(dict.fromkeys(layout.buffers.values())))
         #: Bytes of activations and scratch memory that the plan keeps.
         self.nbytes = planned + layout.scratch_bytes
         self._block = torch.empty(self.nbytes, dtype=torch.uint8, device=x.device)
