@@ -14,6 +14,8 @@ struct Direct {
     int64_t panels, panel;   // per group; elements of one packed panel
     int64_t chunk, chunks;   // panels whose weights stay in L2 together, per group
     bool copy;
+    int64_t pitch;           // elements from one pixel to the next
+    int64_t max_rows;        // of a tile
     int64_t bh, bw, nbh, nbw;    // block of outputs, and blocks per image
     int64_t xh, xw, xs;          // rows, columns and column step of the copied block
     int64_t buffer;              // elements
@@ -30,31 +32,37 @@ struct Direct {
     }
     const int64_t cg = s.cg(), og = s.og();
     p.cp = round_up(cg, E::KU);
-    p.merged = s.groups == 1 && s.dw == 1;
+    p.copy = s.ph || s.pw || p.cp != cg;
+    p.xs = s.kw == 1 ? 1 : s.sw;
+    p.pitch = p.copy ? s.groups * p.cp : s.c;
+    // Rows of a tile that lie a multiple of 4 KiB apart share the same few sets of the L1 cache.
+    const int64_t apart = (p.copy ? p.xs : s.sw) * p.pitch * (int64_t)sizeof(T);
+    p.max_rows = E::MR;
+    if (p.copy && apart % 2048 == 0) p.pitch += 64 / sizeof(T);
+    if (!p.copy && apart % 4096 == 0) p.max_rows = min64(E::MR, 8);
+    p.merged = p.pitch == p.cp && s.dw == 1;
     p.taps = p.merged ? s.kh : s.kh * s.kw;
     p.run = (p.merged ? s.kw : 1) * p.cp / E::KU;
     p.nv = og <= E::W ? 1 : E::NV;
     p.panels = ceil_div(og, p.nv * E::W);
     p.panel = p.taps * p.run * E::KU * p.nv * E::W;
-    const int64_t fit = (400 << 10) / (p.panel * (int64_t)sizeof(T));
+    const int64_t fit = (p.copy ? 300 << 10 : 400 << 10) / (p.panel * (int64_t)sizeof(T));
     p.chunks = ceil_div(p.panels, max64(1, min64(fit, p.panels)));
     p.chunk = ceil_div(p.panels, p.chunks);
     p.chunks = ceil_div(p.panels, p.chunk);
 
-    p.copy = s.ph || s.pw || p.cp != cg;
-    p.xs = s.kw == 1 ? 1 : s.sw;
     const int64_t oh = s.oh(), ow = s.ow();
     p.bh = max64(1, oh);
     p.bw = max64(1, ow);
     if (p.copy) {
-      const int64_t pixel = s.groups * p.cp * (int64_t)sizeof(T), budget = 224 << 10;
+      const int64_t pixel = p.pitch * (int64_t)sizeof(T), budget = 480 << 10;
       auto rows = [&](int64_t bh) { return (bh - 1) * s.sh + s.dh * (s.kh - 1) + 1; };
       auto cols = [&](int64_t bw) { return s.kw == 1 ? bw : (bw - 1) * s.sw + s.dw * (s.kw - 1) + 1; };
       while (p.bh > 1 && rows(p.bh) * cols(p.bw) * pixel > budget) p.bh = ceil_div(p.bh, 2);
       while (p.bw > E::MR && rows(p.bh) * cols(p.bw) * pixel > budget) p.bw = ceil_div(p.bw, 2);
       p.xh = rows(p.bh);
       p.xw = cols(p.bw);
-      p.buffer = p.xh * p.xw * s.groups * p.cp;
+      p.buffer = p.xh * p.xw * p.pitch;
     }
     p.nbh = ceil_div(oh, p.bh);
     p.nbw = ceil_div(ow, p.bw);
@@ -90,10 +98,49 @@ struct Direct {
     return round_up(p.taps * sizeof(int64_t), 64) + threads * round_up(p.buffer * sizeof(T), 64);
   }
 
-  // Copies the input under the block at output (y0, x0) of image n, zeros where there is none.
-  static void copy_block(const Plan& p, const T* x, int64_t n, int64_t y0, int64_t x0, T* out) {
+  // How a block's outputs are cut into register tiles: two short rows to a tile, or a row in parts.
+  struct Cut {
+    bool pair;
+    int64_t per_row, count;
+    Cut(const Plan& p, int64_t bh, int64_t bw) {
+      pair = 2 * bw <= p.max_rows;
+      per_row = ceil_div(bw, p.max_rows);
+      count = pair ? ceil_div(bh, 2) : bh * per_row;
+    }
+  };
+
+  static Cut cut_of(const Plan& p, int64_t block) {
+    return Cut(p, min64(p.bh, p.s.oh() - block / p.nbw * p.bh),
+               min64(p.bw, p.s.ow() - block % p.nbw * p.bw));
+  }
+
+  // The u-th unit of work, a tile for one chunk of panels. A copied block meets all the weights in
+  // turn; where nothing is copied, a chunk of weights meets all the images.
+  struct Place {
+    int64_t n, block, chunk, tile;
+    int64_t y, x;  // the block's first output
+
+    Place(const Plan& p, int64_t per_image, int64_t u) {
+      const int64_t chunks = p.s.groups * p.chunks, inner = p.copy ? chunks : 1;
+      n = u / (per_image * inner) % p.s.n;
+      chunk = p.copy ? 0 : u / (p.s.n * per_image);
+      tile = u % (per_image * inner);
+      block = 0;
+      for (int64_t size; tile >= (size = cut_of(p, block).count * inner); ++block) tile -= size;
+      if (p.copy) {
+        chunk = tile / cut_of(p, block).count;
+        tile %= cut_of(p, block).count;
+      }
+      y = block / p.nbw * p.bh;
+      x = block % p.nbw * p.bw;
+    }
+  };
+
+  // Copies the input under a block, zeros where there is none.
+  static void copy_block(const Plan& p, const T* x, const Place& at, T* out) {
     const ConvShape& s = p.s;
-    const int64_t cg = s.cg(), pixel = s.groups * p.cp;
+    const int64_t n = at.n, y0 = at.y, x0 = at.x;
+    const int64_t cg = s.cg(), pixel = p.pitch;
     const int64_t step = s.kw == 1 ? s.sw : 1, left = x0 * s.sw - s.pw;
     const int64_t first = min64(p.xw, left < 0 ? ceil_div(-left, step) : 0);
     const int64_t last = max64(first, min64(p.xw, ceil_div(s.w - left, step)));
@@ -106,30 +153,22 @@ struct Direct {
       memset(out, 0, first * pixel * sizeof(T));
       memset(out + last * pixel, 0, (p.xw - last) * pixel * sizeof(T));
       const T* in = x + ((n * s.h + iy) * s.w + left) * s.c;
-      if (p.cp == cg && step == 1) {
+      if (pixel == s.c && step == 1) {
         memcpy(out + first * pixel, in + first * pixel, (last - first) * pixel * sizeof(T));
       } else {
         for (int64_t i = first; i < last; ++i)
           for (int64_t g = 0; g < s.groups; ++g) {
             T* to = out + i * pixel + g * p.cp;
             const T* from = in + i * step * s.c + g * cg;
-            for (int64_t c = 0; c < cg; ++c) to[c] = from[c];
+            if (cg > 4)
+              memcpy(to, from, cg * sizeof(T));
+            else
+              for (int64_t c = 0; c < cg; ++c) to[c] = from[c];
             for (int64_t c = cg; c < p.cp; ++c) to[c] = 0;
           }
       }
     }
   }
-
-  // How a block's outputs are cut into register tiles: two short rows to a tile, or a row in parts.
-  struct Cut {
-    bool pair;
-    int64_t per_row, count;
-    Cut(int64_t bh, int64_t bw) {
-      pair = 2 * bw <= E::MR;
-      per_row = ceil_div(bw, E::MR);
-      count = pair ? ceil_div(bh, 2) : bh * per_row;
-    }
-  };
 
   static void run(const ConvArgs& args) {
     const Plan p = plan(args.s);
@@ -137,14 +176,12 @@ struct Direct {
     const int64_t oh = s.oh(), ow = s.ow();
     if (s.n * oh * ow * s.o == 0) return;
     int64_t* tap = reinterpret_cast<int64_t*>(args.scratch);
-    const int64_t pixel = p.copy ? s.groups * p.cp : s.c;
-    const int64_t pitch = (p.copy ? p.xw : s.w) * pixel;
+    const int64_t pixel = p.pitch, pitch = (p.copy ? p.xw : s.w) * pixel;
     for (int64_t t = 0; t < p.taps; ++t)
       tap[t] = p.merged ? t * s.dh * pitch : t / s.kw * s.dh * pitch + t % s.kw * s.dw * pixel;
     int64_t per_image = 0;
-    for (int64_t b = 0; b < p.nbh * p.nbw; ++b)
-      per_image += Cut(min64(p.bh, oh - b / p.nbw * p.bh), min64(p.bw, ow - b % p.nbw * p.bw)).count;
-    const int64_t chunks = s.groups * p.chunks, units = chunks * s.n * per_image;
+    for (int64_t b = 0; b < p.nbh * p.nbw; ++b) per_image += cut_of(p, b).count;
+    const int64_t units = s.groups * p.chunks * s.n * per_image;
     char* buffers = args.scratch + round_up(p.taps * sizeof(int64_t), 64);
     const int64_t stride = round_up(p.buffer * sizeof(T), 64);
 #pragma omp parallel num_threads(args.threads)
@@ -154,31 +191,22 @@ struct Direct {
       T* buffer = reinterpret_cast<T*>(buffers + me * stride);
       int64_t held = -1;  // the block in the buffer
       for (int64_t u = lo; u < hi;) {
-        const int64_t q = u / (s.n * per_image), n = u / per_image % s.n;
-        int64_t local = u % per_image;
-        for (int64_t b = 0; b < p.nbh * p.nbw && u < hi; ++b) {
-          const int64_t by = b / p.nbw * p.bh, bx = b % p.nbw * p.bw;
-          const Cut cut(min64(p.bh, oh - by), min64(p.bw, ow - bx));
-          if (local >= cut.count) {
-            local -= cut.count;
-            continue;
-          }
-          const int64_t block = n * p.nbh * p.nbw + b;
-          if (p.copy && held != block) {
-            copy_block(p, static_cast<const T*>(args.x), n, by, bx, buffer);
-            held = block;
-          }
-          for (; local < cut.count && u < hi; ++local, ++u)
-            one_tile(p, args, tap, buffer, cut, q, n, by, bx, local);
-          local = 0;
+        const Place at(p, per_image, u);
+        if (p.copy && held != at.n * p.nbh * p.nbw + at.block) {
+          copy_block(p, static_cast<const T*>(args.x), at, buffer);
+          held = at.n * p.nbh * p.nbw + at.block;
         }
+        const Cut cut = cut_of(p, at.block);
+        const int64_t end = min64(cut.count, at.tile + hi - u);
+        for (int64_t i = at.tile; i < end; ++i, ++u) one_tile(p, args, tap, buffer, cut, at, i);
       }
     }
   }
 
   static void one_tile(const Plan& p, const ConvArgs& args, const int64_t* tap, const T* buffer,
-                       const Cut& cut, int64_t q, int64_t n, int64_t by, int64_t bx, int64_t i) {
+                       const Cut& cut, const Place& at, int64_t i) {
     const ConvShape& s = p.s;
+    const int64_t n = at.n, q = at.chunk, by = at.y, bx = at.x;
     const int64_t oh = s.oh(), ow = s.ow(), bw = min64(p.bw, ow - bx);
     const int64_t row = cut.pair ? 2 * i : i / cut.per_row;
     const int64_t part = cut.pair ? 0 : i % cut.per_row;
@@ -190,8 +218,8 @@ struct Direct {
     int64_t down;  // elements from one output row's input to the next's
     const T* a;
     if (p.copy) {
-      t.lda = p.xs * s.groups * p.cp;
-      down = s.sh * p.xw * s.groups * p.cp;
+      t.lda = p.xs * p.pitch;
+      down = s.sh * p.xw * p.pitch;
       a = buffer + row * down + c0 * t.lda;
     } else {
       t.lda = s.sw * s.c;
@@ -210,12 +238,12 @@ struct Direct {
     const TileFn fn = tile_fn<E>((int)rows, p.nv);
     const int64_t first = q % p.chunks * p.chunk, last = min64(p.panels, first + p.chunk);
     for (int64_t j = first; j < last; ++j) {
-      const int64_t o = j * p.nv * E::W, at = g * og + o;
+      const int64_t o = j * p.nv * E::W, to = g * og + o;
       t.b = static_cast<const T*>(args.packed) + (g * p.panels + j) * p.panel;
-      t.scale = args.scale ? args.scale + at : nullptr;
-      t.shift = args.shift ? args.shift + at : nullptr;
-      t.residual = args.residual ? static_cast<const T*>(args.residual) + at : nullptr;
-      t.y = static_cast<T*>(args.y) + at;
+      t.scale = args.scale ? args.scale + to : nullptr;
+      t.shift = args.shift ? args.shift + to : nullptr;
+      t.residual = args.residual ? static_cast<const T*>(args.residual) + to : nullptr;
+      t.y = static_cast<T*>(args.y) + to;
       t.channels = og - o;
       fn(t);
     }

@@ -33,10 +33,25 @@ static void conv_tile(const TileArgs& g) {
   for (int64_t t = 0; t < g.taps; ++t) {
     const T* a0 = static_cast<const T*>(g.a0) + g.tap[t];
     const T* a1 = static_cast<const T*>(g.a1) + g.tap[t];
+#ifdef PA
+    if (t + 1 < g.taps) {
+      const T* n0 = static_cast<const T*>(g.a0) + g.tap[t + 1];
+      const T* n1 = static_cast<const T*>(g.a1) + g.tap[t + 1];
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+        for (int l = 0; l < PA; ++l)
+        _mm_prefetch(reinterpret_cast<const char*>(i < H ? n0 + i * lda : n1 + (i - H) * lda) + 64 * l, _MM_HINT_T0);
+    }
+#endif
     for (int64_t k = g.steps; k > 0; --k) {
       reg bv[NV];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) bv[j] = E::load_b(b + j * E::W * E::KU);
+      // Far enough ahead for weights that come from memory: at batch 1 most do.
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j)
+        _mm_prefetch(reinterpret_cast<const char*>(b + j * E::W * E::KU) + 8192, _MM_HINT_T1);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
         const reg a = E::broadcast(i < H ? a0 + i * lda : a1 + (i - H) * lda);
