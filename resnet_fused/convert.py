@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from resnet_fused.nn.fused import install, program_of, remove
+from resnet_fused.nn.fused import class_of, install, program_of, remove
 from resnet_fused.nn.match import match
 from resnet_fused.nn.program import Program, build
 from resnet_fused.nn.trace import Chains, TraceError, trace
@@ -124,35 +124,50 @@ def fusion_report(model: nn.Module) -> FusionReport:
         program = program_of(module)
         if program is None:
             continue
-        where = f"in {fqn or 'the root'} ({type(module).__name__})"
+        where = f"in {fqn or 'the root'} ({class_of(module).__name__})"
         for call in program.fused:
             name = _join(fqn, call.name)
             fused[name] = Fused(name, call.pattern, where)
         reasons.update((_join(fqn, name), reason) for name, reason in program.skipped)
     missing = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)} - fused.keys()
     if missing - reasons.keys():
-        reasons = {**_find_reasons(model), **reasons}
-    skipped = [Skipped(n, "conv", reasons.get(n, _NOT_ASKED)) for n in sorted(missing)]
+        reasons = {**_find_reasons(model, missing), **reasons}
+    skipped = [Skipped(n, "conv", reasons[n]) for n in sorted(missing)]
     return FusionReport(list(fused.values()), skipped)
+
+
+def _find_reasons(model: nn.Module, missing: set[str]) -> dict[str, str]:
+    """Say for each convolution in ``missing`` what the forwards that are not fused make of it."""
+    reasons: dict[str, str] = {}
+    untraceable: dict[str, str] = {}
+    shared = _shared(model)
+    chains: Chains = {}
+    for fqn, module in model.named_modules():
+        if program_of(module) is not None or not _has_forward(module):
+            continue
+        try:
+            matches = match(module, trace(module, chains).graph, shared)
+        except TraceError as error:
+            untraceable[fqn] = f"{type(module).__name__}.forward cannot be traced: {error}"
+            continue
+        left_out = {str(group.conv.target): _NOT_ASKED for group in matches.groups}
+        found = {**left_out, **matches.skipped}
+        reasons.update((_join(fqn, name), reason) for name, reason in found.items())
+    for name in missing - reasons.keys():
+        caller = name
+        while caller and (caller := caller.rpartition(".")[0]) not in untraceable:
+            pass
+        reasons[name] = untraceable.get(caller, "no forward that could be traced calls it")
+    return reasons
 
 
 _NOT_ASKED = "could be fused: fuse was not called on it, or filter_fn left it out"
 
 
-def _find_reasons(model: nn.Module) -> dict[str, str]:
-    reasons: dict[str, str] = {}
-    shared = _shared(model)
-    chains: Chains = {}
-    for fqn, module in model.named_modules():
-        if program_of(module) is not None:
-            continue
-        own = [n for n, m in module.named_children() if isinstance(m, nn.Conv2d)]
-        try:
-            skipped = match(module, trace(module, chains).graph, shared).skipped
-        except TraceError as error:
-            skipped = {n: f"{type(module).__name__}.forward cannot be traced: {error}" for n in own}
-        reasons.update((_join(fqn, name), reason) for name, reason in skipped.items())
-    return reasons
+def _has_forward(module: nn.Module) -> bool:
+    """Return whether ``module`` calls others in a forward of its own (a ModuleList has none)."""
+    has_children = next(module.children(), None) is not None
+    return has_children and type(module).forward is not nn.Module.forward
 
 
 def _units(

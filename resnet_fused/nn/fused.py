@@ -34,7 +34,7 @@ class FusedModule:
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, *state = reduced
         if arguments and arguments[0] is type(self):
-            return (_rebuild, (type(self).__bases__[1], make, arguments[1:]), *state)
+            return (_rebuild, (class_of(self), make, arguments[1:]), *state)
         return (make, arguments, *state)
 
 
@@ -63,8 +63,13 @@ def install(module: nn.Module, program: Program) -> None:
 def remove(module: nn.Module) -> None:
     """Give ``module`` its class and forward back, if they were exchanged."""
     if isinstance(module, FusedModule):
-        module.__class__ = type(module).__bases__[1]
+        module.__class__ = class_of(module)
         del module.__dict__[_ATTRIBUTE]
+
+
+def class_of(module: Any) -> Any:
+    """Return the class of ``module`` as it was before :func:`install`."""
+    return type(module).__bases__[1] if isinstance(module, FusedModule) else type(module)
 
 
 def program_of(module: nn.Module) -> Program | None:

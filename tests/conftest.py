@@ -1,0 +1,55 @@
+"""What all tests share: threads, seeds, the choice of backend, and the optional packages."""
+
+import os
+import random
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import resnet_fused as rf
+from resnet_fused.testing import optional_import
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _automatic_backend(monkeypatch: pytest.MonkeyPatch):
+    """Start every test with the backend chosen by call, whatever the test before asked for."""
+    monkeypatch.delenv("RESNET_FUSED_BACKEND", raising=False)
+    with rf.use_backend("auto"):
+        yield
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return optional_import(name)
+    except ModuleNotFoundError:
+        pytest.skip(f"{name} is not installed")
+
+
+@pytest.fixture(scope="session")
+def torchvision() -> ModuleType:
+    return _package("torchvision")
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    _package("torchvision")
+    return _package("timm")
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    _package("torchvision")
+    return _package("transformers")
