@@ -73,12 +73,11 @@ def fused(setup: Setup) -> Runner:
 
 
 def frozen(setup: Setup) -> Runner:
-    """`rf.freeze` for the batch at hand."""
+    """`rf.freeze` for the batch at hand; it copies and casts the float32 model itself."""
     import resnet_fused as rf
 
-    model = own_copy(setup)
-    example = torch_runner(model, setup).prepare(setup.example)
-    return torch_runner(rf.freeze(model, example), setup)
+    example = setup.example.to(device=setup.device, dtype=setup.dtype)
+    return torch_runner(rf.freeze(setup.model.to(setup.device), example), setup)
 
 
 OWN: dict[str, Build] = {REFERENCE: eager, FUSED: fused, FROZEN: frozen}
