@@ -99,7 +99,10 @@ def test_a_regression_beyond_the_threshold_makes_the_exit_code_1(tmp_path: Path)
         (["bench", "--rounds", "0"], "--rounds: 0 given"),
         (["bench", "--threads", "-2"], "--threads: -2 given"),
         (["bench", "--seed", "-1"], "--seed: -1 given"),
-        (["bench", "--device", "tpu"], "--device: unknown value 'tpu'; did you mean cpu? accepted: cpu, cuda"),
+        (
+            ["bench", "--device", "tpu"],
+            "--device: unknown value 'tpu'; did you mean cpu? accepted: cpu, cuda",
+        ),
         (["bench", "--backend", "ondnn"], "did you mean onednn"),
         (["bench", "--peers", "tvm"], "accepted: inductor, onnxruntime, openvino"),
         (["bench", "--images", "/no/such/place"], "/no/such/place: no such directory"),
