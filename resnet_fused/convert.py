@@ -13,7 +13,7 @@ from torch import nn
 from resnet_fused.nn.fused import class_of, install, program_of, remove
 from resnet_fused.nn.match import match
 from resnet_fused.nn.program import Program, build
-from resnet_fused.nn.trace import Chains, TraceError, trace
+from resnet_fused.nn.trace import Chains, TraceError, has_children, trace
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -51,7 +51,11 @@ def fuse(
     _check_model("fuse", model)
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         raise ValueError(f"fuse: model {type(model).__name__} has no Conv2d, nothing can be fused")
-    model = unfuse(model) if inplace else unfuse(copy.deepcopy(model))
+    if not inplace:
+        # Copies made in inference mode would have no version counters, and nothing could be cached.
+        with torch.inference_mode(False):
+            model = copy.deepcopy(model)
+    unfuse(model)
     shared = _shared(model)
     for module, program in _units(model, shared, filter_fn or _any):
         install(module, program)
@@ -166,8 +170,7 @@ _NOT_ASKED = "could be fused: fuse was not called on it, or filter_fn left it ou
 
 def _has_forward(module: nn.Module) -> bool:
     """Return whether ``module`` calls others in a forward of its own (a ModuleList has none)."""
-    has_children = next(module.children(), None) is not None
-    return has_children and type(module).forward is not nn.Module.forward
+    return has_children(module) and type(module).forward is not nn.Module.forward
 
 
 def _units(
@@ -177,7 +180,7 @@ def _units(
     covered: set[int] = set()
     chains: Chains = {}
     for fqn, module in list(model.named_modules()):
-        if id(module) in covered or next(module.children(), None) is None:
+        if id(module) in covered or not has_children(module):
             continue
         if not wanted(module, fqn):
             continue
