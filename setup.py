@@ -56,12 +56,12 @@ def native() -> dict:
         return {}
     from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 
+    included = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.inl")]
+
     def changed(obj: str, src: str) -> bool:
         """Whether src or any file it may include is newer than obj."""
-        if not os.path.exists(obj):
-            return True
-        files = [ROOT / src, *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.inl")]
-        return max(f.stat().st_mtime for f in files) > os.path.getmtime(obj)
+        newest = max(path.stat().st_mtime for path in (ROOT / src, *included))
+        return newest > os.path.getmtime(obj)
 
     class BuildExt(build_ext):
         def run(self) -> None:
@@ -72,8 +72,9 @@ def native() -> dict:
     extension = Pybind11Extension(
         "resnet_fused._C",
         sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in included),
         cxx_std=17,
-        extra_compile_args=["-O3", "-fopenmp", "-g0", "-Wno-maybe-uninitialized", "-fno-math-errno"],
+        extra_compile_args=["-O3", "-fopenmp", "-g0", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-fno-math-errno"],
         extra_link_args=["-fopenmp"],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExt}}

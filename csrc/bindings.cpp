@@ -4,10 +4,12 @@
 namespace rf {
 void register_cpu_isa(pybind11::module_& m);
 void register_conv_bn_act(pybind11::module_& m);
+void register_pool_head(pybind11::module_& m);
 }  // namespace rf
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of resnet_fused. Nothing here knows torch: pointers and sizes only.";
   rf::register_cpu_isa(m);
   rf::register_conv_bn_act(m);
+  rf::register_pool_head(m);
 }

@@ -249,3 +249,47 @@ def test_isa_names():
     _C.set_cpu_isa("none")
     assert _C.cpu_isa() == "none"
     assert _C.conv_bn_act_algorithms("float32", 1, 8, 8, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1) == []
+
+
+def test_pool_and_head_arguments_are_checked():
+    x, y = torch.zeros(512), torch.zeros(512)
+    pool = dict(x=x.data_ptr(), y=y.data_ptr(), dtype="float32", n=1, h=4, w=4, c=8, k=3, s=2, p=1)
+    for name, value in [("x", 0), ("y", 0), ("y", pool["x"]), ("k", 9), ("s", 0), ("p", 2)]:
+        with pytest.raises(ValueError, match=rf"^{name}: "):
+            _C.max_pool(**pool | {name: value})
+    head = dict(x=x.data_ptr(), weight=x.data_ptr(), bias=0, y=y.data_ptr(), scratch=y.data_ptr(),
+                scratch_bytes=32, dtype="float32", n=1, hw=4, c=8, classes=5)
+    for name, value in [("weight", 0), ("scratch", 0), ("scratch_bytes", 31), ("hw", 0)]:
+        with pytest.raises(ValueError, match=rf"^{name}: "):
+            _C.head(**head | {name: value})
+
+
+@pytest.mark.parametrize(("isa", "dtype"), RUNS, ids=str)
+@pytest.mark.parametrize(("shape", "k", "s", "p"), [
+    ((2, 64, 14, 16), 3, 2, 1), ((1, 37, 7, 9), 3, 1, 0), ((1, 5, 1, 1), 3, 2, 1), ((0, 8, 4, 4), 2, 2, 0)])
+def test_max_pool(shape, k, s, p, isa, dtype):
+    _C.set_cpu_isa(isa)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    if x.numel():
+        x[0, 1, 0, 0], x[-1, 2, -1, -1] = float("nan"), -float("inf")
+    want = torch.nn.functional.max_pool2d(x, k, s, p)
+    n, c, oh, ow = want.shape
+    xs, y = nhwc(x), torch.zeros(n, oh, ow, c, dtype=dtype)
+    _C.max_pool(xs.data_ptr(), y.data_ptr(), NAMES[dtype], n, *x.shape[2:], c, k, s, p)
+    assert torch.equal(y.permute(0, 3, 1, 2).nan_to_num(9.0), want.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize(("isa", "dtype"), RUNS, ids=str)
+@pytest.mark.parametrize(("n", "hw", "c", "classes"), [(1, 49, 512, 1000), (6, 49, 37, 7), (3, 1, 200, 10)])
+def test_head(n, hw, c, classes, isa, dtype):
+    _C.set_cpu_isa(isa)
+    g = torch.Generator().manual_seed(2)
+    x, w = torch.randn(n, hw, c, generator=g).to(dtype), torch.randn(classes, c, generator=g).to(dtype)
+    bias, scratch = torch.randn(classes, generator=g).to(dtype), torch.zeros(n * c)
+    for b in (bias, None):
+        y = torch.zeros(n, classes, dtype=dtype)
+        _C.head(x.data_ptr(), w.data_ptr(), 0 if b is None else b.data_ptr(), y.data_ptr(),
+                scratch.data_ptr(), 4 * n * c, NAMES[dtype], n, hw, c, classes)
+        oracle = x.double().mean(1) @ w.double().T + (0 if b is None else b.double())
+        eps = torch.finfo(dtype).eps
+        assert (y.double() - oracle).abs().max() <= eps * oracle.abs().max() * 2

@@ -235,7 +235,7 @@ struct Direct {
     t.y0 = ((n * oh + by + row) * ow + bx + c0) * s.o;
     t.y1 = t.y0 + (two ? ow : half) * s.o;
     t.relu = args.relu;
-    const TileFn fn = tile_fn<E>((int)rows, p.nv);
+    const TileFn fn = tile_fn<E>(rows, p.nv);
     const int64_t first = q % p.chunks * p.chunk, last = min64(p.panels, first + p.chunk);
     for (int64_t j = first; j < last; ++j) {
       const int64_t o = j * p.nv * E::W, to = g * og + o;

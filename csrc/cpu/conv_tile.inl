@@ -17,7 +17,8 @@ struct TileArgs {
   bool relu;
 };
 
-template <class E, int M, int NV>
+// RAW: the sums are stored as they are, all NV * W of them.
+template <class E, int M, int NV, bool RAW>
 static void conv_tile(const TileArgs& g) {
   using T = typename E::T;
   using reg = typename E::reg;
@@ -33,17 +34,6 @@ static void conv_tile(const TileArgs& g) {
   for (int64_t t = 0; t < g.taps; ++t) {
     const T* a0 = static_cast<const T*>(g.a0) + g.tap[t];
     const T* a1 = static_cast<const T*>(g.a1) + g.tap[t];
-#ifdef PA
-    if (t + 1 < g.taps) {
-      const T* n0 = static_cast<const T*>(g.a0) + g.tap[t + 1];
-      const T* n1 = static_cast<const T*>(g.a1) + g.tap[t + 1];
-#pragma GCC unroll 16
-      for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-        for (int l = 0; l < PA; ++l)
-        _mm_prefetch(reinterpret_cast<const char*>(i < H ? n0 + i * lda : n1 + (i - H) * lda) + 64 * l, _MM_HINT_T0);
-    }
-#endif
     for (int64_t k = g.steps; k > 0; --k) {
       reg bv[NV];
 #pragma GCC unroll 4
@@ -64,6 +54,15 @@ static void conv_tile(const TileArgs& g) {
     }
   }
 
+  if constexpr (RAW) {
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j)
+        E::store(static_cast<T*>(g.y) + (i < H ? g.y0 + i * g.ldy : g.y1 + (i - H) * g.ldy) + j * E::W,
+                 acc[i][j]);
+    return;
+  }
   // The channels beyond the last are neither read nor written.
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) {
@@ -91,14 +90,19 @@ static void conv_tile(const TileArgs& g) {
 
 using TileFn = void (*)(const TileArgs&);
 
-template <class E, int NV, int... M>
-static TileFn pick_tile(int rows, std::integer_sequence<int, M...>) {
-  static constexpr TileFn table[] = {conv_tile<E, M + 1, NV>...};
+template <class E, int NV, bool RAW, int... M>
+static TileFn pick_tile(int64_t rows, std::integer_sequence<int, M...>) {
+  static constexpr TileFn table[] = {conv_tile<E, M + 1, NV, RAW>...};
   return table[rows - 1];
 }
 
 template <class E>
-static TileFn tile_fn(int rows, int nv) {
+static TileFn tile_fn(int64_t rows, int nv) {
   using Rows = std::make_integer_sequence<int, E::MR>;
-  return nv == 1 ? pick_tile<E, 1>(rows, Rows{}) : pick_tile<E, E::NV>(rows, Rows{});
+  return nv == 1 ? pick_tile<E, 1, false>(rows, Rows{}) : pick_tile<E, E::NV, false>(rows, Rows{});
+}
+
+template <class E>
+static TileFn raw_tile_fn(int64_t rows) {
+  return pick_tile<E, E::NV, true>(rows, std::make_integer_sequence<int, E::MR>{});
 }

@@ -158,7 +158,12 @@ struct Winograd {
 #pragma GCC unroll 6
         for (int i = 0; i < IN; ++i)
 #pragma GCC unroll 6
-          for (int j = 0; j < IN; ++j) d[i * IN + j] = E::load(in + i * row + j * s.c + c);
+          for (int j = 0; j < IN; ++j) {
+            d[i * IN + j] = E::load(in + i * row + j * s.c + c);
+            // The columns the next tile adds.
+            if (j < OUT)
+              _mm_prefetch(reinterpret_cast<const char*>(in + i * row + (j + IN) * s.c + c), _MM_HINT_T0);
+          }
       } else {
         const auto m = Vec::first(s.c - c);
         for (int i = 0; i < IN; ++i)
@@ -186,7 +191,7 @@ struct Winograd {
     g.tap = &tap;
     g.taps = 1;
     g.steps = s.c;
-    g.ldy = g.channels = NR;
+    g.ldy = NR;
     for (int i = 0; i < P; ++i, u += s.c * NR)
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t r0 = part * rows / parts, r1 = (part + 1) * rows / parts;
@@ -197,7 +202,7 @@ struct Winograd {
         g.y = m + i * p.m_plane;
         g.y0 = r0 * NR;
         g.y1 = (r0 + half) * NR;
-        tile_fn<F32>((int)(r1 - r0), F32::NV)(g);
+        raw_tile_fn<F32>(r1 - r0)(g);
       }
   }
 

@@ -1,6 +1,6 @@
-// What this build offers, best general choice last.
+// What this build offers, in no order of preference.
 
 constexpr ConvAlgorithm algorithms[] = {Winograd<Element, Wino4>::algorithm,
                                         Winograd<Element, Wino2>::algorithm,
                                         Direct<Element>::algorithm, {}};
-constexpr KernelTable table{algorithms, nullptr, nullptr};
+constexpr KernelTable table{algorithms, max_pool<Element>, head<Element>};

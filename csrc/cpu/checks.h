@@ -1,0 +1,42 @@
+// Argument checks shared by the bindings: a ValueError begins with the argument's name.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "isa.h"
+#include "kernels.h"
+
+namespace rf {
+
+[[noreturn]] inline void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+inline DType parse_dtype(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "bfloat16") return DType::bf16;
+  fail("dtype: expected float32 or bfloat16, got " + name);
+}
+
+inline void need(const char* name, int64_t value, int64_t least, int64_t most = int64_t(1) << 31) {
+  if (value < least || value > most)
+    fail(std::string(name) + ": expected " + std::to_string(least) + " to " + std::to_string(most) +
+         ", got " + std::to_string(value));
+}
+
+inline void need_pointer(const char* name, uintptr_t address) {
+  if (!address) fail(std::string(name) + ": null pointer");
+}
+
+inline const cpu::KernelTable& table_for(DType dtype) {
+  const cpu::KernelTable* table = cpu::kernels(dtype);
+  if (!table) fail(std::string("dtype: no kernels for it on ") + cpu::isa_name(cpu::active_isa()));
+  return *table;
+}
+
+template <class P>
+P* pointer(uintptr_t address) {
+  return reinterpret_cast<P*>(address);
+}
+
+}  // namespace rf
