@@ -30,6 +30,8 @@ from resnet_fused.bench.timing import Spread
 NONE = "-"
 #: From this width on, the columns of the widest table can stand apart.
 ROOMY = 96
+#: p80 over p20 of a speed above which something else was using the machine.
+NOISY = 1.25
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,17 @@ def closing_lines(record: Record) -> list[str]:
         if row.verdict not in (OK, SKIPPED):
             lines.append(f"{row.verdict}: {_where(row.case)} {row.contender}: {row.note}")
     device = record.conditions.get("device_kind", "cpu")
-    return [*lines, *notes(device)]
+    return [*lines, *_noise(record.rows), *notes(device)]
+
+
+def _noise(rows: Sequence[Row]) -> list[str]:
+    noisy = {row.case for row in rows if row.img_s and row.img_s.p80 > NOISY * row.img_s.p20}
+    if not noisy:
+        return []
+    return [
+        f"NOISY: in {len(noisy)} of {len(cases_of(rows))} cases a p80 is more than {NOISY - 1:.0%} "
+        "above its p20; close other programs and run again."
+    ]
 
 
 def notes(device: str) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 T = TypeVar("T")
 
 SHORTEST_SAMPLE_S = 0.04
-MIN_ROUNDS = 5
+MIN_ROUNDS = 3
 MAX_ROUNDS = 30
 
 

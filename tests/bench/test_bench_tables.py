@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from resnet_fused.bench import chart, tables
+from resnet_fused.bench import chart, job, tables
 from resnet_fused.bench.options import UsageError
-from resnet_fused.bench.results import Record
+from resnet_fused.bench.results import Record, Row
 
 
 def shown(record: Record, width: int) -> str:
@@ -36,9 +38,15 @@ def test_wrong_and_failed_runs_show_no_speed(record: Record) -> None:
     )
 
 
+def test_a_noisy_machine_is_pointed_out(record: Record, row: Callable[..., Row]) -> None:
+    assert "NOISY" not in shown(record, 120)
+    noisy = job.with_speed(row("eager"), {"eager": [0.1, 0.1, 0.2, 0.2]})
+    assert "NOISY: in 1 of 1 cases" in shown(replace(record, rows=[noisy]), 120)
+
+
 def test_the_peer_table_ends_in_the_geometric_mean(record: Record) -> None:
     assert "geometric mean, 1 of 2" in shown(record, 100)
-    assert "1.20x" in shown(record, 100)
+    assert "1.30x" in shown(record, 100)
 
 
 def test_markdown_has_the_same_cells_and_the_conditions(record: Record) -> None:
