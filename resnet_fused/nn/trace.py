@@ -132,10 +132,8 @@ def _graph(
 
 def _is_chain(module: nn.Module, chains: Chains) -> bool:
     """Return whether ``module`` passes one value through childless modules, one after another."""
-    children = list(module.children())
+    children = list(module.modules())[1:]
     if not any(isinstance(child, nn.Conv2d) for child in children) or has_hooks(module):
-        return False
-    if any(True for child in children for _ in child.children()):
         return False
     try:
         graph = trace(module, chains).graph
@@ -148,10 +146,22 @@ def _is_chain(module: nn.Module, chains: Chains) -> bool:
                 return False
         elif node.op == "output":
             return node.args[0] is previous
-        elif node.op != "call_module" or node.args != (previous,) or node.kwargs:
+        elif not _is_link(module, node, previous):
             return False
         previous = node
     return False
+
+
+def _is_link(module: nn.Module, node: fx.Node, previous: fx.Node | None) -> bool:
+    if node.op != "call_module" or node.args != (previous,) or node.kwargs:
+        return False
+    # A child that is a chain itself has been inlined; one that has children still is none.
+    return not has_children(module.get_submodule(str(node.target)))
+
+
+def has_children(module: nn.Module) -> bool:
+    """Return whether ``module`` contains others."""
+    return next(module.children(), None) is not None
 
 
 def has_hooks(module: nn.Module) -> bool:
