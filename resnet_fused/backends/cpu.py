@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ ADVICE = "Build the extension with a C++17 compiler: pip install --no-binary :al
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+#: A kernel call with everything bound.
+Call = Callable[[], None]
+
+
+def _extension() -> ModuleType:
+    extension = native.extension()
+    assert extension is not None, "available() is asked before"
+    return extension
+
+
 def available() -> str | None:
     """Return why the native CPU kernels cannot be used here, or None."""
     extension = native.extension()
@@ -27,15 +38,18 @@ def available() -> str | None:
     return None
 
 
-def supports(op: str, x: Tensor, weight: Tensor, *args: object) -> str | None:
+def supports(op: str, x: Tensor, *args: object) -> str | None:
     """Return why the native kernels do not take this call, or None."""
+    return declines(x)
+
+
+def declines(x: Tensor) -> str | None:
+    """Return why no native kernel takes ``x``, or None."""
     if x.device.type != "cpu":
         return f"runs on the CPU, x is on {x.device}"
     if x.dtype not in _NAMES:
         return f"takes float32 and bfloat16, x is {x.dtype}"
-    extension = native.extension()
-    assert extension is not None
-    if x.dtype == torch.bfloat16 and extension.cpu_isa() != "avx512_bf16":
+    if x.dtype == torch.bfloat16 and _extension().cpu_isa() != "avx512_bf16":
         return "bfloat16 needs a processor with AVX-512 BF16"
     return None
 
@@ -96,7 +110,7 @@ class Convolution:
         y: Tensor,
         scratch: Tensor,
         act: str | None,
-    ) -> Callable[[], None]:
+    ) -> Call:
         """Return a call that runs the convolution on these buffers.
 
         The caller keeps x, residual, y and scratch alive; the call keeps the rest.
@@ -110,17 +124,46 @@ class Convolution:
             scratch: at least ``scratch_bytes`` bytes, 64-byte aligned.
             act: None or "relu".
         """
-        extension = native.extension()
-        assert extension is not None
         addresses = (0 if t is None else t.data_ptr() for t in (scale, shift, residual))
         run = functools.partial(
-            extension.conv_bn_act, x.data_ptr(), self._packed.data_ptr(), *addresses, y.data_ptr(),
-            scratch.data_ptr(), scratch.nbytes, self._dtype, self.algorithm, *self._geometry,
+            _extension().conv_bn_act,
+            x.data_ptr(), self._packed.data_ptr(), *addresses, y.data_ptr(), scratch.data_ptr(),
+            scratch.nbytes, self._dtype, self.algorithm, *self._geometry,
             act == "relu",
         )  # fmt: skip
         # The call holds addresses only; these two are the ones nobody else need keep.
         run.keeps = (scale, shift, self._packed)  # type: ignore[attr-defined]
         return run
+
+
+def bind_max_pool(x: Tensor, y: Tensor, kernel: int, stride: int, padding: int) -> Call:
+    """Return a call that pools ``x`` into ``y``, both channels_last and kept by the caller."""
+    n, c, h, w = x.shape
+    run: Call = functools.partial(
+        _extension().max_pool, x.data_ptr(), y.data_ptr(), _NAMES[x.dtype],
+        n, h, w, c, kernel, stride, padding,
+    )  # fmt: skip
+    return run
+
+
+def bind_head(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, scratch: Tensor) -> Call:
+    """Return a call of global average pool and linear layer; the caller keeps all but weight alive.
+
+    Args:
+        x: (N, C, H, W), channels_last.
+        weight: (K, C), contiguous, x's dtype.
+        bias: (K,) or None, x's dtype.
+        y: receives (N, K).
+        scratch: at least 4 · N · C bytes.
+    """
+    n, c, h, w = x.shape
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    run = functools.partial(
+        _extension().head, x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        y.data_ptr(), scratch.data_ptr(), scratch.nbytes, _NAMES[x.dtype], n, h * w, c, len(weight),
+    )  # fmt: skip
+    run.keeps = (weight, bias)  # type: ignore[attr-defined]
+    return run
 
 
 def as_vector(vector: Tensor | None) -> Tensor | None:
@@ -133,8 +176,7 @@ def _plan(
     dtype: str, geometry: tuple[int, ...], threads: int
 ) -> tuple[str, int, tuple[int, int, int, int]]:
     """Return algorithm, scratch size and output shape for one geometry."""
-    extension = native.extension()
-    assert extension is not None
+    extension = _extension()
     algorithm = extension.conv_bn_act_algorithms(dtype, *geometry)[0]
     scratch = extension.conv_bn_act_scratch_bytes(dtype, algorithm, *geometry, threads)
     n, h, w, _, o, kh, kw, sh, sw, ph, pw, dh, dw, _ = geometry
@@ -144,8 +186,7 @@ def _plan(
 
 
 def _pack(weight: Tensor, groups: int, algorithm: str) -> Tensor:
-    extension = native.extension()
-    assert extension is not None
+    extension = _extension()
     dtype, (o, c, kh, kw) = _NAMES[weight.dtype], weight.shape
     layout = (dtype, algorithm, o, c, kh, kw, groups)
     packed = torch.empty(extension.conv_bn_act_packed_bytes(*layout), dtype=torch.uint8)

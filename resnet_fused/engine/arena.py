@@ -46,9 +46,11 @@ def place(buffers: list[Buffer]) -> int:
 
 
 def view(block: Tensor, buffer: Buffer, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a buffer's bytes as a channels_last tensor."""
-    n, c, h, w = shape
+    """Return a buffer's bytes as a tensor of ``shape``, channels_last if it has four dimensions."""
     flat = block[buffer.offset : buffer.offset + buffer.nbytes].view(dtype)
+    if len(shape) != 4:
+        return flat.view(shape)
+    n, c, h, w = shape
     return flat.view(n, h, w, c).permute(0, 3, 1, 2)
 
 

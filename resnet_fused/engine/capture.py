@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,23 @@ class Ref:
     """Stands for the value of an earlier call (0 is the model's input)."""
 
     index: int
+
+
+def refs(call: Call) -> Iterator[Ref]:
+    """Yield the values a call reads."""
+    leaves = pytree.tree_leaves((call.args, call.kwargs), is_leaf=lambda v: isinstance(v, Ref))
+    return (leaf for leaf in leaves if isinstance(leaf, Ref))
+
+
+def fill(value: Any, values: list[Any]) -> Any:
+    """Return ``value`` with each Ref in it, also inside sequences, replaced by its value."""
+    if isinstance(value, Ref):
+        return values[value.index]
+    if isinstance(value, tuple | list):
+        return type(value)(fill(v, values) for v in value)
+    if isinstance(value, dict):
+        return {k: fill(v, values) for k, v in value.items()}
+    return value
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,39 +11,60 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from resnet_fused.engine import arena
-from resnet_fused.engine.capture import Call, Captured, Ref
-from resnet_fused.engine.layout import Layout, bind, fill
+from resnet_fused.engine.capture import Call, Captured, Ref, fill
+from resnet_fused.engine.kernels import Kernel, Native, merge_heads
+from resnet_fused.engine.layout import Layout, Segment
+
+Step = Callable[[], Any]
 
 
 class Plan:
     """Runs a captured forward pass on inputs of one shape.
 
-    Convolutions that the native kernels take write into buffers planned ahead; every other call
-    runs as torch runs it. A plan serves one call at a time; a second thread waits.
+    Calls that native kernels take write into buffers planned ahead, chunk of images by chunk of
+    images; every other call runs as torch runs it. A plan serves one call at a time; a second
+    thread waits.
     """
 
     def __init__(self, captured: Captured, x: Tensor) -> None:
         self._lock = threading.Lock()
+        captured = merge_heads(captured)
         self._outputs, self._spec = captured.outputs, captured.spec
         self._values: list[Any] = [None] * captured.size
         layout = Layout(captured, x)
+        kernels = {
+            call.out: layout.native[call.out].make(segment.images)
+            for segment in layout.segments
+            for call in segment.calls
+            if call.out in layout.native
+        }
         planned = arena.place(list(dict.fromkeys(layout.buffers.values())))
+        scratch = max((kernel.scratch_bytes for kernel in kernels.values()), default=0)
         #: Bytes of activations and scratch memory that the plan keeps.
-        self.nbytes = planned + layout.scratch_bytes
+        self.nbytes = planned + scratch
         self._block = torch.empty(self.nbytes, dtype=torch.uint8, device=x.device)
+        self._scratch = self._block[planned:]
         for index in layout.buffers:
             self._values[index] = layout.view(self._block, index)
         self._input: Tensor = self._values[0]
         #: Values that live in the plan's memory and must be copied before they leave it.
         self._kept = {i for i, root in layout.root.items() if root in layout.buffers}
-        self._steps = [self._step(call, layout) for call in captured.calls]
+        self._steps = [
+            s for segment in layout.segments for s in self._bind(segment, layout, kernels)
+        ]
 
-    def _step(self, call: Call, layout: Layout) -> Callable[[], Any]:
-        conv = layout.convolutions.get(call.out)
-        if conv is not None:
-            scratch = self._block[self.nbytes - layout.scratch_bytes :]
-            return bind(call, conv, self._values, scratch)
-        values, frees = self._values, layout.frees(call)
+    def _bind(self, segment: Segment, layout: Layout, kernels: dict[int, Kernel]) -> Iterator[Step]:
+        if not segment.images:
+            for call in segment.calls:
+                yield self._generic(call, layout.frees(call))
+            return
+        for start in range(0, max(layout.batch, 1), segment.images):
+            for call in segment.calls:
+                native = layout.native[call.out]
+                yield self._native(kernels[call.out], native, call, start, segment.images)
+
+    def _generic(self, call: Call, frees: tuple[int, ...]) -> Step:
+        values = self._values
 
         def run() -> None:
             values[call.out] = call.target(*fill(call.args, values), **fill(call.kwargs, values))
@@ -51,6 +72,23 @@ class Plan:
                 values[index] = None
 
         return run
+
+    def _native(self, kernel: Kernel, native: Native, call: Call, start: int, images: int) -> Step:
+        """Bind one kernel to one chunk, now if its inputs are planned, else at every run."""
+
+        def chunk(operand: Any) -> Any:
+            value = self._values[operand.index] if isinstance(operand, Ref) else operand
+            # What holds one chunk only is overwritten by the next.
+            return value if value is None or len(value) == images else value[start : start + images]
+
+        def bind() -> Step:
+            y = chunk(Ref(call.out))
+            return kernel.bind(chunk(native.x), chunk(native.residual), y, self._scratch)
+
+        operands = [o for o in (native.x, native.residual) if isinstance(o, Ref)]
+        if all(self._values[operand.index] is not None for operand in operands):
+            return bind()
+        return lambda: bind()()
 
     def run(self, x: Tensor) -> Any:
         """Run the plan on ``x``; the result is the caller's own."""
@@ -67,6 +105,4 @@ class Plan:
         if not isinstance(leaf, Ref):
             return leaf
         value = self._values[leaf.index]
-        if leaf.index in self._kept:
-            return value.clone()
-        return value
+        return value.clone() if leaf.index in self._kept else value
