@@ -32,7 +32,9 @@ def compiler_fault() -> str | None:
     import sysconfig
 
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
-    program = "#include <Python.h>\n#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }"
+    program = (
+        "#include <Python.h>\n#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }"
+    )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(program)
@@ -74,7 +76,14 @@ def native() -> dict:
         sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")),
         depends=sorted(str(path.relative_to(ROOT)) for path in included),
         cxx_std=17,
-        extra_compile_args=["-O3", "-fopenmp", "-g0", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-fno-math-errno"],
+        extra_compile_args=[
+            "-O3",
+            "-fopenmp",
+            "-g0",
+            "-Wno-uninitialized",
+            "-Wno-maybe-uninitialized",
+            "-fno-math-errno",
+        ],
         extra_link_args=["-fopenmp"],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExt}}

@@ -34,8 +34,22 @@ def nhwc(t):
     return t.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).contiguous()
 
 
-def native(x, w, algorithm, scale=None, shift=None, residual=None, relu=False, *, stride=(1, 1),
-           padding=(0, 0), dilation=(1, 1), groups=1, inplace=False, threads=None):
+def native(
+    x,
+    w,
+    algorithm,
+    scale=None,
+    shift=None,
+    residual=None,
+    relu=False,
+    *,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups=1,
+    inplace=False,
+    threads=None,
+):
     """Run one algorithm on NCHW tensors; NCHW out."""
     n, c, h, wd = x.shape
     o, cg, kh, kw = w.shape
@@ -44,10 +58,9 @@ def native(x, w, algorithm, scale=None, shift=None, residual=None, relu=False, *
     oh = (h + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
     ow = (wd + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
     xs, w = nhwc(x), w.contiguous()
-    keep, packed = aligned(_C.conv_bn_act_packed_bytes(name, algorithm, o, cg, kh, kw, groups))
+    _keep, packed = aligned(_C.conv_bn_act_packed_bytes(name, algorithm, o, cg, kh, kw, groups))
     _C.conv_bn_act_pack(w.data_ptr(), packed, name, algorithm, o, cg, kh, kw, groups)
-    size = _C.conv_bn_act_scratch_bytes(
-        name, algorithm, *shape, threads or torch.get_num_threads())
+    size = _C.conv_bn_act_scratch_bytes(name, algorithm, *shape, threads or torch.get_num_threads())
     keep2, scratch = aligned(size)
     r = None if residual is None else nhwc(residual)
     guard = 256
@@ -80,8 +93,19 @@ def algorithms(x, w, conv):
     n, c, h, wd = x.shape
     o, _, kh, kw = w.shape
     return _C.conv_bn_act_algorithms(
-        NAMES[x.dtype], n, h, wd, c, o, kh, kw, *conv["stride"], *conv["padding"],
-        *conv["dilation"], conv["groups"])
+        NAMES[x.dtype],
+        n,
+        h,
+        wd,
+        c,
+        o,
+        kh,
+        kw,
+        *conv["stride"],
+        *conv["padding"],
+        *conv["dilation"],
+        conv["groups"],
+    )
 
 
 def make(n, c, h, w, o, k, stride=1, padding=0, dilation=1, groups=1, dtype=torch.float32, seed=0):
@@ -91,9 +115,16 @@ def make(n, c, h, w, o, k, stride=1, padding=0, dilation=1, groups=1, dtype=torc
         return v if isinstance(v, tuple) else (v, v)
 
     kh, kw = pair(k)
-    conv = dict(stride=pair(stride), padding=pair(padding), dilation=pair(dilation), groups=groups)
+    conv = {
+        "stride": pair(stride),
+        "padding": pair(padding),
+        "dilation": pair(dilation),
+        "groups": groups,
+    }
     x = torch.randn(n, c, h, w, generator=g).to(dtype)
-    weight = (torch.randn(o, c // groups, kh, kw, generator=g) / math.sqrt(c // groups * kh * kw)).to(dtype)
+    weight = (
+        torch.randn(o, c // groups, kh, kw, generator=g) / math.sqrt(c // groups * kh * kw)
+    ).to(dtype)
     scale = torch.randn(o, generator=g)
     shift = torch.randn(o, generator=g)
     y = torch.nn.functional.conv2d(x, weight, None, **conv)
@@ -108,8 +139,9 @@ def check(x, w, scale, shift, residual, relu, conv, got):
     assert got.shape == oracle.shape
     if oracle.numel() == 0:
         return
-    limit = 2 * (reference.double() - oracle).abs().max() + torch.finfo(x.dtype).eps * oracle.abs(
-    ).max() * math.sqrt(w[0].numel())
+    limit = 2 * (reference.double() - oracle).abs().max() + torch.finfo(
+        x.dtype
+    ).eps * oracle.abs().max() * math.sqrt(w[0].numel())
     assert (got.double() - oracle).abs().max() <= limit
 
 
@@ -148,7 +180,12 @@ SHAPES = {
     "long row": (1, 160, 3, 600, 16, 3, 1, 1),
     "no images": (0, 16, 8, 8, 16, 3, 1, 1),
 }
-RUNS = [(isa, dtype) for isa in ISAS for dtype in NAMES if dtype is torch.float32 or isa == "avx512_bf16"]
+RUNS = [
+    (isa, dtype)
+    for isa in ISAS
+    for dtype in NAMES
+    if dtype is torch.float32 or isa == "avx512_bf16"
+]
 
 
 @pytest.mark.parametrize(("isa", "dtype"), RUNS, ids=str)
@@ -172,7 +209,9 @@ def test_epilogues(shape, isa, dtype):
     x, w, scale, shift, residual, conv = make(*SHAPES[shape], dtype=dtype)
     for name in algorithms(x, w, conv):
         for have in itertools.product((False, True), repeat=4):
-            a, b, r = (t if h else None for t, h in zip((scale, shift, residual), have, strict=False))
+            a, b, r = (
+                t if h else None for t, h in zip((scale, shift, residual), have, strict=False)
+            )
             got = native(x, w, name, a, b, r, have[3], **conv)
             check(x, w, a, b, r, have[3], conv, got)
             if r is not None:
@@ -181,16 +220,20 @@ def test_epilogues(shape, isa, dtype):
 
 @pytest.mark.parametrize(("isa", "dtype"), RUNS, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("shape", ["1x1 odd channels", "3x3", "3x3 odd", "3x3 7x7 map", "stem", "depthwise"])
+@pytest.mark.parametrize(
+    "shape", ["1x1 odd channels", "3x3", "3x3 odd", "3x3 7x7 map", "stem", "depthwise"]
+)
 def test_not_finite(shape, value, isa, dtype):
     """NaN and infinities reach exactly the outputs they reach in a direct convolution."""
     _C.set_cpu_isa(isa)
     x, w, scale, shift, residual, conv = make(*SHAPES[shape], dtype=dtype)
     x = x.abs() + 0.01
-    x[0, c := x.shape[1] // 2, x.shape[2] // 2, x.shape[3] // 2] = value
-    x[-1, c, 0, -1] = value
+    x[0, x.shape[1] // 2, x.shape[2] // 2, x.shape[3] // 2] = value
+    x[-1, 0, 0, -1] = value
     for relu in (False, True):
-        want = eager(x.double(), w.double(), scale.double(), shift.double(), residual.double(), relu, conv)
+        want = eager(
+            x.double(), w.double(), scale.double(), shift.double(), residual.double(), relu, conv
+        )
         for name in algorithms(x, w, conv):
             got = native(x, w, name, scale, shift, residual, relu, **conv).double()
             bad = ~want.isfinite()
@@ -200,7 +243,9 @@ def test_not_finite(shape, value, isa, dtype):
 
 
 @pytest.mark.parametrize(("isa", "dtype"), RUNS, ids=str)
-@pytest.mark.parametrize("shape", ["1x1 wide", "3x3 blocks", "3x3 7x7 map", "3x3 many panels", "stem"])
+@pytest.mark.parametrize(
+    "shape", ["1x1 wide", "3x3 blocks", "3x3 7x7 map", "3x3 many panels", "stem"]
+)
 def test_bitwise_repeatable(shape, isa, dtype):
     """The same bits each time, on any number of threads."""
     _C.set_cpu_isa(isa)
@@ -222,29 +267,71 @@ def test_scratch_for_fewer_threads_than_the_pool_has():
 
 
 def test_arguments_are_checked():
-    ok = dict(dtype="float32", n=1, h=8, w=8, c=4, o=4, kh=3, kw=3, sh=1, sw=1, ph=1, pw=1, dh=1,
-              dw=1, groups=1)
+    ok = {
+        "dtype": "float32",
+        "n": 1,
+        "h": 8,
+        "w": 8,
+        "c": 4,
+        "o": 4,
+        "kh": 3,
+        "kw": 3,
+        "sh": 1,
+        "sw": 1,
+        "ph": 1,
+        "pw": 1,
+        "dh": 1,
+        "dw": 1,
+        "groups": 1,
+    }
     _C.conv_bn_act_algorithms(**ok)
-    for name, value in [("dtype", "float16"), ("n", -1), ("h", 0), ("c", 0), ("kh", 20), ("sh", 0),
-                        ("ph", -1), ("dw", 0), ("groups", 3)]:
+    for name, value in [
+        ("dtype", "float16"),
+        ("n", -1),
+        ("h", 0),
+        ("c", 0),
+        ("kh", 20),
+        ("sh", 0),
+        ("ph", -1),
+        ("dw", 0),
+        ("groups", 3),
+    ]:
         word = "c" if name == "groups" else name
         with pytest.raises(ValueError, match=rf"^{word}: "):
             _C.conv_bn_act_algorithms(**ok | {name: value})
     shape = [v for k, v in ok.items() if k != "dtype"]
-    with pytest.raises(ValueError, match="algorithm: "):
+    with pytest.raises(ValueError, match=r"algorithm: "):
         _C.conv_bn_act_scratch_bytes("float32", "nonesuch", *shape, 1)
     x, y, buffer = torch.zeros(256), torch.zeros(256), aligned(1 << 20)
     size = _C.conv_bn_act_scratch_bytes("float32", "direct", *shape, 1)
-    good = dict(x=x.data_ptr(), packed=buffer[1], scale=0, shift=0, residual=0, y=y.data_ptr(),
-                scratch=buffer[1] + (1 << 19), scratch_bytes=size, algorithm="direct", relu=True, **ok)
-    for name, value in [("x", 0), ("y", 0), ("y", good["x"]), ("packed", 0), ("packed", buffer[1] + 4),
-                        ("scratch", buffer[1] + 4), ("scratch_bytes", size - 1)]:
+    good = dict(
+        x=x.data_ptr(),
+        packed=buffer[1],
+        scale=0,
+        shift=0,
+        residual=0,
+        y=y.data_ptr(),
+        scratch=buffer[1] + (1 << 19),
+        scratch_bytes=size,
+        algorithm="direct",
+        relu=True,
+        **ok,
+    )
+    for name, value in [
+        ("x", 0),
+        ("y", 0),
+        ("y", good["x"]),
+        ("packed", 0),
+        ("packed", buffer[1] + 4),
+        ("scratch", buffer[1] + 4),
+        ("scratch_bytes", size - 1),
+    ]:
         with pytest.raises(ValueError, match=rf"^{name}: "):
             _C.conv_bn_act(**good | {name: value})
 
 
 def test_isa_names():
-    with pytest.raises(ValueError, match="^name: "):
+    with pytest.raises(ValueError, match=r"^name: "):
         _C.set_cpu_isa("sse9")
     _C.set_cpu_isa("none")
     assert _C.cpu_isa() == "none"
@@ -253,20 +340,49 @@ def test_isa_names():
 
 def test_pool_and_head_arguments_are_checked():
     x, y = torch.zeros(512), torch.zeros(512)
-    pool = dict(x=x.data_ptr(), y=y.data_ptr(), dtype="float32", n=1, h=4, w=4, c=8, k=3, s=2, p=1)
+    pool = {
+        "x": x.data_ptr(),
+        "y": y.data_ptr(),
+        "dtype": "float32",
+        "n": 1,
+        "h": 4,
+        "w": 4,
+        "c": 8,
+        "k": 3,
+        "s": 2,
+        "p": 1,
+    }
     for name, value in [("x", 0), ("y", 0), ("y", pool["x"]), ("k", 9), ("s", 0), ("p", 2)]:
         with pytest.raises(ValueError, match=rf"^{name}: "):
             _C.max_pool(**pool | {name: value})
-    head = dict(x=x.data_ptr(), weight=x.data_ptr(), bias=0, y=y.data_ptr(), scratch=y.data_ptr(),
-                scratch_bytes=32, dtype="float32", n=1, hw=4, c=8, classes=5)
+    head = {
+        "x": x.data_ptr(),
+        "weight": x.data_ptr(),
+        "bias": 0,
+        "y": y.data_ptr(),
+        "scratch": y.data_ptr(),
+        "scratch_bytes": 32,
+        "dtype": "float32",
+        "n": 1,
+        "hw": 4,
+        "c": 8,
+        "classes": 5,
+    }
     for name, value in [("weight", 0), ("scratch", 0), ("scratch_bytes", 31), ("hw", 0)]:
         with pytest.raises(ValueError, match=rf"^{name}: "):
             _C.head(**head | {name: value})
 
 
 @pytest.mark.parametrize(("isa", "dtype"), RUNS, ids=str)
-@pytest.mark.parametrize(("shape", "k", "s", "p"), [
-    ((2, 64, 14, 16), 3, 2, 1), ((1, 37, 7, 9), 3, 1, 0), ((1, 5, 1, 1), 3, 2, 1), ((0, 8, 4, 4), 2, 2, 0)])
+@pytest.mark.parametrize(
+    ("shape", "k", "s", "p"),
+    [
+        ((2, 64, 14, 16), 3, 2, 1),
+        ((1, 37, 7, 9), 3, 1, 0),
+        ((1, 5, 1, 1), 3, 2, 1),
+        ((0, 8, 4, 4), 2, 2, 0),
+    ],
+)
 def test_max_pool(shape, k, s, p, isa, dtype):
     _C.set_cpu_isa(isa)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -280,16 +396,32 @@ def test_max_pool(shape, k, s, p, isa, dtype):
 
 
 @pytest.mark.parametrize(("isa", "dtype"), RUNS, ids=str)
-@pytest.mark.parametrize(("n", "hw", "c", "classes"), [(1, 49, 512, 1000), (6, 49, 37, 7), (3, 1, 200, 10)])
+@pytest.mark.parametrize(
+    ("n", "hw", "c", "classes"), [(1, 49, 512, 1000), (6, 49, 37, 7), (3, 1, 200, 10)]
+)
 def test_head(n, hw, c, classes, isa, dtype):
     _C.set_cpu_isa(isa)
     g = torch.Generator().manual_seed(2)
-    x, w = torch.randn(n, hw, c, generator=g).to(dtype), torch.randn(classes, c, generator=g).to(dtype)
+    x, w = (
+        torch.randn(n, hw, c, generator=g).to(dtype),
+        torch.randn(classes, c, generator=g).to(dtype),
+    )
     bias, scratch = torch.randn(classes, generator=g).to(dtype), torch.zeros(n * c)
     for b in (bias, None):
         y = torch.zeros(n, classes, dtype=dtype)
-        _C.head(x.data_ptr(), w.data_ptr(), 0 if b is None else b.data_ptr(), y.data_ptr(),
-                scratch.data_ptr(), 4 * n * c, NAMES[dtype], n, hw, c, classes)
+        _C.head(
+            x.data_ptr(),
+            w.data_ptr(),
+            0 if b is None else b.data_ptr(),
+            y.data_ptr(),
+            scratch.data_ptr(),
+            4 * n * c,
+            NAMES[dtype],
+            n,
+            hw,
+            c,
+            classes,
+        )
         oracle = x.double().mean(1) @ w.double().T + (0 if b is None else b.double())
         eps = torch.finfo(dtype).eps
         assert (y.double() - oracle).abs().max() <= eps * oracle.abs().max() * 2

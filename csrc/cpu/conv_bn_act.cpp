@@ -53,6 +53,7 @@ const cpu::ConvAlgorithm& find(const ConvShape& s, const std::string& name) {
 // is to save.
 std::string likely_fastest(const ConvShape& s) {
   const int64_t tiles = s.n * ceil_div(s.oh(), 4) * ceil_div(s.ow(), 4);
+  if (s.dtype == DType::bf16 && s.c % 2 && s.c < 16) return "narrow";
   if (s.dtype == DType::bf16) return s.c >= 24 && s.o >= 24 && tiles >= 32 ? "winograd4" : "direct";
   if (s.c < 16 || s.o < 16) return "direct";
   return tiles <= 16 && s.c * s.o >= 256 * 256 ? "winograd2" : "winograd4";

@@ -2,7 +2,11 @@
 // Where the input needs a border (padding) or an even channel count (bf16), each thread copies the
 // rows of one block of outputs, with zeros around them, into a buffer that stays in its L2 cache.
 
-template <class E>
+//
+// NARROW, for the first layer in bf16: the columns of the kernel and the few channels are one run of
+// elements, with one odd element per run instead of one per pixel.
+
+template <class E, bool NARROW = false>
 struct Direct {
   using T = typename E::T;
 
@@ -20,6 +24,7 @@ struct Direct {
     int64_t xh, xw, xs;          // rows, columns and column step of the copied block
     int64_t buffer;              // elements
     bool merged;                 // a run spans all the columns of the kernel
+    bool tail;                   // a run has an odd element at its end
   };
 
   static Plan plan(const ConvShape& shape) {
@@ -31,21 +36,23 @@ struct Direct {
       s.n = s.h = 1;
     }
     const int64_t cg = s.cg(), og = s.og();
-    p.cp = round_up(cg, E::KU);
+    p.cp = NARROW ? cg : round_up(cg, E::KU);
     p.copy = s.ph || s.pw || p.cp != cg;
     p.xs = s.kw == 1 ? 1 : s.sw;
     p.pitch = p.copy ? s.groups * p.cp : s.c;
     // Rows of a tile that lie a multiple of 4 KiB apart share the same few sets of the L1 cache.
     const int64_t apart = (p.copy ? p.xs : s.sw) * p.pitch * (int64_t)sizeof(T);
     p.max_rows = E::MR;
-    if (p.copy && apart % 2048 == 0) p.pitch += 64 / sizeof(T);
+    if (p.copy && apart % 2048 == 0 && !NARROW) p.pitch += 64 / sizeof(T);
     if (!p.copy && apart % 4096 == 0) p.max_rows = min64(E::MR, 8);
     p.merged = p.pitch == p.cp && s.dw == 1;
     p.taps = p.merged ? s.kh : s.kh * s.kw;
-    p.run = (p.merged ? s.kw : 1) * p.cp / E::KU;
+    const int64_t run = (p.merged ? s.kw : 1) * p.cp;
+    p.run = run / E::KU;
+    p.tail = run % E::KU;
     p.nv = og <= E::W ? 1 : E::NV;
     p.panels = ceil_div(og, p.nv * E::W);
-    p.panel = p.taps * p.run * E::KU * p.nv * E::W;
+    p.panel = p.taps * (p.run + p.tail) * E::KU * p.nv * E::W;
     const int64_t fit = (p.copy ? 300 << 10 : 400 << 10) / (p.panel * (int64_t)sizeof(T));
     p.chunks = ceil_div(p.panels, max64(1, min64(fit, p.panels)));
     p.chunk = ceil_div(p.panels, p.chunks);
@@ -69,7 +76,9 @@ struct Direct {
     return p;
   }
 
-  static bool can_run(const ConvShape&) { return true; }
+  static bool can_run(const ConvShape& s) {
+    return !NARROW || (s.groups == 1 && s.dw == 1 && s.c < 16);
+  }
 
   static size_t packed_bytes(const ConvShape& s) {
     const Plan p = plan(s);
@@ -80,16 +89,21 @@ struct Direct {
   static void pack(const ConvShape& s, const void* weight, void* packed) {
     const Plan p = plan(s);
     const int64_t nr = p.nv * E::W, cg = s.cg(), og = s.og(), kk = s.kh * s.kw;
+    // The elements e of a run are channels, or all of (kw, channel).
+    const int64_t runs = NARROW ? s.kh : kk, length = NARROW ? s.kw * cg : cg;
     const T* w = static_cast<const T*>(weight);
 #pragma omp parallel for
     for (int64_t q = 0; q < s.groups * p.panels; ++q) {
       T* out = static_cast<T*>(packed) + q * p.panel;
       const int64_t g = q / p.panels, o0 = q % p.panels * nr;
-      for (int64_t t = 0; t < kk; ++t)
-        for (int64_t c0 = 0; c0 < p.cp; c0 += E::KU)
+      for (int64_t t = 0; t < runs; ++t)
+        for (int64_t e0 = 0; e0 < length; e0 += E::KU)
           for (int64_t j = 0; j < nr; ++j)
-            for (int64_t c = c0; c < c0 + E::KU; ++c)
-              *out++ = o0 + j < og && c < cg ? w[((g * og + o0 + j) * cg + c) * kk + t] : T(0);
+            for (int64_t e = e0; e < e0 + E::KU; ++e) {
+              const int64_t tap = t * (kk / runs) + e / cg, c = e % cg;
+              const bool valid = o0 + j < og && e < length;
+              *out++ = valid ? w[((g * og + o0 + j) * cg + c) * kk + tap] : T(0);
+            }
     }
   }
 
@@ -231,6 +245,7 @@ struct Direct {
     t.tap = tap;
     t.taps = p.taps;
     t.steps = p.run;
+    t.tail = p.tail;
     t.ldy = s.o;
     t.y0 = ((n * oh + by + row) * ow + bx + c0) * s.o;
     t.y1 = t.y0 + (two ? ow : half) * s.o;
@@ -249,5 +264,5 @@ struct Direct {
     }
   }
 
-  static constexpr ConvAlgorithm algorithm{"direct", can_run, packed_bytes, pack, scratch_bytes, run};
+  static constexpr ConvAlgorithm algorithm{NARROW ? "narrow" : "direct", can_run, packed_bytes, pack, scratch_bytes, run};
 };

@@ -8,6 +8,7 @@ struct TileArgs {
   const void* b;           // packed weights: [tap][step][NV * W][KU]
   const int64_t* tap;      // element offset of each tap
   int64_t taps, steps;
+  bool tail;               // each run ends with a step of KU - 1 elements, the last one not read
   const float* scale;      // at the tile's first channel, or null
   const float* shift;
   const void* residual;    // like y, or null
@@ -34,7 +35,7 @@ static void conv_tile(const TileArgs& g) {
   for (int64_t t = 0; t < g.taps; ++t) {
     const T* a0 = static_cast<const T*>(g.a0) + g.tap[t];
     const T* a1 = static_cast<const T*>(g.a1) + g.tap[t];
-    for (int64_t k = g.steps; k > 0; --k) {
+    const auto step = [&](auto tail) __attribute__((always_inline)) {
       reg bv[NV];
 #pragma GCC unroll 4
       for (int j = 0; j < NV; ++j) bv[j] = E::load_b(b + j * E::W * E::KU);
@@ -44,14 +45,22 @@ static void conv_tile(const TileArgs& g) {
         _mm_prefetch(reinterpret_cast<const char*>(b + j * E::W * E::KU) + 8192, _MM_HINT_T1);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
-        const reg a = E::broadcast(i < H ? a0 + i * lda : a1 + (i - H) * lda);
+        const T* p = i < H ? a0 + i * lda : a1 + (i - H) * lda;
+        reg a;
+        if constexpr (tail.value)
+          a = E::broadcast_tail(p);
+        else
+          a = E::broadcast(p);
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) acc[i][j] = E::dot(acc[i][j], a, bv[j]);
       }
       a0 += E::KU;
       a1 += E::KU;
       b += NV * E::W * E::KU;
-    }
+    };
+    for (int64_t k = g.steps; k > 0; --k) step(std::false_type{});
+    if constexpr (E::KU == 2 && !RAW)
+      if (g.tail) step(std::true_type{});
   }
 
   if constexpr (RAW) {

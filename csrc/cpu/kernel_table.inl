@@ -2,5 +2,9 @@
 
 constexpr ConvAlgorithm algorithms[] = {Winograd<Element, Wino4>::algorithm,
                                         Winograd<Element, Wino2>::algorithm,
-                                        Direct<Element>::algorithm, {}};
+                                        Direct<Element>::algorithm,
+#ifdef RF_BF16
+                                        Direct<Element, true>::algorithm,
+#endif
+                                        {}};
 constexpr KernelTable table{algorithms, max_pool<Element>, head<Element>};

@@ -60,6 +60,7 @@ struct Bf16 : Vec {
     __builtin_memcpy(&v, p, 4);
     return _mm512_castsi512_ps(_mm512_set1_epi32(v));
   }
+  static reg broadcast_tail(const T* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(*p)); }
   static reg load_b(const T* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
   static reg dot(reg acc, reg a, reg b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
