@@ -12,6 +12,7 @@ from torch import Tensor
 
 from resnet_fused.backends import native
 from resnet_fused.backends._derived import derived
+from resnet_fused.backends._outputs import empty_channels_last
 
 ADVICE = "Build the extension with a C++17 compiler: pip install --no-binary :all: resnet_fused"
 
@@ -71,7 +72,7 @@ def conv_bn_act(
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    y = torch.empty(conv.output_shape, dtype=x.dtype, memory_format=torch.channels_last)
+    y = empty_channels_last(conv.output_shape, x.dtype)
     scratch = _scratch(conv.scratch_bytes)
     conv.bind(x, as_vector(scale), as_vector(shift), residual, y, scratch, act)()
     return y
