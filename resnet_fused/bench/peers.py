@@ -44,12 +44,12 @@ def inductor(setup: Setup) -> Runner:
     """`torch.compile` with freezing, its fastest setting for inference."""
     import torch._inductor.config as config
 
+    # For the whole process: `options={"freezing": True}` is ignored (torch 2.13), and a patch
+    # around the first call would leave a recompilation, for an input of other strides or one made
+    # in inference mode, unfrozen and slower.
+    config.freezing = True
     torch._dynamo.reset()
-    compiled = torch.compile(own_copy(setup), dynamic=False)
-    runner = torch_runner(compiled, setup)
-    with config.patch(freezing=True), torch.inference_mode():
-        runner.run(runner.prepare(setup.example))
-    return runner
+    return torch_runner(torch.compile(own_copy(setup), dynamic=False), setup)
 
 
 def onnxruntime(setup: Setup) -> Runner:

@@ -30,6 +30,26 @@ def test_peers_decline_what_they_do_not_run() -> None:
     assert onnx.declines(torch.float32, "cuda") == "runs on cpu only"
 
 
+def test_every_compilation_of_inductor_is_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An unfrozen one is slower, and would flatter whatever it is compared with."""
+    import torch._inductor.config as config
+
+    monkeypatch.setattr(config, "freezing", False)  # put back afterwards
+    seen: list[bool] = []
+
+    def compile_(model: nn.Module, **kwargs: object) -> nn.Module:
+        model.register_forward_hook(lambda *args: seen.append(config.freezing))
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    x = torch.randn(1, 3, 8, 8)
+    runner = peers.inductor(Setup("m", nn.Conv2d(3, 4, 3), x, torch.float32, "cpu", 1, tmp_path))
+    runner.run(runner.prepare(x))
+    assert seen == [True]
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_exported_peers_agree_with_torch(name: str, tmp_path: Path) -> None:
     peer = peers.PEERS[name]
