@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from resnet_fused.testing import max_error, to_float64, two_x_rule
@@ -122,3 +123,20 @@ class SmallNet(nn.Module):
 
 def small_net() -> nn.Module:
     return calibrate(SmallNet(), image(4, 3, 32, 32))
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is torch.ops.resnet_fused.conv_bn_act.default
+        return func(*args, **(kwargs or {}))
+
+
+def fused_calls(model: nn.Module, *args: Tensor) -> int:
+    """How many fused ops one forward runs."""
+    with torch.no_grad(), _Counter() as counter:
+        model(*args)
+    return counter.calls

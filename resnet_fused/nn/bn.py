@@ -49,17 +49,25 @@ def scale_shift(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
     norm: Any = bn  # BatchNorm2d, or any class that is_batch_norm takes
     sources = (norm.running_var, norm.running_mean, norm.weight, norm.bias, conv.bias)
     eps: float = norm.eps
-    if torch.compiler.is_compiling() or (
+    if _changes_unseen(bn) or (
         torch.is_grad_enabled() and any(s is not None and s.requires_grad for s in sources)
     ):
         return _compute(*sources, eps=eps)
+    # Training writes the statistics without moving their versions; the count of batches moves.
+    seen = (*sources, getattr(bn, "num_batches_tracked", None))
 
     def compute() -> tuple[Tensor, Tensor]:
         # Tensors made in inference mode have no version counter, so nothing is keyed on them.
         with torch.inference_mode(False), torch.no_grad():
             return _compute(*sources, eps=eps)
 
-    return derived(sources, ("scale_shift", eps), compute)
+    return derived(seen, ("scale_shift", eps), compute)
+
+
+def _changes_unseen(bn: nn.Module) -> bool:
+    """Return whether ``bn``'s statistics may change, now or when run later, with no trace of it."""
+    counts = not isinstance(bn, BATCH_NORMS) or bn.num_batches_tracked is not None
+    return not counts or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _compute(

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C import _functorch
 
 from resnet_fused import functional
 from resnet_fused.nn.bn import is_batch_norm, scale_shift, uses_batch_statistics
 from resnet_fused.nn.match import Group, Matches
 from resnet_fused.nn.trace import Trace, has_hooks
+from resnet_fused.ops._checks import AUTOCAST_DEVICES
 from resnet_fused.ops.conv_bn_act import output_shape
 
 
@@ -105,8 +107,11 @@ class Program:
         """Return the modules that the steps call, or None if this call may not run the steps.
 
         It may with the usual arguments, no hook passed by, and no change to the module since:
-        children exchanged or removed, a flag set that the forward was traced with.
+        children exchanged or removed, a flag set that the forward was traced with. Under
+        ``torch.func`` it may not: ops registered from Python have no gradients there.
         """
+        if not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None:
+            return None
         if kwargs or len(args) != self.inputs or (self.eval_only and module.training):
             return None
         if any(a is None for a in args):
@@ -322,9 +327,9 @@ def _fits(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> bool:
 
 def _result_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    if device not in AUTOCAST_DEVICES or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _padding(conv: nn.Conv2d) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = (None, "relu")
+AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

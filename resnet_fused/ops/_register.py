@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from resnet_fused.backends import choose
+from resnet_fused.ops._checks import AUTOCAST_DEVICES
 from resnet_fused.ops._op import Op
 
 NAMESPACE = "resnet_fused"
@@ -26,7 +27,7 @@ def register(op: Op) -> None:
         qualified, op.backward, setup_context=op.setup_context, lib=_LIBRARY
     )
     handle = getattr(torch.ops.resnet_fused, op.name)
-    for device in ("cpu", "cuda"):
+    for device in AUTOCAST_DEVICES:
         _LIBRARY.impl(op.name, _autocast(op, handle.default, device), f"Autocast{device.upper()}")
     register_flop_formula(handle)(op.flops)
 
