@@ -32,7 +32,8 @@ class _Blocks(threading.local):
         kept = self.by_size.setdefault(nbytes, [])
         self.by_size.move_to_end(nbytes)
         for block in kept:
-            if _is_free(block):
+            # Whoever held it may have resized it.
+            if _is_free(block) and block.nbytes() == nbytes:
                 return block
         self._make_room(nbytes)
         if self.total + nbytes > _MOST:

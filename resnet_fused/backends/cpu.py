@@ -98,9 +98,8 @@ class Convolution:
         self.algorithm, self.scratch_bytes, self.output_shape = _plan(
             self._dtype, self._geometry, torch.get_num_threads()
         )
-        self._packed = derived(
-            (weight,), ("cpu", self.algorithm), lambda: _pack(weight, groups, self.algorithm)
-        )
+        key = ("cpu", self.algorithm, groups)
+        self._packed = derived((weight,), key, lambda: _pack(weight, groups, self.algorithm))
 
     def bind(
         self,

@@ -108,7 +108,7 @@ def _run(
     groups: int,
 ) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
-    bias = None if shift is None else shift.to(x.dtype)
+    bias = None if shift is None else shift.to(x.dtype).contiguous()
     geometry = (list(padding), list(stride), list(dilation), groups)
     if residual is None:
         y = torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, "none", [], None)

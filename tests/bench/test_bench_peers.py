@@ -36,7 +36,6 @@ def test_every_compilation_of_inductor_is_frozen(
     """An unfrozen one is slower, and would flatter whatever it is compared with."""
     import torch._inductor.config as config
 
-    monkeypatch.setattr(config, "freezing", False)  # put back afterwards
     seen: list[bool] = []
 
     def compile_(model: nn.Module, **kwargs: object) -> nn.Module:
@@ -45,8 +44,11 @@ def test_every_compilation_of_inductor_is_frozen(
 
     monkeypatch.setattr(torch, "compile", compile_)
     x = torch.randn(1, 3, 8, 8)
-    runner = peers.inductor(Setup("m", nn.Conv2d(3, 4, 3), x, torch.float32, "cpu", 1, tmp_path))
-    runner.run(runner.prepare(x))
+    with config.patch(freezing=False):
+        runner = peers.inductor(
+            Setup("m", nn.Conv2d(3, 4, 3), x, torch.float32, "cpu", 1, tmp_path)
+        )
+        runner.run(runner.prepare(x))
     assert seen == [True]
 
 
