@@ -52,24 +52,25 @@ def max_error(value: Tensor, oracle: Tensor) -> float:
     return float(torch.nan_to_num(difference, nan=math.inf, posinf=math.inf).max())
 
 
-def two_x_rule(value: Tensor, eager: Tensor, oracle: Tensor, reduced: int) -> ErrorCheck:
+def two_x_rule(
+    value: Tensor, eager: Tensor, oracle: Tensor, reduced: int, dtype: torch.dtype | None = None
+) -> ErrorCheck:
     """Hold ``value`` to at most twice eager torch's error plus a floor.
 
-    The floor is max|oracle| · (eps(dtype) + eps(accumulation dtype) · √reduced): one rounding of the
-    result, and that of ``reduced`` random terms in float32 (float64 for float64). It is for the
-    cases where eager happens to be exact.
+    The floor is max|oracle| · (eps(dtype) + eps(accumulation dtype) · √reduced): one rounding of
+    the result, and that of ``reduced`` random terms in float32 (float64 for float64). It is for
+    the cases where eager happens to be exact.
 
     Args:
         value: the result under test.
         eager: what eager torch gives in the same dtype.
         oracle: the result in float64.
         reduced: how many terms each element sums (C/groups · KH · KW for a convolution).
+        dtype: what the computation rounds to on its way, where that is not ``value``'s own dtype.
     """
     finite = oracle[oracle.isfinite()]
     peak = float(finite.abs().max()) if finite.numel() else 0.0
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-    terms = torch.finfo(wide).eps * math.sqrt(max(reduced, 1))
-    floor = peak * (torch.finfo(value.dtype).eps + terms)
+    floor = peak * _rounding(dtype or value.dtype, reduced)
     eager_error = max_error(eager, oracle)
     allowed = 2 * (eager_error if math.isfinite(eager_error) else 0.0) + floor
     return ErrorCheck(max_error(value, oracle), eager_error, allowed)
@@ -95,6 +96,47 @@ def gradient_metrics(value: Tensor, oracle: Tensor) -> GradientMetrics:
     return GradientMetrics(
         float(value @ oracle) / norms, float((value - oracle).mean()) / magnitude
     )
+
+
+class GradientCheck(NamedTuple):
+    """A gradient held to the rule beside eager torch's own."""
+
+    error: ErrorCheck
+    metrics: GradientMetrics
+    #: The least cosine allowed.
+    cosine: float
+    #: The largest |bias| allowed.
+    bias: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether size, direction and drift of the error are all within the rule."""
+        direction = self.metrics.cosine >= self.cosine
+        return self.error.ok and direction and abs(self.metrics.bias) <= self.bias
+
+
+def gradient_rule(
+    value: Tensor, eager: Tensor, oracle: Tensor, reduced: int, dtype: torch.dtype | None = None
+) -> GradientCheck:
+    """Hold a gradient to :func:`two_x_rule`, and its direction and drift likewise.
+
+    With r = eps(dtype) + eps(accumulation dtype) · √reduced, the relative error that rounding
+    explains: 1 - cosine may be twice eager's plus r², as an angle r has 1 - cos r = r² / 2; the
+    bias, the mean of n signed errors, twice eager's plus 4 r / √n.
+    """
+    ours, theirs = gradient_metrics(value, oracle), gradient_metrics(eager, oracle)
+    r = _rounding(dtype or value.dtype, reduced)
+    return GradientCheck(
+        two_x_rule(value, eager, oracle, reduced, dtype),
+        ours,
+        cosine=1 - 2 * (1 - theirs.cosine) - r**2 - 1e-14,
+        bias=2 * abs(theirs.bias) + 4 * r / math.sqrt(max(value.numel(), 1)),
+    )
+
+
+def _rounding(dtype: torch.dtype, reduced: int) -> float:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.finfo(dtype).eps + torch.finfo(wide).eps * math.sqrt(max(reduced, 1))
 
 
 def optional_import(name: str) -> ModuleType:
