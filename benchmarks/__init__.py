@@ -1,0 +1,1 @@
+"""Benchmarks: pytest-benchmark over the ops, and measured results by device."""
