@@ -20,16 +20,17 @@ class _Kept:
 
     def __init__(self, sources: tuple[Tensor | None, ...], value: Any) -> None:
         # None answers "is it the same tensor" like any other source that has gone.
-        self._refs = [_nothing if s is None else weakref.ref(s) for s in sources]
-        self._stamps = [_stamp(s) for s in sources]
+        self._sources = [(_nothing if s is None else weakref.ref(s), _stamp(s)) for s in sources]
         self.value = value
 
     def holds(self, sources: tuple[Tensor | None, ...]) -> bool:
         """Return whether the sources are the same tensors, not written since."""
-        # The order matters: only a tensor known from before is sure to have a version counter.
-        return all(r() is s for r, s in zip(self._refs, sources, strict=True)) and all(
-            _stamp(s) == stamp for s, stamp in zip(sources, self._stamps, strict=True)
-        )
+        # A loop, as this runs in every call of every layer. A stamp is taken of a tensor known from
+        # before only: no other is sure to have a version counter.
+        for source, (known, stamp) in zip(sources, self._sources, strict=True):
+            if known() is not source or _stamp(source) != stamp:
+                return False
+        return True
 
 
 def derived(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[], T]) -> T:
