@@ -13,11 +13,15 @@ from resnet_fused.ops import OPS
 Pair = int | Sequence[int]
 
 
-def _pair(name: str, value: Pair) -> list[int]:
-    values = [value, value] if isinstance(value, int) else list(value)
-    if len(values) != 2 or not all(isinstance(v, int) for v in values):
-        raise ValueError(f"{name} must be one or two integers, got {value!r}")
-    return values
+def _geometry(stride: Pair, padding: Pair, dilation: Pair) -> list[list[int]]:
+    """Return each as a pair; what the integers may be, the op checks."""
+    pairs = []
+    for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)):
+        pair = [value, value] if isinstance(value, int) else list(value)
+        if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+            raise ValueError(f"conv_bn_act: {name} must be one or two integers, got {value!r}")
+        pairs.append(pair)
+    return pairs
 
 
 def op_arguments(op: str, *args: Any) -> tuple[Any, ...]:
@@ -87,8 +91,7 @@ def conv_bn_act(
     """
     return torch.ops.resnet_fused.conv_bn_act(
         x, weight, scale, shift, residual,
-        _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation),
-        groups, act,
+        *_geometry(stride, padding, dilation), groups, act,
     )  # fmt: skip
 
 
@@ -164,7 +167,7 @@ def _canonical_conv_bn_act(
     groups: int = 1,
     act: str | None = None,
 ) -> tuple[Any, ...]:
-    geometry = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation))
+    geometry = _geometry(stride, padding, dilation)
     return x, weight, scale, shift, residual, *geometry, groups, act
 
 
