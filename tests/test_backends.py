@@ -1,0 +1,165 @@
+"""Who runs a call: the order, asking by name, and the reasons of the others."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import resnet_fused as rf
+from resnet_fused.backends import ORDER, _derived, choose, requested
+from resnet_fused.ops import OPS
+
+X, WEIGHT = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3)
+NAMES = [*ORDER, "reference"]
+
+
+def test_backends_lists_all_in_order():
+    listed = rf.backends()
+    assert [b.name for b in listed] == NAMES
+    for backend in listed:
+        assert backend.available == (not backend.reason) == (not backend.advice)
+    assert listed[-1].available
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_backend_has_what_the_registry_asks_for(name):
+    module = ORDER[name]
+    assert module.available() is None or module.available()
+    assert module.ADVICE
+    assert any(hasattr(module, op) for op in OPS)
+
+
+def test_use_backend_as_a_block_and_nested():
+    with rf.use_backend("reference"):
+        assert requested() == "reference"
+        with rf.use_backend("auto"):
+            assert requested() == "auto"
+        assert requested() == "reference"
+    assert requested() == "auto"
+
+
+def test_use_backend_is_left_on_an_error():
+    with pytest.raises(KeyError), rf.use_backend("reference"):
+        raise KeyError
+    assert requested() == "auto"
+
+
+def test_use_backend_holds_for_other_threads():
+    seen = []
+    with rf.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(requested()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_the_environment_is_asked_last(monkeypatch):
+    monkeypatch.setitem(choose.__globals__, "_requested", None)
+    monkeypatch.setenv("RESNET_FUSED_BACKEND", "reference")
+    assert requested() == "reference"
+    monkeypatch.setenv("RESNET_FUSED_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="RESNET_FUSED_BACKEND: unknown backend 'nonsense'"):
+        requested()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("onednm", "onednn"), ("refernce", "reference"), ("atuo", "auto")]
+)
+def test_an_unknown_name_gets_the_nearest(name, hint):
+    with pytest.raises(ValueError, match=f"unknown backend '{name}'.*{hint}.*accepted: auto, "):
+        rf.use_backend(name)
+    assert requested() == "auto"
+
+
+@pytest.mark.parametrize("name", [None, 3, ""])
+def test_a_name_that_is_none(name):
+    with pytest.raises(ValueError, match="unknown backend"):
+        rf.use_backend(name)
+
+
+def test_a_backend_that_is_not_here(monkeypatch):
+    name = next(iter(ORDER))
+    monkeypatch.setattr(ORDER[name], "available", lambda: "it is Sunday")
+    with pytest.raises(RuntimeError, match=f"'{name}' is not available: it is Sunday"):
+        rf.use_backend(name)
+    assert rf.backends()[0] == (name, False, "it is Sunday", ORDER[name].ADVICE)
+    assert rf.explain("conv_bn_act", X, WEIGHT)[0] == (name, False, "it is Sunday")
+
+
+def test_a_named_backend_runs_or_raises():
+    x, weight = X.double(), WEIGHT.double()
+    for name in [b.name for b in rf.backends() if b.available and b.name != "reference"]:
+        with rf.use_backend(name), pytest.raises(RuntimeError, match=f"'{name}' was asked for"):
+            rf.functional.conv_bn_act(x, weight)
+    assert rf.explain("conv_bn_act", x, weight).chosen == "reference"
+
+
+def test_onednn_switched_off():
+    with torch.backends.mkldnn.flags(enabled=False):
+        reasons = {v.name: v.reason for v in rf.explain("conv_bn_act", X, WEIGHT)}
+    assert "flags(enabled=False)" in reasons["onednn"]
+
+
+@pytest.mark.parametrize("name", [b.name for b in rf.backends() if b.available])
+def test_explain_names_the_one_that_runs(name):
+    with rf.use_backend(name):
+        verdicts = rf.explain("conv_bn_act", X, WEIGHT)
+    assert verdicts.chosen == name
+    assert [v.name for v in verdicts] == NAMES
+    assert all(v.chosen == (not v.reason) for v in verdicts)
+    assert f"{name}  " in str(verdicts)
+    assert "runs" in str(verdicts)
+
+
+def test_explain_of_an_unknown_op():
+    with pytest.raises(ValueError, match="unknown op 'conv'; accepted: conv_bn_act, "):
+        rf.explain("conv", X, WEIGHT)
+
+
+def test_auto_takes_the_first_that_supports_the_call():
+    chosen = rf.explain("conv_bn_act", X, WEIGHT).chosen
+    args = rf.functional.op_arguments("conv_bn_act", X, WEIGHT)
+    function = choose("conv_bn_act", *args)
+    assert function is (None if chosen == "reference" else ORDER[chosen].conv_bn_act)
+
+
+# --- derived values ------------------------------------------------------------------------------
+
+
+class Counted:
+    def __init__(self):
+        self.made = 0
+
+    def __call__(self):
+        self.made += 1
+        return self.made
+
+
+def test_a_derived_value_is_kept_until_a_source_changes():
+    make, first, second = Counted(), nn.Parameter(torch.ones(2)), torch.ones(2)
+
+    def get(*sources, key="key"):
+        return _derived.derived(sources, key, make)
+
+    assert get(first, second, None) == get(first, second, None) == 1
+    with torch.no_grad():
+        first.mul_(2)
+    assert get(first, second, None) == 2
+    second.add_(1)
+    assert get(first, second, None) == 3
+    first.data = torch.zeros(2)
+    assert get(first, second, None) == 4
+    assert get(first, second.clone(), None) == 5
+    assert get(first, None, None) == 6
+    assert get(first, None, None, key="other") == 7
+    assert get(first, None, None) == 6
+
+
+def test_nothing_is_derived_from_tensors_without_versions():
+    make = Counted()
+    with torch.inference_mode():
+        source = torch.ones(2)
+    assert _derived.derived((source,), "key", make) == 1
+    assert _derived.derived((source,), "key", make) == 2
+    assert _derived.derived((None,), "key", make) == 3
