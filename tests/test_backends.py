@@ -95,6 +95,7 @@ def test_a_named_backend_runs_or_raises():
     assert rf.explain("conv_bn_act", x, weight).chosen == "reference"
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_onednn_switched_off():
     with torch.backends.mkldnn.flags(enabled=False):
         reasons = {v.name: v.reason for v in rf.explain("conv_bn_act", X, WEIGHT)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from types import TracebackType
 from typing import Any
@@ -68,7 +67,7 @@ _MISSING = object()
 
 
 def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+    return value.detach().clone() if isinstance(value, Tensor) else value.copy()
 
 
 def _version(value: Any) -> int:
