@@ -9,8 +9,7 @@ from test_contract import assert_contract
 import resnet_fused as rf
 from resnet_fused.ops.conv_bn_act import output_shape
 
-settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=60)
-settings.load_profile("fixed")
+fixed = settings(derandomize=True, deadline=None, max_examples=60)
 
 
 @st.composite
@@ -44,6 +43,7 @@ def calls(draw) -> tuple:
     )  # fmt: skip
 
 
+@fixed
 @given(args=calls())
 def test_drawn_geometry(args):
     for backend in BACKENDS:
@@ -52,6 +52,7 @@ def test_drawn_geometry(args):
                 assert_contract("conv_bn_act", args)
 
 
+@fixed
 @given(args=calls())
 def test_drawn_geometry_on_meta(args):
     real = call("conv_bn_act", args)
