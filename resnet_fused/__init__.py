@@ -1,6 +1,6 @@
 """Fused conv+BN+ReLU and residual-add+ReLU kernels behind drop-in ResNet blocks."""
 
-from resnet_fused import functional
+from resnet_fused import flops, functional, models
 from resnet_fused.backends import backends, explain, use_backend
 from resnet_fused.convert import fuse, fusion_report, unfuse
 from resnet_fused.freeze import freeze
@@ -10,10 +10,12 @@ __version__ = "0.1.0"
 __all__ = [
     "backends",
     "explain",
+    "flops",
     "freeze",
     "functional",
     "fuse",
     "fusion_report",
+    "models",
     "unfuse",
     "use_backend",
 ]

@@ -357,9 +357,13 @@ def _count(names: tuple[str, ...], input_size: str, stride_in: str, layers: bool
         _refuse(f"--input-size: {input_size!r} given; accepted: four numbers, as 1,3,224,224")
     options.one_of("--stride-in", stride_in, ("1x1", "3x3"))
     for name in names:
-        with torch.device("meta"):
-            model = create_model(name, stride_in=stride_in)
-        report = counting.count(model, size)
+        try:
+            with torch.device("meta"):
+                model = create_model(name, stride_in=stride_in)
+            report = counting.count(model, size)
+        except ValueError as error:
+            # A model without that option, or an image too small for it: the message says so.
+            _refuse(str(error))
         total = f"{report.macs / 1e9:.3f} GMACs, {report.params / 1e6:.2f} M parameters"
         typer.echo(f"{name}: {total}")
         if layers:

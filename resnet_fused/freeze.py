@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import threading
 from typing import Any
 
 import torch
@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from resnet_fused.convert import fuse
 from resnet_fused.engine.capture import capture
 from resnet_fused.engine.plan import Plan
-from resnet_fused.nn.bn import is_batch_norm
+from resnet_fused.nn.bn import BATCH_NORMS
+from resnet_fused.nn.fused import program_of
 from resnet_fused.ops._checks import FLOAT_DTYPES
 
 #: Plans kept per frozen module; the one unused for longest goes first.
 MAX_PLANS = 8
+
+#: Tracing patches torch itself, so one thread of the process makes plans at a time.
+_planning = threading.RLock()
 
 
 def freeze(
@@ -46,26 +50,49 @@ def freeze(
     Raises:
         TypeError: ``model`` is no module, ``example_input`` no floating point tensor, or ``dtype``
             not one of the four.
-        ValueError: ``model`` is in training mode, has no convolution, or branches on values.
+        ValueError: ``example_input`` is not (N, C, H, W) or on another device; ``model`` is in
+            training mode, has no convolution, is frozen already, branches on values, or writes
+            its own buffers.
     """
+    _check_arguments(model, example_input, dtype)
+    dtype = dtype or example_input.dtype
+    # Tensors made in inference mode count no versions and cannot be written to outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        source = fuse(model)
+        _cast(source, dtype)
+    frozen = FrozenModule(source, example_input, dtype)
+    frozen.plan(example_input)
+    return frozen
+
+
+def _check_arguments(model: Any, example: Any, dtype: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: model must be an nn.Module, got {type(model).__name__}")
+    if any(isinstance(m, FrozenModule) for m in model.modules()):
+        raise ValueError("freeze: model is frozen already, or a part of it: freeze the original")
     training = next((name for name, m in model.named_modules() if m.training), None)
     if training is not None:
         where = f"its module {training!r} is" if training else "it is"
         raise ValueError(f"freeze: model must be in eval mode, {where} in training mode: call "
                          "model.eval() first")  # fmt: skip
-    if not isinstance(example_input, Tensor) or not example_input.is_floating_point():
-        got = getattr(example_input, "dtype", type(example_input).__name__)
+    if not isinstance(example, Tensor) or not example.is_floating_point():
+        got = getattr(example, "dtype", type(example).__name__)
         raise TypeError(f"freeze: example_input must be a floating point tensor, got {got}")
-    if dtype is not None and dtype not in FLOAT_DTYPES:
+    if example.dim() != 4:
+        raise ValueError(
+            "freeze: example_input must have 4 dimensions (N, C, H, W), "
+            f"got {example.dim()}: {tuple(example.shape)}"
+        )
+    if dtype not in (None, *FLOAT_DTYPES) or example.dtype not in FLOAT_DTYPES:
         accepted = ", ".join(map(str, FLOAT_DTYPES))
-        raise TypeError(f"freeze: dtype must be None or one of {accepted}, got {dtype!r}")
-    source = fuse(model)
-    _cast(source, dtype or example_input.dtype)
-    frozen = FrozenModule(source, example_input, dtype or example_input.dtype)
-    frozen(example_input)
-    return frozen
+        raise TypeError(
+            f"freeze: dtype and example_input.dtype must be one of {accepted}, "
+            f"got {dtype} and {example.dtype}"
+        )
+    elsewhere = {str(p.device) for p in model.parameters() if p.device != example.device}
+    if elsewhere:
+        raise ValueError(f"freeze: example_input must be on the model's device "
+                         f"{', '.join(sorted(elsewhere))}, got {example.device}")  # fmt: skip
 
 
 class FrozenModule(nn.Module):
@@ -78,20 +105,34 @@ class FrozenModule(nn.Module):
         self._dtypes = (dtype, example.dtype)
         self._device = example.device
         self._shape = tuple(example.shape)
-        self._plans: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
         self.training = False
+        self._reset()
 
-    @torch.no_grad()
+    def _reset(self) -> None:
+        self._plans: dict[tuple[int, ...], Plan] = {}
+        # Not where the function stands: it loads the compiler, and importing is free.
+        self._run_uncompiled = torch.compiler.disable(self._run)
+
     def forward(self, x: Tensor) -> Any:
-        """Run the engine on ``x``.
+        """Run the engine on ``x``; inside ``torch.compile`` it stays a call of its own.
 
         Raises:
             TypeError: ``x`` is not a tensor of a dtype the engine was frozen for.
             ValueError: ``x`` has another rank, channel count or device.
+            RuntimeError: torch is tracing or exporting, which cannot see the kernels.
         """
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise RuntimeError(
+                "frozen module: cannot be traced or exported, as its kernels run outside torch; "
+                "trace the model it was made from"
+            )
         self._check(x)
+        return self._run_uncompiled(x)
+
+    @torch.no_grad()
+    def _run(self, x: Tensor) -> Any:
         with torch.autocast(self._device.type, enabled=False):
-            return self._plan(x).run(x)
+            return self.plan(x).run(x)
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor) or x.dtype not in self._dtypes:
@@ -106,29 +147,37 @@ class FrozenModule(nn.Module):
                 f"got {tuple(x.shape)}"
             )
 
-    def _plan(self, x: Tensor) -> Plan:
+    def plan(self, x: Tensor) -> Plan:
+        """Return the plan for inputs like ``x``, made now if there is none."""
         shape = tuple(x.shape)
         plan = self._plans.get(shape)
         if plan is None:
-            # Planned outside inference mode, as its tensors could not be written to outside later.
-            with torch.inference_mode(False), torch.no_grad():
-                example = torch.empty(
-                    shape, dtype=self._dtypes[0], device=x.device,
-                    memory_format=torch.channels_last,
-                )  # fmt: skip
-                example.copy_(x)
-                plan = Plan(capture(self.__dict__["_source"], example), example)
-            self._plans[shape] = plan
-            while len(self._plans) > MAX_PLANS:
-                self._plans.popitem(last=False)
-        else:
-            self._plans.move_to_end(shape)
+            with _planning:
+                plan = self._plans.get(shape) or self._make_plan(x)
+                self._plans[shape] = plan
+                while len(self._plans) > MAX_PLANS:
+                    del self._plans[min(self._plans, key=lambda s: self._plans[s].last_use)]
         return plan
+
+    def _make_plan(self, x: Tensor) -> Plan:
+        devices = [] if x.device.type == "cpu" else [x.device]
+        with (
+            # Outside inference mode, as the plan's tensors could not be written to outside later.
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(x.device.type, enabled=False),
+            torch.random.fork_rng(devices),
+        ):
+            example = torch.empty(
+                x.shape, dtype=self._dtypes[0], device=x.device, memory_format=torch.channels_last
+            )
+            example.copy_(x)
+            return Plan(capture(self.__dict__["_source"], example), example)
 
     def extra_repr(self) -> str:
         """Return what the engine was frozen for and what it keeps."""
-        shapes = ", ".join(str(shape) for shape in self._plans)
-        kept = sum(plan.nbytes for plan in self._plans.values()) / 2**20
+        shapes = ", ".join(str(shape) for shape in list(self._plans))
+        kept = sum(plan.nbytes for plan in list(self._plans.values())) / 2**20
         return f"{self._dtypes[0]}, planned for {shapes}: {kept:.1f} MiB of buffers"
 
     def train(self, mode: bool = True) -> FrozenModule:
@@ -144,14 +193,32 @@ class FrozenModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the plans: they are made again on first use."""
-        return {**self.__dict__, "_plans": OrderedDict()}
+        made = ("_plans", "_run_uncompiled")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state over."""
+        super().__setstate__(state)
+        self._reset()
+
+
+def _fused_norms(model: nn.Module) -> set[nn.Module]:
+    programs = [(module, program_of(module)) for module in model.modules()]
+    return {
+        module.get_submodule(program.children[call.bn].name)
+        for module, program in programs
+        if program is not None
+        for call in program.fused
+    }
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast all but BatchNorm, whose statistics 16 bits may not hold."""
+    fused = _fused_norms(model)
     for module in model.modules():
-        keep = is_batch_norm(module) and dtype != torch.float64
-        wanted = torch.float32 if keep else dtype
+        # torch's own BatchNorm takes 16 bits beside float32 statistics, a detection model's not.
+        keep = isinstance(module, BATCH_NORMS) or module in fused
+        wanted = torch.float32 if keep and dtype != torch.float64 else dtype
         for store in (module._parameters, module._buffers):
             for tensor in store.values():
                 if tensor is not None and tensor.is_floating_point():

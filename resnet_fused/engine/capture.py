@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+
+from resnet_fused.nn.bn import scale_shift, uses_batch_statistics
+from resnet_fused.nn.fused import program_of
+
+_DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Captured:
     """The calls of one forward pass."""
 
     calls: tuple[Call, ...]
-    #: One entry per leaf of the model's result: a Ref, or a constant.
+    #: One entry per leaf of the model's result: a Ref, or what it is every time.
     outputs: tuple[Any, ...]
     spec: pytree.TreeSpec
     #: How many values there are, the input included.
@@ -62,58 +68,143 @@ def capture(model: nn.Module, x: Tensor) -> Captured:
     """Record what ``model`` runs on an input of x's shape; parameters become constants.
 
     Raises:
-        ValueError: the forward branches on values of tensors, or writes into a constant.
+        ValueError: the forward branches on values of tensors, or changes the model's own.
     """
-    spec: list[pytree.TreeSpec] = []
+    results: list[tuple[list[Any], pytree.TreeSpec]] = []
 
-    def forward(x: Tensor) -> list[Any]:
-        leaves, tree = pytree.tree_flatten(model(x))
-        spec.append(tree)
-        return leaves
+    def forward(x: Tensor) -> list[Tensor]:
+        results.append(pytree.tree_flatten(model(x)))
+        return [leaf for leaf in results[-1][0] if isinstance(leaf, Tensor)]
 
-    with torch.no_grad():
-        # Once as it is: what is derived from parameters is then ready and is not recorded.
-        model(x)
-        try:
-            module = make_fx(forward, pre_dispatch=True)(x)
-        except RuntimeError as error:
-            if "tracing tensor" in str(error):
-                raise ValueError(
-                    "freeze: the model's forward branches on the values of a tensor, which no "
-                    f"fixed plan can follow: {str(error).splitlines()[0]}"
-                ) from error
-            raise
-    return _to_calls(module, spec[-1])
+    _prepare(model)
+    before = _state(model)
+    try:
+        module = make_fx(forward, pre_dispatch=True)(x)
+    except RuntimeError as error:
+        if "tracing tensor" in str(error):
+            raise ValueError(
+                "freeze: the model's forward branches on the values of a tensor, which no "
+                f"fixed plan can follow: {str(error).splitlines()[0]}"
+            ) from error
+        raise
+    after = _state(model)
+    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
+    if changed:
+        raise ValueError(f"freeze: the model's forward changes its own {', '.join(changed)}: "
+                         "an engine holds constants")  # fmt: skip
+    leaves, spec = results[-1]
+    calls, tensors, size = _Recorder(module).record()
+    found = iter(tensors)
+    outputs = tuple(next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    return Captured(calls, outputs, spec, size)
 
 
-def _to_calls(module: fx.GraphModule, spec: pytree.TreeSpec) -> Captured:
-    refs: dict[fx.Node, Any] = {}
-    calls: list[Call] = []
-    size = 0
-    outputs: tuple[Any, ...] = ()
-    for node in module.graph.nodes:
-        if node.op == "output":
-            outputs = tuple(fx.node.map_arg(node.args[0], lambda n: refs[n]))
-        elif node.op == "get_attr":
-            refs[node] = getattr(module, str(node.target))
-        elif node.op == "placeholder":
-            refs[node], size = Ref(size), size + 1
-        elif node.target is torch._C._set_grad_enabled:
+def _prepare(model: nn.Module) -> None:
+    """Compute what fused calls derive from parameters, so that it is not recorded."""
+    for module in model.modules():
+        program = program_of(module)
+        if program is None:
             continue
-        else:
-            refs[node], size = _record(node, refs, calls, size)
-    return Captured(tuple(calls), outputs, spec, size)
+        for call in program.fused:
+            names = [program.children[place].name for place in (call.conv, call.bn)]
+            conv, bn = map(module.get_submodule, names)
+            if isinstance(conv, nn.Conv2d) and not uses_batch_statistics(bn):
+                scale_shift(conv, bn)
 
 
-def _record(
-    node: fx.Node, refs: dict[fx.Node, Any], calls: list[Call], size: int
-) -> tuple[Any, int]:
-    """Append the node's call, or run it now if it reads constants only."""
-    args = fx.node.map_arg(node.args, lambda n: refs[n])
-    kwargs = fx.node.map_arg(dict(node.kwargs), lambda n: refs[n])
-    inputs = [refs[n] for n in node.all_input_nodes]
-    if inputs and not any(isinstance(i, Ref) for i in inputs):
-        with torch.no_grad():
-            return node.target(*args, **kwargs), size  # type: ignore[operator]
-    calls.append(Call(node.target, args, kwargs, size))
-    return Ref(size), size + 1
+def _state(model: nn.Module) -> dict[str, tuple[int, int]]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: (id(tensor), tensor._version) for name, tensor in named}
+
+
+class _Recorder:
+    """Writes a traced graph as calls; what depends on constants only is computed now."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._module = module
+        self._refs: dict[fx.Node, Any] = {}
+        self._calls: list[Call] = []
+        self._size = 0
+        nodes = module.graph.nodes
+        self._unfolded = _rewritten(module.graph)
+        # Under autocast an operator does not do now what it did then.
+        self._folds = not any(n.target is torch.amp.autocast_mode._enter_autocast for n in nodes)
+
+    def record(self) -> tuple[tuple[Call, ...], tuple[Any, ...], int]:
+        """Return the calls, the model's tensors, and how many values there are."""
+        tensors: tuple[Any, ...] = ()
+        for node in self._module.graph.nodes:
+            if node.op == "output":
+                tensors = tuple(self._operands(node.args[0]))
+            elif node.op == "get_attr":
+                self._refs[node] = operator.attrgetter(str(node.target))(self._module)
+            elif node.op == "placeholder":
+                self._refs[node] = self._new()
+            elif node.target is not torch._C._set_grad_enabled:
+                self._refs[node] = self._call(node)
+        return tuple(self._calls), tensors, self._size
+
+    def _operands(self, args: Any) -> Any:
+        return fx.node.map_arg(args, lambda node: self._refs[node])
+
+    def _new(self) -> Ref:
+        self._size += 1
+        return Ref(self._size - 1)
+
+    def _call(self, node: fx.Node) -> Any:
+        args, kwargs = self._operands(node.args), self._operands(dict(node.kwargs))
+        if node.target in _DROPOUTS and args[2] is False:
+            return args[0]
+        inputs = [self._refs[n] for n in node.all_input_nodes]
+        constant = inputs and not any(isinstance(i, Ref) for i in inputs)
+        if constant and self._folds and node not in self._unfolded and not _draws(node):
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if _shape_depends_on_values(node):
+            raise ValueError(
+                "freeze: the model's forward has a shape that depends on values "
+                f"(by {node.target}), which no fixed plan can follow"
+            )
+        ref = self._new()
+        self._calls.append(Call(node.target, args, kwargs, ref.index))
+        return ref
+
+
+def _rewritten(graph: fx.Graph) -> set[fx.Node]:
+    """Return the constants that are written in place, and what they are made from.
+
+    Each run needs them new, so they cannot be computed once.
+    """
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        made = node.op == "call_function" and bool(node.all_input_nodes)
+        if node.op == "get_attr" or (made and constant.issuperset(node.all_input_nodes)):
+            constant.add(node)
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        found.update(constant.intersection(_written(node)))
+        if node in found:
+            found.update(node.all_input_nodes)
+    return found
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """Return the arguments that the node's operator writes."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return []
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    names = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    return [given[n] for n in names if isinstance(given.get(n), fx.Node)]
+
+
+def _draws(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _shape_depends_on_values(node: fx.Node) -> bool:
+    if node.target is torch.ops.aten.index.Tensor:
+        # With integers the result is as large as the index.
+        return any(
+            n.meta["val"].dtype in (torch.bool, torch.uint8) for n in node.all_input_nodes[1:]
+        )
+    return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends import choose, cpu
+from resnet_fused.backends import AUTO, choose, cpu, requested
 from resnet_fused.engine.capture import Call, Captured, Ref, refs
 
 _CONV = torch.ops.resnet_fused.conv_bn_act.default
@@ -44,20 +44,30 @@ def adopt(call: Call, args: tuple[Any, ...]) -> Native | None:
     All three kinds treat every image by itself, so a batch may be split.
     """
     recogniser = {_CONV: _convolution, _MAX_POOL: _max_pool, head: _head}.get(call.target)
-    if recogniser is None or call.kwargs or not isinstance(call.args[0], Ref):
+    if recogniser is None or call.kwargs or requested() not in (AUTO, "cpu") or cpu.available():
         return None
-    x = args[0]
-    if not x.is_contiguous(memory_format=torch.channels_last) or cpu.declines(x):
+    x, residual = call.args[0], call.args[4] if call.target is _CONV else None
+    operands = [o for o in (x, residual) if isinstance(o, Ref)]
+    # Weights are packed once, so they have to be constants.
+    if not isinstance(x, Ref) or len(operands) != len(list(refs(call))):
+        return None
+    if any(not _usable(o) for o in (args[0], None if residual is None else args[4])):
         return None
     make = recogniser(args)
-    return make and Native(call.args[0], call.args[4] if call.target is _CONV else None, make)
+    return make and Native(x, residual, make)
+
+
+def _usable(operand: Tensor | None) -> bool:
+    if operand is None:
+        return True
+    autocast = torch.is_autocast_enabled(operand.device.type)
+    channels_last = operand.is_contiguous(memory_format=torch.channels_last)
+    return bool(operand.numel()) and channels_last and not autocast and not cpu.declines(operand)
 
 
 def _convolution(args: tuple[Any, ...]) -> Callable[[int], Kernel] | None:
-    x, weight, scale, shift, residual, stride, padding, dilation, groups, act = args
+    x, weight, scale, shift, _, stride, padding, dilation, groups, act = args
     if choose("conv_bn_act", *args) is not cpu.conv_bn_act:
-        return None
-    if residual is not None and not residual.is_contiguous(memory_format=torch.channels_last):
         return None
 
     def make(images: int) -> Kernel:
@@ -116,7 +126,10 @@ def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def merge_heads(captured: Captured) -> Captured:
-    """Write each average pool → flatten → linear that nobody looks into as one call of ``head``."""
+    """Write each average pool → flatten → linear in a row as one call of ``head``.
+
+    Only where nobody else reads the parts.
+    """
     made = {call.out: call for call in captured.calls}
     readers: dict[int, int] = {}
     for ref in [*(r for c in captured.calls for r in refs(c)), *captured.outputs]:
@@ -135,7 +148,7 @@ def merge_heads(captured: Captured) -> Captured:
     for call in captured.calls:
         flatten = source(call, _FLATTEN) if call.target is _LINEAR else None
         pool = source(flatten, _AVG_POOL)
-        if flatten is None or pool is None:
+        if flatten is None or pool is None or call.out - pool.out != 2:
             continue
         if flatten.args[1:] == (1,) and list(pool.args[1]) == [1, 1]:
             operands = (pool.args[0], call.args[1], call.args[2] if len(call.args) > 2 else None)

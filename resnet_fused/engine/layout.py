@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from resnet_fused.engine import arena
 from resnet_fused.engine.capture import Call, Captured, Ref, fill, refs
@@ -16,6 +17,9 @@ from resnet_fused.engine.kernels import Native, adopt
 #: call finds them in a cache of a few times that. Measured on two Zen 5 cores with 32 MiB of L3 at
 #: batch 8: ResNet-50 float32 8 % faster than unsplit, bfloat16 3 %; 4 to 16 MiB differ by < 3 %.
 CHUNK_BYTES = 8 * 2**20
+
+#: Stands among the roots for the memory of the model's constants.
+CONSTANT = -1
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,13 @@ class Layout:
         self.batch = x.shape[0]
         #: The call that reads each value last; outputs are read after all calls.
         self.last_read = _last_reads(captured)
-        #: The value whose memory each value lives in: its own, or that of what it is a view of.
-        self.root: dict[int, int] = {0: 0}
+        #: The values in whose memory each value lives: its own, or those that it is a view of.
+        self.roots: dict[int, frozenset[int]] = {0: frozenset({0})}
         #: The calls that native kernels run, by the index of their value.
         self.native: dict[int, Native] = {}
         self._shapes: dict[int, tuple[tuple[int, ...], torch.dtype]] = {}
         self._explore(captured, x)
-        self._end = _ends(self.root, self.last_read)
+        self._end = _ends(self.roots, self.last_read)
         self.segments = self._split(captured)
         #: Images that a planned value holds: the batch, or a chunk if only its segment reads it.
         self.images = self._count_images(captured)
@@ -53,12 +57,16 @@ class Layout:
             args = fill(call.args, values)
             value = call.target(*args, **fill(call.kwargs, values))
             inputs = [ref.index for ref in refs(call)]
-            views = [i for i in inputs if _same_memory(values[i], value)]
-            self.root[call.out] = self.root[views[0]] if views else call.out
+            memory = _memory(value)
+            views = [self.roots[i] for i in inputs if memory & _memory(values[i])]
+            if memory & _memory((call.args, call.kwargs)):
+                views.append(frozenset({CONSTANT}))
+            self.roots[call.out] = frozenset().union(*views) or frozenset({call.out})
             if isinstance(value, Tensor):
                 self._shapes[call.out] = (tuple(value.shape), value.dtype)
                 native = adopt(call, args)
-                if native is not None:
+                # A chunk of the batch must be a chunk of every value.
+                if native is not None and value.shape[0] == len(args[0]) == self.batch:
                     self.native[call.out] = native
             values[call.out] = value
             for index in inputs:
@@ -123,9 +131,9 @@ class Layout:
         else:
             # Every chunk writes its part of it, the first one before this call's turn comes.
             buffers[call.out] = self._buffer(call.out, segment.calls[0].out)
-        for ref in refs(call):
-            root = self.root[ref.index]
-            if root in buffers and self.images[root] != segment.images:
+        read = {root for ref in refs(call) for root in self.roots[ref.index]}
+        for root in read & buffers.keys():
+            if self.images[root] != segment.images:
                 # The next chunk reads its part of it after this call.
                 buffers[root].last = max(buffers[root].last, segment.calls[-1].out)
 
@@ -134,10 +142,12 @@ class Layout:
         native = self.native[call.out]
         if not isinstance(native.residual, Ref):
             return None
-        host = self.root[native.residual.index]
-        same = self._shapes[call.out] == self._shapes[host] == self._shapes[native.residual.index]
-        free = self._end[host] == call.out and host != self.root[native.x.index]
-        if host not in buffers or not same or not free:
+        host, *others = self.roots[native.residual.index]
+        shapes = [self._shapes.get(i) for i in (call.out, host, native.residual.index)]
+        same = shapes[0] == shapes[1] == shapes[2]
+        if others or host not in buffers or not same:
+            return None
+        if self._end[host] != call.out or host in self.roots[native.x.index]:
             return None
         return host if self.images[host] == self.images[call.out] else None
 
@@ -167,15 +177,16 @@ def _last_reads(captured: Captured) -> dict[int, int]:
     return last
 
 
-def _ends(root: dict[int, int], last_read: dict[int, int]) -> dict[int, int]:
+def _ends(roots: dict[int, frozenset[int]], last_read: dict[int, int]) -> dict[int, int]:
     """Return for each root the last read of it or of any view of it."""
     ends: dict[int, int] = {}
-    for index, owner in root.items():
-        ends[owner] = max(ends.get(owner, owner), last_read[index])
+    for index, owners in roots.items():
+        for owner in owners:
+            ends[owner] = max(ends.get(owner, owner), last_read[index])
     return ends
 
 
-def _same_memory(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return False
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() != 0
+def _memory(value: Any) -> set[int]:
+    """Return where the tensors in ``value`` keep their elements."""
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return {t.untyped_storage().data_ptr() for t in tensors} - {0}

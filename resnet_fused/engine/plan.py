@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,9 +14,11 @@ from torch.utils import _pytree as pytree
 from resnet_fused.engine import arena
 from resnet_fused.engine.capture import Call, Captured, Ref, fill
 from resnet_fused.engine.kernels import Kernel, Native, merge_heads
-from resnet_fused.engine.layout import Layout, Segment
+from resnet_fused.engine.layout import CONSTANT, Layout, Segment
 
 Step = Callable[[], Any]
+
+_uses = itertools.count()
 
 
 class Plan:
@@ -28,8 +31,11 @@ class Plan:
 
     def __init__(self, captured: Captured, x: Tensor) -> None:
         self._lock = threading.Lock()
+        #: Grows with every run, over all plans: the plan with the least was run longest ago.
+        self.last_use = next(_uses)
         captured = merge_heads(captured)
         self._outputs, self._spec = captured.outputs, captured.spec
+        self._returned = {leaf.index for leaf in self._outputs if isinstance(leaf, Ref)}
         self._values: list[Any] = [None] * captured.size
         layout = Layout(captured, x)
         kernels = {
@@ -47,8 +53,11 @@ class Plan:
         for index in layout.buffers:
             self._values[index] = layout.view(self._block, index)
         self._input: Tensor = self._values[0]
-        #: Values that live in the plan's memory and must be copied before they leave it.
-        self._kept = {i for i, root in layout.root.items() if root in layout.buffers}
+        own = {CONSTANT, *layout.buffers}
+        #: Values that live in the engine's memory and must be copied before they leave it.
+        self._kept = {i for i, roots in layout.roots.items() if roots & own}
+        #: Values made by torch: dropped after a run.
+        self._passing = [i for i, value in enumerate(self._values) if value is None]
         self._steps = [
             s for segment in layout.segments for s in self._bind(segment, layout, kernels)
         ]
@@ -92,17 +101,23 @@ class Plan:
 
     def run(self, x: Tensor) -> Any:
         """Run the plan on ``x``; the result is the caller's own."""
+        self.last_use = next(_uses)
         with self._lock:
             self._input.copy_(x)
             for step in self._steps:
                 step()
-            leaves = [self._hand_out(leaf) for leaf in self._outputs]
+            # One tensor per value, also where the model returns it twice.
+            results = {i: self._hand_out(i) for i in self._returned}
+            for index in self._passing:
+                self._values[index] = None
+        leaves = [
+            results[leaf.index] if isinstance(leaf, Ref)
+            else leaf.clone() if isinstance(leaf, Tensor)
+            else leaf
+            for leaf in self._outputs
+        ]  # fmt: skip
         return pytree.tree_unflatten(leaves, self._spec)
 
-    def _hand_out(self, leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.clone()
-        if not isinstance(leaf, Ref):
-            return leaf
-        value = self._values[leaf.index]
-        return value.clone() if leaf.index in self._kept else value
+    def _hand_out(self, index: int) -> Any:
+        value = self._values[index]
+        return value.clone() if index in self._kept else value

@@ -70,6 +70,11 @@ class Child:
     #: How many children it has, if the steps stand for its forward.
     size: int | None
 
+    @property
+    def name(self) -> str:
+        """Its fully qualified name in the module that runs the program."""
+        return ".".join(self.path)
+
     def holds(self, module: nn.Module) -> bool:
         """Return whether ``module`` is still what the steps were made for."""
         if self.bypassed and has_hooks(module):
