@@ -1,0 +1,57 @@
+"""The README's table of results, made from ``benchmarks/results/*.json`` and from nothing else."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from resnet_fused.bench.contenders import FROZEN, FUSED, REFERENCE
+from resnet_fused.bench.options import SHORT_DTYPES
+from resnet_fused.bench.results import PeerCell, Record, against_peers, load
+from resnet_fused.bench.tables import Grid, conditions_line
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+COLUMNS = ("model", "dtype", "batch", "eager", "fused", "frozen", "best peer", "frozen / peer")
+
+
+def section() -> str:
+    """Return the section: a chart, a table and its conditions for each device."""
+    records = [(path, load(path)) for path in sorted(RESULTS.glob("*.json"))]
+    return "\n\n".join(_device(path, record) for path, record in records)
+
+
+def save(readme: Path) -> None:
+    """Put the section between the README's two marks."""
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"{readme}: has no {BEGIN} followed by {END}")
+    text = f"{before}{BEGIN}\n{section()}\n{END}{after}"
+    readme.write_text(text, encoding="utf-8")
+
+
+def _device(path: Path, record: Record) -> str:
+    cells = against_peers(record.rows)
+    ratios = [cell.ratio.median for cell in cells if cell.ratio]
+    mean = f"**{statistics.geometric_mean(ratios):.2f}x**"
+    rows = [_row(record, cell) for cell in cells]
+    rows.append(["geometric mean", *[""] * (len(COLUMNS) - 2), mean])
+    device = record.conditions["device"]
+    words = ("model", "dtype", "best peer")
+    grid = Grid(f"Images a second on {device}", COLUMNS, rows, left=words)
+    picture = path.with_suffix(".png").relative_to(RESULTS.parents[1]).as_posix()
+    conditions = f"{conditions_line(record.conditions)} · `{record.conditions['command']}`"
+    return f"![Throughput against eager torch]({picture})\n\n{grid.markdown()}\n\n{conditions}"
+
+
+def _row(record: Record, cell: PeerCell) -> list[str]:
+    speeds = {
+        row.contender: row.img_s.median
+        for row in record.rows
+        if row.case == cell.case and row.img_s
+    }
+    own = [f"{speeds[name]:.1f}" if name in speeds else "-" for name in (REFERENCE, FUSED, FROZEN)]
+    ratio = f"{cell.ratio.median:.2f}x" if cell.ratio else "-"
+    case = [cell.case.model, SHORT_DTYPES[cell.case.dtype], str(cell.case.batch)]
+    return [*case, *own, f"{cell.peer} {cell.peer_img_s:.1f}", ratio]
