@@ -44,7 +44,7 @@ check: $(READY)
 	else exit 1; fi
 
 test: build check
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses 2) $(ARGS)
 
 clean:
 	rm -rf .venv build out *.egg-info resnet_fused/_C*.so
