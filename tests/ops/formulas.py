@@ -17,13 +17,14 @@ PAIRS = [(op, b) for op in OPS for b in BACKENDS if b == "reference" or hasattr(
 
 
 def _batch_norm(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """F.batch_norm as scale and shift alone: mean 0, variance 1, eps 0."""
+    """F.batch_norm as scale and shift alone: mean 0, and variance + eps exactly 1."""
     if scale is None and shift is None:
         return y
     scale = torch.ones_like(shift) if scale is None else scale
     shift = torch.zeros_like(scale) if shift is None else shift
-    mean, variance = torch.zeros_like(scale), torch.ones_like(scale)
-    return F.batch_norm(y, mean.detach(), variance.detach(), scale, shift, eps=0.0)
+    eps = 2.0**-8  # not 0, which some versions of torch refuse; exact in every dtype
+    mean, variance = torch.zeros_like(scale), torch.full_like(scale, 1 - eps)
+    return F.batch_norm(y, mean.detach(), variance.detach(), scale, shift, eps=eps)
 
 
 def _conv_bn_act(relu, x, weight, scale, shift, residual, stride, padding, dilation, groups, act):
