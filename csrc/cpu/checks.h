@@ -7,6 +7,7 @@
 
 #include "isa.h"
 #include "kernels.h"
+#include "training.h"
 
 namespace rf {
 
@@ -32,6 +33,37 @@ inline const cpu::KernelTable& table_for(DType dtype) {
   const cpu::KernelTable* table = cpu::kernels(dtype);
   if (!table) fail(std::string("dtype: no kernels for it on ") + cpu::isa_name(cpu::active_isa()));
   return *table;
+}
+
+inline const cpu::TrainingTable& training_table_for(DType dtype) {
+  const cpu::TrainingTable* table = cpu::training_kernels(dtype);
+  if (!table) fail(std::string("dtype: no kernels for it on ") + cpu::isa_name(cpu::active_isa()));
+  return *table;
+}
+
+// A block of memory as it comes from Python: what an argument is called, where, how large.
+struct Block {
+  const char* name;
+  uintptr_t address;
+  size_t bytes;
+};
+
+inline void need_block(const Block& block, size_t alignment) {
+  need_pointer(block.name, block.address);
+  if (block.address % alignment)
+    fail(std::string(block.name) + ": must be aligned to " + std::to_string(alignment) + " bytes");
+}
+
+// Elementwise kernels may write over what they read, element for element, not one beside it.
+inline void need_same_or_apart(const Block& out, const Block& in) {
+  const bool apart = out.address + out.bytes <= in.address || in.address + in.bytes <= out.address;
+  if (!apart && (out.address != in.address || out.bytes != in.bytes))
+    fail(std::string(out.name) + ": overlaps " + in.name + " without being the same memory");
+}
+
+inline void need_apart(const Block& out, const Block& other) {
+  if (out.address < other.address + other.bytes && other.address < out.address + out.bytes)
+    fail(std::string(out.name) + ": must not overlap " + other.name);
 }
 
 template <class P>

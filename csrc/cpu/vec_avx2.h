@@ -32,6 +32,44 @@ struct Vec {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+  static int count(mask m) { return __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(m))); }
+  // v where z is above zero or NaN, else zero: the gradient of relu(z).
+  static reg where_passed(reg z, reg v) {
+    return _mm256_and_ps(_mm256_cmp_ps(z, _mm256_setzero_ps(), _CMP_NLE_UQ), v);
+  }
+  static reg finite_or_zero(reg v) {
+    return _mm256_and_ps(_mm256_cmp_ps(_mm256_sub_ps(v, v), _mm256_setzero_ps(), _CMP_EQ_OQ), v);
+  }
+  // A larger value or a NaN replaces the best and where it was.
+  static void take_max(reg v, reg at, reg& best, reg& best_at) {
+    const reg m = _mm256_or_ps(_mm256_cmp_ps(v, best, _CMP_GT_OQ), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    best = _mm256_blendv_ps(best, v, m);
+    best_at = _mm256_blendv_ps(best_at, at, m);
+  }
+  // Whole numbers from 0 to 255, one byte each.
+  static __m128i to_bytes(reg v) {
+    const __m256i n = _mm256_cvtps_epi32(v);
+    const __m128i h = _mm_packus_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
+    return _mm_packus_epi16(h, h);
+  }
+  static void store_bytes(uint8_t* p, reg v) { _mm_storel_epi64((__m128i*)p, to_bytes(v)); }
+  static void store_bytes(uint8_t* p, reg v, mask m) {
+    const __m128i bytes = to_bytes(v);
+    __builtin_memcpy(p, &bytes, count(m));
+  }
+  // v where the byte is n, else zero.
+  static reg where_byte(__m128i bytes, int n, reg v) {
+    const __m128i same = _mm_cmpeq_epi8(bytes, _mm_set1_epi8((char)n));
+    return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cvtepi8_epi32(same)), v);
+  }
+  static reg where_byte(const uint8_t* p, int n, reg v) {
+    return where_byte(_mm_loadl_epi64((const __m128i*)p), n, v);
+  }
+  static reg where_byte(const uint8_t* p, int n, reg v, mask m) {
+    __m128i bytes = _mm_setzero_si128();
+    __builtin_memcpy(&bytes, p, count(m));
+    return where_byte(bytes, n, v);
+  }
 };
 
 struct F32 : Vec {
@@ -45,3 +83,33 @@ struct F32 : Vec {
 };
 
 static inline float to_float(float v) { return v; }
+
+// bfloat16 in memory, float32 in registers: a load shifts, a store rounds to nearest even, NaN kept.
+struct Bf16Memory : Vec {
+  using T = uint16_t;
+  static reg widen(__m128i v) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+  }
+  static __m128i narrow(reg v) {
+    const __m256i u = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff));
+    const __m256i quiet = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    const __m256i kept = _mm256_castps_si256(
+        _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan));
+    const __m256i high = _mm256_srli_epi32(kept, 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  }
+  static reg load(const T* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
+  static reg load(const T* p, mask m) {
+    __m128i v = _mm_setzero_si128();
+    __builtin_memcpy(&v, p, 2 * count(m));
+    return widen(v);
+  }
+  static void store(T* p, reg v) { _mm_storeu_si128((__m128i*)p, narrow(v)); }
+  static void store(T* p, reg v, mask m) {
+    const __m128i n = narrow(v);
+    __builtin_memcpy(p, &n, 2 * count(m));
+  }
+};

@@ -26,6 +26,31 @@ struct Vec {
   }
   static bool any_nan(reg v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
   static float sum(reg v) { return _mm512_reduce_add_ps(v); }
+  // v where z is above zero or NaN, else zero: the gradient of relu(z).
+  static reg where_passed(reg z, reg v) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
+  }
+  static reg finite_or_zero(reg v) {
+    const mask finite =
+        _mm512_cmp_ps_mask(_mm512_sub_ps(v, v), _mm512_setzero_ps(), _CMP_EQ_OQ);
+    return _mm512_maskz_mov_ps(finite, v);
+  }
+  // A larger value or a NaN replaces the best and where it was.
+  static void take_max(reg v, reg at, reg& best, reg& best_at) {
+    const mask m =
+        _mm512_cmp_ps_mask(v, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    best = _mm512_mask_mov_ps(best, m, v);
+    best_at = _mm512_mask_mov_ps(best_at, m, at);
+  }
+  // Whole numbers from 0 to 255, one byte each.
+  static void store_bytes(uint8_t* p, reg v, mask m = 0xffff) {
+    _mm512_mask_cvtepi32_storeu_epi8(p, m, _mm512_cvtps_epi32(v));
+  }
+  // v where the byte is n, else zero.
+  static reg where_byte(const uint8_t* p, int n, reg v, mask m = 0xffff) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(m, p);
+    return _mm512_maskz_mov_ps(_mm_mask_cmpeq_epi8_mask(m, bytes, _mm_set1_epi8((char)n)), v);
+  }
 };
 
 struct F32 : Vec {
@@ -40,6 +65,26 @@ struct F32 : Vec {
 
 static inline float to_float(float v) { return v; }
 
+// bfloat16 in memory, float32 in registers: a load shifts, a store rounds to nearest even, NaN kept.
+struct Bf16Memory : Vec {
+  using T = uint16_t;
+  static reg widen(__m256i v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  static __m256i narrow(reg v) {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
+    const mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+  }
+  static reg load(const T* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+  static reg load(const T* p, mask m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
+  static void store(T* p, reg v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
+  static void store(T* p, reg v, mask m) { _mm256_mask_storeu_epi16(p, m, narrow(v)); }
+};
+
 #ifdef RF_BF16
 static inline float to_float(uint16_t v) {
   const uint32_t u = (uint32_t)v << 16;
@@ -48,11 +93,11 @@ static inline float to_float(uint16_t v) {
   return f;
 }
 
-struct Bf16 : Vec {
-  using T = uint16_t;
+struct Bf16 : Bf16Memory {
   static constexpr int KU = 2;
   static constexpr int MR = 14;
   static constexpr int NV = 2;
+  using Bf16Memory::load;
   using Vec::load;
   using Vec::store;
   static reg broadcast(const T* p) {
@@ -65,11 +110,6 @@ struct Bf16 : Vec {
   static reg dot(reg acc, reg a, reg b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }
-  static reg widen(__m256i v) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-  }
-  static reg load(const T* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
-  static reg load(const T* p, mask m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
   static void store(T* p, reg v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
   static void store(T* p, reg v, mask m) {
     _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(v));

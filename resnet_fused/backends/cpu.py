@@ -1,32 +1,25 @@
-"""The native CPU kernels of the extension: conv_bn_act on channels_last float32 and bfloat16."""
+"""The native CPU kernels of the extension, on channels_last float32 and bfloat16."""
 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import native
+from resnet_fused.backends import _cpu_training, native
 from resnet_fused.backends._derived import derived
-from resnet_fused.backends._outputs import empty_channels_last
+from resnet_fused.backends._outputs import empty_channels_last, scratch
+from resnet_fused.backends.native import DTYPE_NAMES, as_vector
 
 ADVICE = "Build the extension with a C++17 compiler: pip install --no-binary :all: resnet_fused"
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-
+#: Ops that take bfloat16 on any processor with kernels.
+_ANY_BF16 = ("bn_apply", "add_relu")
 
 #: A kernel call with everything bound.
 Call = Callable[[], None]
-
-
-def _extension() -> ModuleType:
-    extension = native.extension()
-    assert extension is not None, "available() is asked before"
-    return extension
 
 
 def available() -> str | None:
@@ -41,17 +34,22 @@ def available() -> str | None:
 
 def supports(op: str, x: Tensor, *args: object) -> str | None:
     """Return why the native kernels do not take this call, or None."""
-    return declines(x)
+    return _declines_type(x) if op in _ANY_BF16 else declines(x)
 
 
 def declines(x: Tensor) -> str | None:
-    """Return why no native kernel takes ``x``, or None."""
+    """Return why the convolutions, the max pool and the head do not take ``x``, or None."""
+    reason = _declines_type(x)
+    if reason is None and x.dtype == torch.bfloat16 and native.loaded().cpu_isa() != "avx512_bf16":
+        return "bfloat16 needs a processor with AVX-512 BF16"
+    return reason
+
+
+def _declines_type(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"runs on the CPU, x is on {x.device}"
-    if x.dtype not in _NAMES:
+    if x.dtype not in DTYPE_NAMES:
         return f"takes float32 and bfloat16, x is {x.dtype}"
-    if x.dtype == torch.bfloat16 and _extension().cpu_isa() != "avx512_bf16":
-        return "bfloat16 needs a processor with AVX-512 BF16"
     return None
 
 
@@ -73,9 +71,21 @@ def conv_bn_act(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     y = empty_channels_last(conv.output_shape, x.dtype)
-    scratch = _scratch(conv.scratch_bytes)
-    conv.bind(x, as_vector(scale), as_vector(shift), residual, y, scratch, act)()
+    work = scratch(conv.scratch_bytes)
+    conv.bind(x, as_vector(scale), as_vector(shift), residual, y, work, act)()
     return y
+
+
+def bn_apply(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str | None
+) -> Tensor:
+    """Run the op."""
+    return _cpu_training.bn_act(x, scale, shift, residual, relu=act == "relu")
+
+
+def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    """Run the op."""
+    return _cpu_training.add_relu(x, residual)
 
 
 class Convolution:
@@ -91,7 +101,7 @@ class Convolution:
         groups: int,
     ) -> None:
         n, c, h, w = shape
-        self._dtype = _NAMES[weight.dtype]
+        self._dtype = DTYPE_NAMES[weight.dtype]
         self._geometry = (
             n, h, w, c, weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation, groups,
         )  # fmt: skip
@@ -126,7 +136,7 @@ class Convolution:
         """
         addresses = (0 if t is None else t.data_ptr() for t in (scale, shift, residual))
         run = functools.partial(
-            _extension().conv_bn_act,
+            native.loaded().conv_bn_act,
             x.data_ptr(), self._packed.data_ptr(), *addresses, y.data_ptr(), scratch.data_ptr(),
             scratch.nbytes, self._dtype, self.algorithm, *self._geometry,
             act == "relu",
@@ -140,7 +150,7 @@ def bind_max_pool(x: Tensor, y: Tensor, kernel: int, stride: int, padding: int) 
     """Return a call that pools ``x`` into ``y``, both channels_last and kept by the caller."""
     n, c, h, w = x.shape
     run: Call = functools.partial(
-        _extension().max_pool, x.data_ptr(), y.data_ptr(), _NAMES[x.dtype],
+        native.loaded().max_pool, x.data_ptr(), y.data_ptr(), DTYPE_NAMES[x.dtype],
         n, h, w, c, kernel, stride, padding,
     )  # fmt: skip
     return run
@@ -159,16 +169,12 @@ def bind_head(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, scratch
     n, c, h, w = x.shape
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     run = functools.partial(
-        _extension().head, x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        y.data_ptr(), scratch.data_ptr(), scratch.nbytes, _NAMES[x.dtype], n, h * w, c, len(weight),
+        native.loaded().head, x.data_ptr(), weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), scratch.data_ptr(), scratch.nbytes,
+        DTYPE_NAMES[x.dtype], n, h * w, c, len(weight),
     )  # fmt: skip
     run.keeps = (weight, bias)  # type: ignore[attr-defined]
     return run
-
-
-def as_vector(vector: Tensor | None) -> Tensor | None:
-    """Return a scale or shift as the kernels read it: float32, contiguous."""
-    return None if vector is None else vector.detach().float().contiguous()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -176,7 +182,7 @@ def _plan(
     dtype: str, geometry: tuple[int, ...], threads: int
 ) -> tuple[str, int, tuple[int, int, int, int]]:
     """Return algorithm, scratch size and output shape for one geometry."""
-    extension = _extension()
+    extension = native.loaded()
     algorithm = extension.conv_bn_act_algorithms(dtype, *geometry)[0]
     scratch = extension.conv_bn_act_scratch_bytes(dtype, algorithm, *geometry, threads)
     n, h, w, _, o, kh, kw, sh, sw, ph, pw, dh, dw, _ = geometry
@@ -186,22 +192,10 @@ def _plan(
 
 
 def _pack(weight: Tensor, groups: int, algorithm: str) -> Tensor:
-    extension = _extension()
-    dtype, (o, c, kh, kw) = _NAMES[weight.dtype], weight.shape
+    extension = native.loaded()
+    dtype, (o, c, kh, kw) = DTYPE_NAMES[weight.dtype], weight.shape
     layout = (dtype, algorithm, o, c, kh, kw, groups)
     packed = torch.empty(extension.conv_bn_act_packed_bytes(*layout), dtype=torch.uint8)
     source = weight.detach().contiguous()
     extension.conv_bn_act_pack(source.data_ptr(), packed.data_ptr(), *layout)
     return packed
-
-
-_local = threading.local()
-
-
-def _scratch(size: int) -> Tensor:
-    """Return this thread's scratch memory, kept: touching fresh pages is slow."""
-    kept: Tensor | None = getattr(_local, "scratch", None)
-    if kept is None or kept.nbytes < size:
-        kept = torch.empty(size, dtype=torch.uint8)
-        _local.scratch = kept
-    return kept

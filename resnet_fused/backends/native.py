@@ -7,7 +7,11 @@ import importlib
 from types import ModuleType
 
 # torch goes first: the extension then uses torch's own OpenMP threads instead of a second pool.
-import torch  # noqa: F401
+import torch
+from torch import Tensor
+
+#: The dtypes with kernels, as the extension names them.
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @functools.cache
@@ -26,3 +30,15 @@ def extension() -> ModuleType | None:
 def load_error() -> str | None:
     """Return the loader's own words, or None where the extension is loaded."""
     return _load()[1]
+
+
+def loaded() -> ModuleType:
+    """Return the extension where a backend's ``available()`` has found it."""
+    module = extension()
+    assert module is not None, "available() is asked before"
+    return module
+
+
+def as_vector(vector: Tensor | None) -> Tensor | None:
+    """Return a scale or shift as the kernels read it: float32, contiguous."""
+    return None if vector is None else vector.detach().float().contiguous()

@@ -1,0 +1,84 @@
+// max_pool_index and max_pool_backward from Python.
+#include <pybind11/pybind11.h>
+
+#include "checks.h"
+
+namespace py = pybind11;
+
+namespace rf {
+namespace {
+
+// Bytes of the input and elements of the output of a pool.
+struct PoolSizes {
+  size_t in_bytes, out_elements;
+};
+
+PoolSizes checked(DType dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, int64_t s,
+                  int64_t p) {
+  need("n", n, 0);
+  need("h", h, 1, 1 << 20);
+  need("w", w, 1, 1 << 20);
+  need("c", c, 1, 1 << 20);
+  need("k", k, 1, 16);  // a place in the window is one byte
+  need("s", s, 1, 1 << 12);
+  need("p", p, 0, k / 2);
+  if (h + 2 * p < k || w + 2 * p < k) fail("k: the window is larger than the padded input");
+  if (double(n) * h * w * c > 1e15) fail("n: the tensors are too large");
+  const int64_t oh = (h + 2 * p - k) / s + 1, ow = (w + 2 * p - k) / s + 1;
+  return {n * h * w * c * itemsize(dtype), size_t(n * oh * ow * c)};
+}
+
+void max_pool_index(uintptr_t x, uintptr_t y, uintptr_t index, const std::string& dtype, int64_t n,
+                    int64_t h, int64_t w, int64_t c, int64_t k, int64_t s, int64_t p) {
+  const DType type = parse_dtype(dtype);
+  const cpu::TrainingTable& table = training_table_for(type);
+  const PoolSizes sizes = checked(type, n, h, w, c, k, s, p);
+  if (n == 0) return;
+  const Block in{"x", x, sizes.in_bytes}, out{"y", y, sizes.out_elements * itemsize(type)},
+      at{"index", index, sizes.out_elements};
+  need_block(in, itemsize(type));
+  need_block(out, itemsize(type));
+  need_block(at, 1);
+  need_apart(out, in);
+  need_apart(at, in);
+  need_apart(at, out);
+  const cpu::PoolIndexArgs args{pointer<const void>(x), pointer<void>(y), pointer<uint8_t>(index),
+                                n, h, w, c, k, s, p};
+  py::gil_scoped_release release;
+  table.max_pool_index(args);
+}
+
+void max_pool_backward(uintptr_t grad, uintptr_t index, uintptr_t grad_x, const std::string& dtype,
+                       int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, int64_t s,
+                       int64_t p) {
+  const DType type = parse_dtype(dtype);
+  const cpu::TrainingTable& table = training_table_for(type);
+  const PoolSizes sizes = checked(type, n, h, w, c, k, s, p);
+  if (n == 0) return;
+  const Block out{"grad_x", grad_x, sizes.in_bytes},
+      in{"grad", grad, sizes.out_elements * itemsize(type)}, at{"index", index, sizes.out_elements};
+  need_block(in, itemsize(type));
+  need_block(at, 1);
+  need_block(out, itemsize(type));
+  need_apart(out, in);
+  need_apart(out, at);
+  const cpu::PoolBackwardArgs args{pointer<const void>(grad), pointer<const uint8_t>(index),
+                                   pointer<void>(grad_x), n, h, w, c, k, s, p};
+  py::gil_scoped_release release;
+  table.max_pool_backward(args);
+}
+
+}  // namespace
+
+void register_max_pool_training(py::module_& m) {
+  using py::arg;
+  m.def("max_pool_index", &max_pool_index, arg("x"), arg("y"), arg("index"), arg("dtype"), arg("n"),
+        arg("h"), arg("w"), arg("c"), arg("k"), arg("s"), arg("p"),
+        "max_pool that also writes, one byte per output, which element of its window it took:\n"
+        "iy * k + ix from the window's corner; the first of equals, the last NaN, as torch.");
+  m.def("max_pool_backward", &max_pool_backward, arg("grad"), arg("index"), arg("grad_x"),
+        arg("dtype"), arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("s"), arg("p"),
+        "The input's gradient of max_pool_index; n, h, w, c are those of the input. Deterministic.");
+}
+
+}  // namespace rf

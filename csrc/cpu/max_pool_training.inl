@@ -1,0 +1,62 @@
+// The max pool of the stem in training: which element of each window was taken, and backward.
+
+// y = max over the window as in max_pool; index = its place in the window, row by row from 0.
+// As torch: the first of equals, the last NaN.
+template <class E>
+static void max_pool_index(const PoolIndexArgs& g) {
+  using T = typename E::T;
+  const int64_t oh = (g.h + 2 * g.p - g.k) / g.s + 1, ow = (g.w + 2 * g.p - g.k) / g.s + 1;
+#pragma omp parallel for
+  for (int64_t row = 0; row < g.n * oh; ++row) {
+    const int64_t y0 = row % oh * g.s - g.p, top = max64(0, y0), bottom = min64(g.h, y0 + g.k);
+    const T* x = static_cast<const T*>(g.x) + row / oh * g.h * g.w * g.c;
+    for (int64_t ox = 0; ox < ow; ++ox) {
+      const int64_t x0 = ox * g.s - g.p, left = max64(0, x0), right = min64(g.w, x0 + g.k);
+      const auto place = [&](int64_t iy, int64_t ix) {
+        return Vec::set1((float)((iy - y0) * g.k + ix - x0));
+      };
+      T* y = static_cast<T*>(g.y) + (row * ow + ox) * g.c;
+      uint8_t* index = g.index + (row * ow + ox) * g.c;
+      each_vector(g.c, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+        auto best = Vec::set1(-__builtin_inff()), best_at = place(top, left);
+        for (int64_t iy = top; iy < bottom; ++iy)
+          for (int64_t ix = left; ix < right; ++ix)
+            Vec::take_max(get<E>(x + (iy * g.w + ix) * g.c + c, lanes), place(iy, ix), best,
+                          best_at);
+        put<E>(y + c, best, lanes);
+        put_bytes(index + c, best_at, lanes);
+      });
+    }
+  }
+}
+
+// grad_x = the sum of the gradients of those windows that took the element: each element gathers
+// its own, in one order.
+template <class E>
+static void max_pool_backward(const PoolBackwardArgs& g) {
+  using T = typename E::T;
+  const int64_t oh = (g.h + 2 * g.p - g.k) / g.s + 1, ow = (g.w + 2 * g.p - g.k) / g.s + 1;
+  // The windows over a padded coordinate, of `most` in the row.
+  const auto first = [&](int64_t at) { return at < g.k ? 0 : (at - g.k) / g.s + 1; };
+  const auto last = [&](int64_t at, int64_t most) { return min64(most, at / g.s + 1); };
+#pragma omp parallel for
+  for (int64_t row = 0; row < g.n * g.h; ++row) {
+    const int64_t y0 = row % g.h + g.p, image = row / g.h * oh * ow * g.c;
+    const T* grad = static_cast<const T*>(g.grad) + image;
+    const uint8_t* index = g.index + image;
+    for (int64_t ix = 0; ix < g.w; ++ix) {
+      const int64_t x0 = ix + g.p;
+      T* grad_x = static_cast<T*>(g.grad_x) + (row * g.w + ix) * g.c;
+      each_vector(g.c, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+        auto sum = Vec::zero();
+        for (int64_t oy = first(y0); oy < last(y0, oh); ++oy)
+          for (int64_t ox = first(x0); ox < last(x0, ow); ++ox) {
+            const int64_t at = (oy * ow + ox) * g.c + c;
+            const int place = (int)((y0 - oy * g.s) * g.k + x0 - ox * g.s);
+            sum = Vec::add(sum, where_byte(index + at, place, get<E>(grad + at, lanes), lanes));
+          }
+        put<E>(grad_x + c, sum, lanes);
+      });
+    }
+  }
+}

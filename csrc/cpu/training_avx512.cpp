@@ -1,0 +1,23 @@
+// The training kernels built for AVX-512 (F, BW, VL, DQ), float32 and bfloat16.
+#include "training.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <omp.h>
+
+// After the system headers: their inline functions must stay runnable everywhere.
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
+
+namespace rf::cpu::avx512 {
+namespace {
+#include "vec_avx512.h"
+#include "../common/bn_math.h"
+#include "rows.inl"
+#include "bn.inl"
+#include "max_pool_training.inl"
+#include "training_table.inl"
+}  // namespace
+const TrainingTable training_f32 = training_table<F32>;
+const TrainingTable training_bf16 = training_table<Bf16Memory>;
+}  // namespace rf::cpu::avx512
+#endif

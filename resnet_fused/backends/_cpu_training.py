@@ -1,0 +1,250 @@
+"""The CPU kernels of training: BatchNorm's passes, residual add and ReLU, the stem's max pool.
+
+Maps are (N, C, H, W), float32 or bfloat16, all of the first one's shape and dtype; other layouts
+than channels_last are converted. Vectors have C values and are read as float32. Results are
+channels_last maps and float32 vectors; arithmetic is in float32. Arguments that do not fit raise
+ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends._outputs import empty_channels_last, scratch
+from resnet_fused.backends.native import DTYPE_NAMES, as_vector, loaded
+
+
+class _Maps:
+    """The maps and vectors of one call; keeps what was converted alive until the kernel has run."""
+
+    def __init__(self, x: Tensor) -> None:
+        n, c, h, w = x.shape
+        self._shape, self._dtype, self._kept = x.shape, x.dtype, [x]
+        self.sizes = (DTYPE_NAMES[x.dtype], n * h * w, c)
+
+    def map(self, name: str, t: Tensor | None) -> int:
+        """Return the address of a map to read, 0 for None."""
+        if t is None:
+            return 0
+        self._check(name, t)
+        self._kept.append(t.detach().contiguous(memory_format=torch.channels_last))
+        return self._kept[-1].data_ptr()
+
+    def vector(self, name: str, t: Tensor | None) -> int:
+        """Return the address of a vector to read, 0 for None."""
+        vector = as_vector(t)
+        if vector is None:
+            return 0
+        if vector.shape != self._shape[1:2] or vector.device.type != "cpu":
+            raise ValueError(
+                f"{name}: must be a CPU vector of {self._shape[1]} values, "
+                f"got {tuple(vector.shape)} on {vector.device}"
+            )
+        self._kept.append(vector)
+        return vector.data_ptr()
+
+    def output(self, name: str, out: Tensor | None) -> Tensor:
+        """Return the map to write: ``out``, checked, or a new one."""
+        if out is None:
+            return empty_channels_last(self._shape, self._dtype)
+        self._check(name, out)
+        if not out.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(f"{name}: must be channels_last, got strides {out.stride()}")
+        return out
+
+    def new_vectors(self, count: int) -> list[Tensor]:
+        """Return vectors to write."""
+        return [torch.empty(self._shape[1], dtype=torch.float32) for _ in range(count)]
+
+    def _check(self, name: str, t: Tensor) -> None:
+        if t.shape != self._shape or t.dtype != self._dtype or t.device.type != "cpu":
+            raise ValueError(
+                f"{name}: must be a CPU tensor {tuple(self._shape)} of {self._dtype}, "
+                f"got {tuple(t.shape)} of {t.dtype} on {t.device}"
+            )
+
+
+def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each channel's mean and biased variance (arXiv 1502.03167, algorithm 1).
+
+    One pass over x, with shifted sums merged in double precision: as exact where the mean is far
+    larger than the deviation. The same bits on any number of threads.
+    """
+    maps = _Maps(x)
+    mean, var = maps.new_vectors(2)
+    address, (_, *rows_c) = maps.map("x", x), maps.sizes
+    work = scratch(loaded().bn_stats_scratch_bytes(*rows_c))
+    loaded().bn_stats(
+        address, mean.data_ptr(), var.data_ptr(), work.data_ptr(), work.nbytes, *maps.sizes
+    )
+    return mean, var
+
+
+def bn_act(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+    relu: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return act(x · scale + shift + r).
+
+    r is 0, ``residual``, or residual · residual_scale + residual_shift: the BatchNorm of a
+    projection shortcut. ``out`` may be ``x`` or ``residual``.
+    """
+    maps = _Maps(x)
+    y = maps.output("out", out)
+    loaded().bn_act(
+        maps.map("x", x), maps.vector("scale", scale), maps.vector("shift", shift),
+        maps.map("residual", residual), maps.vector("residual_scale", residual_scale),
+        maps.vector("residual_shift", residual_shift), y.data_ptr(), *maps.sizes, relu,
+    )  # fmt: skip
+    return y
+
+
+def add_relu(x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return relu(x + residual); ``out`` may be either."""
+    maps = _Maps(x)
+    y = maps.output("out", out)
+    addresses = maps.map("x", x), maps.map("residual", residual), y.data_ptr()
+    loaded().add_relu(*addresses, maps.sizes[0], x.numel())
+    return y
+
+
+def bn_act_backward_reduce(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    y: Tensor | None = None,
+    relu: bool = True,
+    masked: Tensor | None = None,
+    x2: Tensor | None = None,
+    mean2: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Return Σ g and Σ g · (x - mean), with ``x2`` also Σ g · (x2 - mean2).
+
+    g is the gradient behind the ReLU: ``grad`` where not y <= 0, or, without ``y``, where not
+    x · scale + shift <= 0; all of ``grad`` without ``relu``. The same bits on any number of
+    threads.
+
+    Args:
+        grad: the gradient of bn_act's result.
+        x: what bn_act normalised.
+        mean: what is subtracted from ``x``.
+        scale: bn_act's own, needed with ``relu`` but without ``y``.
+        shift: likewise.
+        y: bn_act's result; needed with ``relu`` where a residual was added.
+        relu: whether bn_act rectified.
+        masked: receives g, the residual's gradient; may be ``grad``.
+        x2: what the shortcut's BatchNorm normalised.
+        mean2: what is subtracted from ``x2``.
+    """
+    maps = _Maps(x)
+    sums = maps.new_vectors(2 if x2 is None else 3)
+    out = [s.data_ptr() for s in sums] + [0] * (3 - len(sums))
+    masked = None if masked is None else maps.output("masked", masked)
+    work = scratch(loaded().bn_act_backward_reduce_scratch_bytes(*maps.sizes[1:]))
+    loaded().bn_act_backward_reduce(
+        maps.map("grad", grad), maps.map("x", x), maps.map("x2", x2), maps.vector("scale", scale),
+        maps.vector("shift", shift), maps.map("y", y), maps.vector("mean", mean),
+        maps.vector("mean2", mean2), *out, 0 if masked is None else masked.data_ptr(),
+        work.data_ptr(), work.nbytes, *maps.sizes, relu,
+    )  # fmt: skip
+    return tuple(sums)
+
+
+def bn_act_backward_apply(
+    grad: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    d: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    y: Tensor | None = None,
+    relu: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return g · a + x · b + d, with g as in :func:`bn_act_backward_reduce`.
+
+    ``out`` may be ``grad``. With a ``grad`` that is masked already, ``relu`` is False.
+    """
+    maps = _Maps(x)
+    grad_x = maps.output("out", out)
+    loaded().bn_act_backward_apply(
+        maps.map("grad", grad), maps.map("x", x), 0, maps.vector("scale", scale),
+        maps.vector("shift", shift), maps.map("y", y), maps.vector("a", a), maps.vector("b", b),
+        maps.vector("d", d), 0, 0, 0, grad_x.data_ptr(), 0, *maps.sizes, relu,
+    )  # fmt: skip
+    return grad_x
+
+
+def bn_act_backward_apply_both(
+    grad: Tensor,
+    x: Tensor,
+    x2: Tensor,
+    vectors: Sequence[Tensor],
+    vectors2: Sequence[Tensor],
+    y: Tensor | None = None,
+    relu: bool = True,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`bn_act_backward_apply` for x and for the shortcut's x2, reading grad once.
+
+    ``vectors`` are a, b, d for x, ``vectors2`` those for x2. ``out`` receives x's gradient and may
+    be ``grad``.
+    """
+    maps = _Maps(x)
+    grad_x, grad_x2 = maps.output("out", out), maps.output("grad_x2", None)
+    loaded().bn_act_backward_apply(
+        maps.map("grad", grad), maps.map("x", x), maps.map("x2", x2), 0, 0, maps.map("y", y),
+        *(maps.vector("vectors", v) for v in vectors),
+        *(maps.vector("vectors2", v) for v in vectors2),
+        grad_x.data_ptr(), grad_x2.data_ptr(), *maps.sizes, relu,
+    )  # fmt: skip
+    return grad_x, grad_x2
+
+
+def max_pool_index(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    """Return the max pool of x and, as bytes, the place in its window of each element taken.
+
+    Places are counted row by row from the window's corner. As in torch, the first of equal values
+    is taken, and the last NaN.
+    """
+    n, c, h, w = x.shape
+    shape = (n, c, *((length + 2 * padding - kernel) // stride + 1 for length in (h, w)))
+    maps, y = _Maps(x), empty_channels_last(shape, x.dtype)
+    index = empty_channels_last(shape, torch.uint8)
+    loaded().max_pool_index(
+        maps.map("x", x), y.data_ptr(), index.data_ptr(), maps.sizes[0],
+        n, h, w, c, kernel, stride, padding,
+    )  # fmt: skip
+    return y, index
+
+
+def max_pool_backward(
+    grad: Tensor, index: Tensor, shape: Sequence[int], kernel: int, stride: int, padding: int
+) -> Tensor:
+    """Return the gradient of :func:`max_pool_index`'s input of ``shape``. Deterministic."""
+    n, c, h, w = shape
+    expected = (n, c, *((length + 2 * padding - kernel) // stride + 1 for length in (h, w)))
+    for name, t in (("grad", grad), ("index", index)):
+        if tuple(t.shape) != expected:
+            raise ValueError(f"{name}: must have shape {expected}, got {tuple(t.shape)}")
+    if index.dtype != torch.uint8:
+        raise ValueError(f"index: must be torch.uint8, got {index.dtype}")
+    maps, grad_x = _Maps(grad), empty_channels_last(shape, grad.dtype)
+    index = index.contiguous(memory_format=torch.channels_last)
+    loaded().max_pool_backward(
+        maps.map("grad", grad), index.data_ptr(), grad_x.data_ptr(), maps.sizes[0],
+        n, h, w, c, kernel, stride, padding,
+    )  # fmt: skip
+    return grad_x
