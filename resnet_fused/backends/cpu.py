@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends import _cpu_training, native
-from resnet_fused.backends._derived import derived
+
+# Ops of training, run as they stand there.
+from resnet_fused.backends._cpu_bn import bn_act as bn_act
+from resnet_fused.backends._cpu_bn import bn_act_backward_apply as bn_act_backward_apply
+from resnet_fused.backends._cpu_bn import bn_act_backward_reduce as bn_act_backward_reduce
+from resnet_fused.backends._cpu_bn import bn_act_max_pool as bn_act_max_pool
+from resnet_fused.backends._cpu_bn import dual_bn_act as dual_bn_act
+from resnet_fused.backends._cpu_bn import dual_bn_act_backward_apply as dual_bn_act_backward_apply
+from resnet_fused.backends._cpu_bn import dual_bn_act_backward_reduce as dual_bn_act_backward_reduce
+from resnet_fused.backends._cpu_bn import max_pool_backward as max_pool_backward
+from resnet_fused.backends._cpu_conv import Call, Convolution, convolve_once
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends.native import DTYPE_NAMES, as_vector
 
 ADVICE = "Build the extension with a C++17 compiler: pip install --no-binary :all: resnet_fused"
 
-#: Ops that take bfloat16 on any processor with kernels.
-_ANY_BF16 = ("bn_apply", "add_relu")
-
-#: A kernel call with everything bound.
-Call = Callable[[], None]
+#: Ops that need bfloat16 dot products for bfloat16; the others take it on any processor.
+_DOT_PRODUCTS = ("conv_bn_act", "conv_backward_data")
+#: Ops with a max pool in them.
+_POOLS = ("bn_act_max_pool", "max_pool_backward")
 
 
 def available() -> str | None:
@@ -32,9 +43,37 @@ def available() -> str | None:
     return None
 
 
-def supports(op: str, x: Tensor, *args: object) -> str | None:
+def supports(op: str, x: Tensor, *args: Any) -> str | None:
     """Return why the native kernels do not take this call, or None."""
-    return _declines_type(x) if op in _ANY_BF16 else declines(x)
+    reason = declines(x) if op in _DOT_PRODUCTS else _declines_type(x)
+    if reason is None and "backward" in op and not x.numel():
+        return "the gradient is empty"
+    if reason is None and op in _POOLS and any(len(set(pair)) > 1 for pair in args[-3:]):
+        return "the pool's window, stride or padding is not square"
+    if reason is None and op == "conv_backward_data":
+        return _declines_gradient(*args)
+    return reason
+
+
+def _declines_gradient(
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
+    """Say where the gradient is not itself a convolution of the kernels' kind."""
+    if any(s > 1 for s in stride) or groups > 1:
+        return "takes stride 1 and one group"
+    if any(p < 0 for p in _gradient_padding(weight, padding, dilation)):
+        return "takes padding smaller than the kernel"
+    return None
+
+
+def _gradient_padding(weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    sizes = weight.shape[2:]
+    return [d * (k - 1) - p for k, p, d in zip(sizes, padding, dilation, strict=True)]
 
 
 def declines(x: Tensor) -> str | None:
@@ -76,6 +115,57 @@ def conv_bn_act(
     return y
 
 
+def conv_bn_stats(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the op; the weights are packed anew, as a training step has changed them."""
+    if declines(x) is None and x.numel():
+        y = convolve_once(x, weight, stride, padding, dilation, groups)
+    else:
+        geometry = (list(stride), list(padding), list(dilation), groups)
+        y = F.conv2d(x, weight, None, *geometry).contiguous(memory_format=torch.channels_last)
+    return y, *_cpu_training.bn_stats(y)
+
+
+def bn_act_conv_bn_stats(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the op; the activation lives until the convolution has read it."""
+    a = bn_act(x, mean, var, bn_weight, bn_bias, None, eps, act)
+    return conv_bn_stats(a, weight, stride, padding, dilation, groups)
+
+
+def conv_backward_data(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Run the op: the convolution of grad with the kernel turned by half a turn."""
+    turned = weight.detach().flip(2, 3).transpose(0, 1)
+    outer = _gradient_padding(weight, padding, dilation)
+    return convolve_once(grad, turned, stride, outer, dilation, groups)
+
+
 def bn_apply(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str | None
 ) -> Tensor:
@@ -86,64 +176,6 @@ def bn_apply(
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     """Run the op."""
     return _cpu_training.add_relu(x, residual)
-
-
-class Convolution:
-    """One convolution of one input shape: its algorithm, packed weights and scratch size."""
-
-    def __init__(
-        self,
-        shape: Sequence[int],
-        weight: Tensor,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-    ) -> None:
-        n, c, h, w = shape
-        self._dtype = DTYPE_NAMES[weight.dtype]
-        self._geometry = (
-            n, h, w, c, weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation, groups,
-        )  # fmt: skip
-        self.algorithm, self.scratch_bytes, self.output_shape = _plan(
-            self._dtype, self._geometry, torch.get_num_threads()
-        )
-        key = ("cpu", self.algorithm, groups)
-        self._packed = derived((weight,), key, lambda: _pack(weight, groups, self.algorithm))
-
-    def bind(
-        self,
-        x: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        residual: Tensor | None,
-        y: Tensor,
-        scratch: Tensor,
-        act: str | None,
-    ) -> Call:
-        """Return a call that runs the convolution on these buffers.
-
-        The caller keeps x, residual, y and scratch alive; the call keeps the rest.
-
-        Args:
-            x: the input, channels_last.
-            scale: float32 vector (:func:`as_vector`) or None for ones.
-            shift: float32 vector or None for zeros.
-            residual: channels_last in the output's shape, or None; it may be ``y`` itself.
-            y: receives the output, channels_last.
-            scratch: at least ``scratch_bytes`` bytes, 64-byte aligned.
-            act: None or "relu".
-        """
-        addresses = (0 if t is None else t.data_ptr() for t in (scale, shift, residual))
-        run = functools.partial(
-            native.loaded().conv_bn_act,
-            x.data_ptr(), self._packed.data_ptr(), *addresses, y.data_ptr(), scratch.data_ptr(),
-            scratch.nbytes, self._dtype, self.algorithm, *self._geometry,
-            act == "relu",
-        )  # fmt: skip
-        # The call holds addresses only; these two are the ones nobody else need keep.
-        run.keeps = (scale, shift, self._packed)  # type: ignore[attr-defined]
-        return run
 
 
 def bind_max_pool(x: Tensor, y: Tensor, kernel: int, stride: int, padding: int) -> Call:
@@ -175,27 +207,3 @@ def bind_head(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, scratch
     )  # fmt: skip
     run.keeps = (weight, bias)  # type: ignore[attr-defined]
     return run
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(
-    dtype: str, geometry: tuple[int, ...], threads: int
-) -> tuple[str, int, tuple[int, int, int, int]]:
-    """Return algorithm, scratch size and output shape for one geometry."""
-    extension = native.loaded()
-    algorithm = extension.conv_bn_act_algorithms(dtype, *geometry)[0]
-    scratch = extension.conv_bn_act_scratch_bytes(dtype, algorithm, *geometry, threads)
-    n, h, w, _, o, kh, kw, sh, sw, ph, pw, dh, dw, _ = geometry
-    oh = (h + 2 * ph - dh * (kh - 1) - 1) // sh + 1
-    ow = (w + 2 * pw - dw * (kw - 1) - 1) // sw + 1
-    return algorithm, scratch, (n, o, oh, ow)
-
-
-def _pack(weight: Tensor, groups: int, algorithm: str) -> Tensor:
-    extension = native.loaded()
-    dtype, (o, c, kh, kw) = DTYPE_NAMES[weight.dtype], weight.shape
-    layout = (dtype, algorithm, o, c, kh, kw, groups)
-    packed = torch.empty(extension.conv_bn_act_packed_bytes(*layout), dtype=torch.uint8)
-    source = weight.detach().contiguous()
-    extension.conv_bn_act_pack(source.data_ptr(), packed.data_ptr(), *layout)
-    return packed

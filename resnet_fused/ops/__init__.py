@@ -1,12 +1,52 @@
 """The ops: one file each, defined once; :data:`OPS` is the one list of them."""
 
-from resnet_fused.ops import add_relu, bn_apply, conv_bn_act
+from resnet_fused.ops import (
+    add_relu,
+    bn_act,
+    bn_act_backward_apply,
+    bn_act_backward_reduce,
+    bn_act_conv_bn_stats,
+    bn_act_max_pool,
+    bn_apply,
+    bn_update_stats,
+    conv_backward_data,
+    conv_backward_weight,
+    conv_bn_act,
+    conv_bn_stats,
+    dual_bn_act,
+    dual_bn_act_backward_apply,
+    dual_bn_act_backward_reduce,
+    max_pool_backward,
+)
 from resnet_fused.ops._op import Op
 from resnet_fused.ops._register import register
 
 #: Every op of the package, by name. Registration, contract tests, FLOP counts and benchmarks
 #: walk this list; a new op is added here and nowhere else.
-OPS: dict[str, Op] = {op.name: op for op in (conv_bn_act.OP, bn_apply.OP, add_relu.OP)}
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        # Inference, and training with frozen BatchNorm.
+        conv_bn_act.OP,
+        bn_apply.OP,
+        add_relu.OP,
+        # Training with live BatchNorm.
+        conv_bn_stats.OP,
+        bn_act_conv_bn_stats.OP,
+        bn_act.OP,
+        dual_bn_act.OP,
+        bn_act_max_pool.OP,
+        bn_update_stats.OP,
+        # Its backward.
+        bn_act_backward_reduce.OP,
+        bn_act_backward_apply.OP,
+        dual_bn_act_backward_reduce.OP,
+        dual_bn_act_backward_apply.OP,
+        max_pool_backward.OP,
+        conv_backward_data.OP,
+        conv_backward_weight.OP,
+    )
+}
 
 for _op in OPS.values():
     register(_op)

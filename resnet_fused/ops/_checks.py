@@ -16,15 +16,24 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_feature_map(op: str, x: torch.Tensor) -> None:
+def check_feature_map(op: str, x: torch.Tensor, name: str = "x") -> None:
     """Check that ``x`` is a floating point (N, C, H, W) tensor."""
     if x.dim() != 4:
         raise ValueError(
-            f"{op}: x must have 4 dimensions (N, C, H, W), got {x.dim()}: {tuple(x.shape)}"
+            f"{op}: {name} must have 4 dimensions (N, C, H, W), got {x.dim()}: {tuple(x.shape)}"
         )
     if x.dtype not in FLOAT_DTYPES:
         accepted = ", ".join(str(d) for d in FLOAT_DTYPES)
-        raise TypeError(f"{op}: x must be one of {accepted}, got {x.dtype}")
+        raise TypeError(f"{op}: {name} must be one of {accepted}, got {x.dtype}")
+
+
+def check_like(op: str, name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
+    """Check that ``tensor`` has the shape, dtype and device of ``x``."""
+    if tensor.shape != x.shape:
+        raise ValueError(
+            f"{op}: {name} must have x's shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
+        )
+    check_same(op, name, tensor, x)
 
 
 def check_same(op: str, name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:

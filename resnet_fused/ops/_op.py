@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 
 @dataclass(frozen=True)
 class Op:
@@ -22,13 +20,14 @@ class Op:
     #: Raises before anything has run if an argument is not acceptable.
     check: Callable[..., None]
     #: The op in plain torch: the definition every backend is held to.
-    reference: Callable[..., torch.Tensor]
+    reference: Callable[..., Any]
     #: An empty result of the right shape, dtype and layout.
-    fake: Callable[..., torch.Tensor]
+    fake: Callable[..., Any]
     #: Saves for backward; torch.library's own signature ``(ctx, inputs, output)``.
-    setup_context: Callable[..., None]
-    #: Gradients, one per argument in schema order; ``(ctx, grad)``.
-    backward: Callable[..., Any]
+    setup_context: Callable[..., None] | None
+    #: Gradients, one per argument in schema order; ``(ctx, grad)``. None for an op that is itself
+    #: part of a backward: differentiating it is refused.
+    backward: Callable[..., Any] | None
     #: The arguments autocast casts; the others keep their dtype (statistics stay float32).
     autocast: tuple[str, ...]
     #: Floating point operations, two per multiply-add, as torch's FlopCounterMode counts.
@@ -37,3 +36,5 @@ class Op:
     nbytes: Callable[..., int]
     #: ``samples(device, dtype)`` yields argument tuples that touch every branch of the op.
     samples: Callable[..., Iterator[tuple[Any, ...]]]
+    #: The arguments, by place, that the op writes.
+    mutates: tuple[int, ...] = ()

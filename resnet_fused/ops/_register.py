@@ -23,17 +23,31 @@ def register(op: Op) -> None:
     _LIBRARY.define(op.name + op.schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _LIBRARY.impl(op.name, _kernel(op), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, op.fake, lib=_LIBRARY)
-    torch.library.register_autograd(
-        qualified, op.backward, setup_context=op.setup_context, lib=_LIBRARY
-    )
+    if not op.mutates:
+        torch.library.register_autograd(
+            qualified,
+            op.backward or _refuse(op),
+            setup_context=op.setup_context,
+            lib=_LIBRARY,
+        )
     handle = getattr(torch.ops.resnet_fused, op.name)
     for device in AUTOCAST_DEVICES:
         _LIBRARY.impl(op.name, _autocast(op, handle.default, device), f"Autocast{device.upper()}")
     register_flop_formula(handle)(op.flops)
 
 
-def _kernel(op: Op) -> Callable[..., torch.Tensor]:
-    def kernel(*args: Any) -> torch.Tensor:
+def _refuse(op: Op) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"{op.name}: double backward is not supported: this op is part of a backward itself. "
+            "Use rf.unfuse(model) to differentiate gradients"
+        )
+
+    return backward
+
+
+def _kernel(op: Op) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
         op.check(*args)
         run = choose(op.name, *args) or op.reference
         return run(*args)
@@ -41,7 +55,7 @@ def _kernel(op: Op) -> Callable[..., torch.Tensor]:
     return kernel
 
 
-def _autocast(op: Op, handle: Any, device: str) -> Callable[..., torch.Tensor]:
+def _autocast(op: Op, handle: Any, device: str) -> Callable[..., Any]:
     """Cast the arguments that the op names, and those alone, then leave autocast.
 
     torch's own ``register_autocast`` casts every float argument, statistics included.
@@ -55,7 +69,7 @@ def _autocast(op: Op, handle: Any, device: str) -> Callable[..., torch.Tensor]:
             return value if value.dtype == torch.float64 else value.to(dtype)
         return value
 
-    def autocast(*args: Any) -> torch.Tensor:
+    def autocast(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return handle(*(cast(a, dtype) if i in chosen else a for i, a in enumerate(args)))

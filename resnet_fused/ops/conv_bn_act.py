@@ -43,33 +43,54 @@ def check(
     act: str | None,
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
-    _checks.check_feature_map(NAME, x)
+    shape = check_convolution(NAME, x, weight, stride, padding, dilation, groups)
+    _checks.check_channels(NAME, "scale", scale, shape[1], x)
+    _checks.check_channels(NAME, "shift", shift, shape[1], x)
+    _checks.check_residual(NAME, residual, shape, x)
+    _checks.check_act(NAME, act)
+
+
+def check_convolution(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[int, ...]:
+    """Check what every convolution takes, and return the output's shape."""
+    _checks.check_feature_map(op, x)
     if weight.dim() != 4:
         raise ValueError(
-            f"{NAME}: weight must have 4 dimensions (O, C/groups, KH, KW), "
+            f"{op}: weight must have 4 dimensions (O, C/groups, KH, KW), "
             f"got {weight.dim()}: {tuple(weight.shape)}"
         )
-    _checks.check_same(NAME, "weight", weight, x)
-    _checks.check_pair(NAME, "stride", stride, 1)
-    _checks.check_pair(NAME, "padding", padding, 0)
-    _checks.check_pair(NAME, "dilation", dilation, 1)
+    _checks.check_same(op, "weight", weight, x)
+    check_geometry(op, stride, padding, dilation)
     out_channels, per_group = weight.shape[0], weight.shape[1]
     if groups < 1 or out_channels % groups or x.shape[1] != per_group * groups:
         raise ValueError(
-            f"{NAME}: groups={groups} does not fit x of {x.shape[1]} channels and weight of shape "
+            f"{op}: groups={groups} does not fit x of {x.shape[1]} channels and weight of shape "
             f"{tuple(weight.shape)}: x must have weight.shape[1] * groups channels, "
             "and weight.shape[0] must be a multiple of groups"
         )
     shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
     if min(weight.shape) < 1 or shape[2] < 1 or shape[3] < 1:
         raise ValueError(
-            f"{NAME}: x of shape {tuple(x.shape)} with padding {tuple(padding)} is smaller than "
+            f"{op}: x of shape {tuple(x.shape)} with padding {tuple(padding)} is smaller than "
             f"the kernel of weight {tuple(weight.shape)} with dilation {tuple(dilation)}"
         )
-    _checks.check_channels(NAME, "scale", scale, out_channels, x)
-    _checks.check_channels(NAME, "shift", shift, out_channels, x)
-    _checks.check_residual(NAME, residual, shape, x)
-    _checks.check_act(NAME, act)
+    return shape
+
+
+def check_geometry(
+    op: str, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> None:
+    """Check the three pairs."""
+    _checks.check_pair(op, "stride", stride, 1)
+    _checks.check_pair(op, "padding", padding, 0)
+    _checks.check_pair(op, "dilation", dilation, 1)
 
 
 def reference(
@@ -208,7 +229,8 @@ GEOMETRIES: tuple[tuple[tuple[int, ...], int, _Pair, _Pair, _Pair, _Pair, int], 
 )
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """Return one integer as two."""
     return (value, value) if isinstance(value, int) else value
 
 
@@ -220,7 +242,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, to)
 
     for i, (shape, o, k, s, p, d, groups) in enumerate(GEOMETRIES):
-        kernel, stride, padding, dilation = map(_pair, (k, s, p, d))
+        kernel, stride, padding, dilation = map(pair, (k, s, p, d))
         weight = draw(o, shape[1] // groups, *kernel)
         out = output_shape(shape, weight.shape, stride, padding, dilation)
         vector_dtype = dtype if i % 3 == 2 else _checks.accumulate_dtype(dtype)

@@ -1,0 +1,164 @@
+"""The ops of BatchNorm in training on the native CPU kernels, each taking its op's arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from resnet_fused.backends import _cpu_training as kernels
+from resnet_fused.backends._bn_math import gradient_vectors, scale_shift
+from resnet_fused.backends._outputs import empty_channels_last
+
+
+def bn_act(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str | None,
+) -> Tensor:
+    """Run the op."""
+    vectors = scale_shift(mean, var, weight, bias, eps)
+    return kernels.bn_act(x, *vectors, residual, relu=act == "relu")
+
+
+def dual_bn_act(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    residual_mean: Tensor,
+    residual_var: Tensor,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    eps: float,
+    residual_eps: float,
+    act: str | None,
+) -> Tensor:
+    """Run the op."""
+    own = scale_shift(mean, var, weight, bias, eps)
+    theirs = scale_shift(residual_mean, residual_var, residual_weight, residual_bias, residual_eps)
+    return kernels.bn_act(x, *own, residual, *theirs, relu=act == "relu")
+
+
+def bn_act_backward_reduce(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    masked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the op."""
+    vectors = scale_shift(mean, var, weight, bias, eps)
+    written = empty_channels_last(x.shape, x.dtype) if masked else None
+    sum_g, sum_gx = kernels.bn_act_backward_reduce(
+        grad, x, mean, *vectors, y, relu=act == "relu", masked=written
+    )
+    return sum_g, sum_gx, x.new_empty(0) if written is None else written
+
+
+def bn_act_backward_apply(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    sum_g: Tensor,
+    sum_gx: Tensor,
+    eps: float,
+    act: str | None,
+    count: int,
+) -> Tensor:
+    """Run the op."""
+    vectors = gradient_vectors(mean, var, weight, sum_g, sum_gx, eps, max(count, 1))
+    scale = shift = None
+    if act and y is None:
+        scale, shift = scale_shift(mean, var, weight, bias, eps)
+    return kernels.bn_act_backward_apply(grad, x, *vectors, scale, shift, y, relu=act == "relu")
+
+
+def dual_bn_act_backward_reduce(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    residual: Tensor,
+    residual_mean: Tensor,
+    y: Tensor | None,
+    act: str | None,
+) -> tuple[Tensor, ...]:
+    """Run the op."""
+    return kernels.bn_act_backward_reduce(
+        grad, x, mean, None, None, y, relu=act == "relu", x2=residual, mean2=residual_mean
+    )
+
+
+def dual_bn_act_backward_apply(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    residual: Tensor,
+    residual_mean: Tensor,
+    residual_var: Tensor,
+    residual_weight: Tensor | None,
+    y: Tensor | None,
+    sum_g: Tensor,
+    sum_gx: Tensor,
+    sum_gr: Tensor,
+    eps: float,
+    residual_eps: float,
+    act: str | None,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """Run the op."""
+    m = max(count, 1)
+    own = gradient_vectors(mean, var, weight, sum_g, sum_gx, eps, m)
+    theirs = gradient_vectors(
+        residual_mean, residual_var, residual_weight, sum_g, sum_gr, residual_eps, m
+    )
+    return kernels.bn_act_backward_apply_both(grad, x, residual, own, theirs, y, relu=act == "relu")
+
+
+def bn_act_max_pool(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Run the op; the map between lives until the pool has read it."""
+    a = bn_act(x, mean, var, weight, bias, None, eps, act)
+    return kernels.max_pool_index(a, pool_size[0], pool_stride[0], pool_padding[0])
+
+
+def max_pool_backward(
+    grad: Tensor,
+    index: Tensor,
+    x_size: Sequence[int],
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> Tensor:
+    """Run the op."""
+    return kernels.max_pool_backward(
+        grad, index, x_size, pool_size[0], pool_stride[0], pool_padding[0]
+    )

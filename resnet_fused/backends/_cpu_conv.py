@@ -1,0 +1,162 @@
+"""Native convolutions: the algorithm, packed weights and scratch memory of one input shape."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends._derived import derived
+from resnet_fused.backends._outputs import empty_channels_last, scratch
+from resnet_fused.backends.native import DTYPE_NAMES, loaded
+
+#: A kernel call with everything bound.
+Call = Callable[[], None]
+
+_ALIGNMENT = 64
+
+
+class Convolution:
+    """One convolution of one input shape; its packed weights are kept until the weight changes."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        weight: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> None:
+        self._plan = _plan_for(shape, weight, stride, padding, dilation, groups)
+        self.scratch_bytes, self.output_shape = self._plan.scratch_bytes, self._plan.output_shape
+        self._packed = derived(
+            (weight,), ("cpu", self._plan.algorithm, groups), lambda: _pack(weight, self._plan)
+        )
+
+    def bind(
+        self,
+        x: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        y: Tensor,
+        scratch: Tensor,
+        act: str | None,
+    ) -> Call:
+        """Return a call that runs the convolution on these buffers.
+
+        The caller keeps x, residual, y and scratch alive; the call keeps the rest.
+
+        Args:
+            x: the input, channels_last.
+            scale: float32 vector (:func:`native.as_vector`) or None for ones.
+            shift: float32 vector or None for zeros.
+            residual: channels_last in the output's shape, or None; it may be ``y`` itself.
+            y: receives the output, channels_last.
+            scratch: at least ``scratch_bytes`` bytes, 64-byte aligned.
+            act: None or "relu".
+        """
+        return _bind(self._plan, x, self._packed, scale, shift, residual, y, scratch, act)
+
+
+def convolve_once(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return the convolution alone, its weights packed into scratch memory and not kept.
+
+    For weights that change with every call, as in training.
+    """
+    plan = _plan_for(x.shape, weight, stride, padding, dilation, groups)
+    start = -(-plan.packed_bytes // _ALIGNMENT) * _ALIGNMENT
+    work = scratch(start + plan.scratch_bytes)
+    packed = _pack(weight, plan, work[:start])
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = empty_channels_last(plan.output_shape, x.dtype)
+    _bind(plan, x, packed, None, None, None, y, work[start:], None)()
+    return y
+
+
+class _Plan(NamedTuple):
+    dtype: str
+    algorithm: str
+    geometry: tuple[int, ...]
+    #: What packing needs to know: output channels, channels per group, kernel, groups.
+    layout: tuple[int, ...]
+    packed_bytes: int
+    scratch_bytes: int
+    output_shape: tuple[int, int, int, int]
+
+
+def _plan_for(
+    shape: Sequence[int],
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> _Plan:
+    n, c, h, w = shape
+    geometry = (
+        n, h, w, c, weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation, groups,
+    )  # fmt: skip
+    return _plan(DTYPE_NAMES[weight.dtype], geometry, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(dtype: str, geometry: tuple[int, ...], threads: int) -> _Plan:
+    extension = loaded()
+    n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups = geometry
+    algorithm = extension.conv_bn_act_algorithms(dtype, *geometry)[0]
+    layout = (o, c // groups, kh, kw, groups)
+    oh = (h + 2 * ph - dh * (kh - 1) - 1) // sh + 1
+    ow = (w + 2 * pw - dw * (kw - 1) - 1) // sw + 1
+    return _Plan(
+        dtype,
+        algorithm,
+        geometry,
+        layout,
+        extension.conv_bn_act_packed_bytes(dtype, algorithm, *layout),
+        extension.conv_bn_act_scratch_bytes(dtype, algorithm, *geometry, threads),
+        (n, o, oh, ow),
+    )
+
+
+def _pack(weight: Tensor, plan: _Plan, packed: Tensor | None = None) -> Tensor:
+    if packed is None:
+        packed = torch.empty(plan.packed_bytes, dtype=torch.uint8)
+    source = weight.detach().contiguous()
+    loaded().conv_bn_act_pack(
+        source.data_ptr(), packed.data_ptr(), plan.dtype, plan.algorithm, *plan.layout
+    )
+    return packed
+
+
+def _bind(
+    plan: _Plan,
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    scratch: Tensor,
+    act: str | None,
+) -> Call:
+    addresses = (0 if t is None else t.data_ptr() for t in (scale, shift, residual))
+    run = functools.partial(
+        loaded().conv_bn_act,
+        x.data_ptr(), packed.data_ptr(), *addresses, y.data_ptr(), scratch.data_ptr(),
+        scratch.nbytes, plan.dtype, plan.algorithm, *plan.geometry, act == "relu",
+    )  # fmt: skip
+    # The call holds addresses only; these are the ones nobody else need keep.
+    run.keeps = (scale, shift, packed)  # type: ignore[attr-defined]
+    return run

@@ -1,0 +1,176 @@
+"""bn_act: BatchNorm by the batch's own statistics, residual add and ReLU as one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import _bn_math
+from resnet_fused.ops import _bn, _checks
+from resnet_fused.ops._op import Op
+
+NAME = "bn_act"
+
+
+def check(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str | None,
+) -> None:
+    """Raise ValueError or TypeError naming the argument that does not fit the others."""
+    _checks.check_feature_map(NAME, x)
+    _bn.check_statistics(NAME, mean, var, x)
+    _bn.check_affine(NAME, weight, bias, x)
+    _checks.check_residual(NAME, residual, x.shape, x)
+    _bn.check_eps(NAME, eps)
+    _checks.check_act(NAME, act)
+
+
+def reference(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str | None,
+) -> Tensor:
+    """Compute the op in plain torch, in float32 (float64 for float64), rounded once."""
+    scale, shift = _bn_math.scale_shift(mean, var, weight, bias, eps)
+    y = x.to(scale.dtype) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    if residual is not None:
+        y = y + residual
+    if act == "relu":
+        y = torch.relu(y)
+    return _checks.channels_last(y.to(x.dtype))
+
+
+def fake(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str | None,
+) -> Tensor:
+    """Return an empty channels_last tensor of x's shape."""
+    check(x, mean, var, weight, bias, residual, eps, act)
+    return _checks.empty_channels_last(x, x.shape)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save x, the vectors, and the output where a residual decided about ReLU too."""
+    x, mean, var, weight, bias, residual, eps, act = inputs
+    kept = output if act == "relu" and residual is not None else None
+    ctx.save_for_backward(x, mean, var, weight, bias, kept)
+    ctx.eps, ctx.act = eps, act
+
+
+def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients through the statistics too, as mean and var are x's own."""
+    x, mean, var, weight, bias, y = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    needs = (wants[0], wants[3], wants[4], wants[5])
+    *grads, grad_residual = gradients(grad, x, mean, var, weight, bias, y, ctx.eps, ctx.act, needs)
+    grad_x, grad_weight, grad_bias = grads
+    return grad_x, None, None, grad_weight, grad_bias, grad_residual, None, None
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias and residual, each only if it is needed."""
+    need_x, need_weight, need_bias, need_residual = needs
+    ops = torch.ops.resnet_fused
+    # The masked gradient is the residual's own; written once, it also spares a second mask.
+    write = need_residual and act is not None
+    sum_g, sum_gx, masked = ops.bn_act_backward_reduce(
+        grad, x, mean, var, weight, bias, y, eps, act, write
+    )
+    grad_x = grad_weight = grad_bias = None
+    g, left = (masked, None) if write else (grad, act)
+    if need_x:
+        count = _bn.values_per_channel(x.shape)
+        grad_x = ops.bn_act_backward_apply(
+            g, x, mean, var, weight, bias, y, sum_g, sum_gx, eps, left, count
+        )
+    if need_weight and weight is not None:
+        grad_weight = (sum_gx * _bn_math.invstd(var, eps)).to(weight.dtype)
+    if need_bias and bias is not None:
+        grad_bias = sum_g.to(bias.dtype)
+    return grad_x, grad_weight, grad_bias, g if need_residual else None
+
+
+def flops(x_shape: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
+    """None: torch's counter counts matrix products and convolutions only, as the paper does."""
+    return 0
+
+
+def nbytes(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str | None,
+) -> int:
+    """x, the vectors and the residual read once, the output written once."""
+    read = sum(t.nbytes for t in (x, mean, var, weight, bias, residual) if t is not None)
+    return read + x.nbytes
+
+
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yield with and without affine vectors, residual and ReLU; odd channels, few values."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, to)
+
+    for i, shape in enumerate(((2, 16, 5, 3), (3, 7, 4, 4), (2, 4, 1, 1), (0, 4, 3, 3))):
+        for act in _checks.ACTIVATIONS:
+            x = draw(*shape) * 2 + 1
+            vector = dtype if i == 1 else _checks.accumulate_dtype(dtype)
+            affine = [None if i == 2 else draw(shape[1], to=vector) for _ in range(2)]
+            statistics = _bn.statistics(x)
+            yield x, *statistics, *affine, None, 1e-5, act
+            yield x, *statistics, *affine, draw(*shape), 1e-3, act
+
+
+OP = Op(
+    name=NAME,
+    schema=(
+        "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, "
+        "float eps, str? act) -> Tensor"
+    ),
+    check=check,
+    reference=reference,
+    fake=fake,
+    setup_context=setup_context,
+    backward=backward,
+    autocast=(),
+    flops=flops,
+    nbytes=nbytes,
+    samples=samples,
+)

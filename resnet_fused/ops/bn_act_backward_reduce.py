@@ -1,0 +1,147 @@
+"""bn_act_backward_reduce: the two sums of BatchNorm's backward, behind ReLU's mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops import _bn, _checks, bn_act
+from resnet_fused.ops._op import Op
+
+NAME = "bn_act_backward_reduce"
+Result = tuple[Tensor, Tensor, Tensor]
+
+
+def check(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    masked: bool,
+) -> None:
+    """Raise ValueError or TypeError naming the argument that does not fit the others."""
+    _checks.check_feature_map(NAME, x)
+    _checks.check_like(NAME, "grad", grad, x)
+    if y is not None:
+        _checks.check_like(NAME, "y", y, x)
+    _bn.check_statistics(NAME, mean, var, x)
+    _bn.check_affine(NAME, weight, bias, x)
+    _bn.check_eps(NAME, eps)
+    _checks.check_act(NAME, act)
+    if masked and act is None:
+        raise ValueError(f"{NAME}: masked must be False for act=None, where it would be grad")
+
+
+def mask(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+) -> Tensor:
+    """Return the gradient in front of ReLU, whose sign is y's, or is computed again from x."""
+    if act is None:
+        return grad
+    if y is None:
+        y = bn_act.reference(x, mean, var, weight, bias, None, eps, None)
+    return torch.where(_bn.passed(y), grad, torch.zeros_like(grad))
+
+
+def reference(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    masked: bool,
+) -> Result:
+    """Compute Σ g, Σ g · (x - μ) and, if asked for, g itself in plain torch."""
+    g = mask(grad, x, mean, var, weight, bias, y, eps, act)
+    wide = g.to(mean.dtype)
+    sum_gx = (wide * (x.to(mean.dtype) - mean.view(-1, 1, 1))).sum((0, 2, 3))
+    written = _checks.channels_last(g.clone()) if masked else g.new_empty(0)
+    return wide.sum((0, 2, 3)), sum_gx, written
+
+
+def fake(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    masked: bool,
+) -> Result:
+    """Return two empty vectors and the masked gradient, empty of elements if not asked for."""
+    check(grad, x, mean, var, weight, bias, y, eps, act, masked)
+    written = _checks.empty_channels_last(x, x.shape) if masked else x.new_empty(0)
+    return _bn.vector_like(x), _bn.vector_like(x), written
+
+
+def flops(*args: Any, out_shape: Sequence[Any], **kwargs: Any) -> int:
+    """None, as for the forward."""
+    return 0
+
+
+def nbytes(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    masked: bool,
+) -> int:
+    """grad, x and y read once, the masked gradient written if asked for."""
+    read = sum(t.nbytes for t in (grad, x, mean, var, weight, bias, y) if t is not None)
+    return read + 2 * mean.nbytes + (grad.nbytes if masked else 0)
+
+
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yield for each sample of bn_act that has a batch, with and without the masked gradient."""
+    generator = torch.Generator().manual_seed(1)
+    for i, args in enumerate(bn_act.samples(device, dtype)):
+        x, mean, var, weight, bias, residual, eps, act = args
+        drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        y = bn_act.reference(*args) if residual is not None else None
+        yield drawn.to(x), x, mean, var, weight, bias, y, eps, act, bool(i % 2 and act)
+
+
+OP = Op(
+    name=NAME,
+    schema=(
+        "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+        "Tensor? y, float eps, str? act, bool masked) -> (Tensor, Tensor, Tensor)"
+    ),
+    check=check,
+    reference=reference,
+    fake=fake,
+    setup_context=None,
+    backward=None,
+    autocast=(),
+    flops=flops,
+    nbytes=nbytes,
+    samples=samples,
+)

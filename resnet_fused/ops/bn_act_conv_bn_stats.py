@@ -1,0 +1,170 @@
+"""bn_act_conv_bn_stats: a convolution that normalises its input as it reads it.
+
+The activation between two convolutions of a block, relu(BN(x)), is never kept: forward and backward
+make it from ``x``, the raw output of the convolution before, where they need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops import _bn, _checks, bn_act, conv_bn_stats
+from resnet_fused.ops._op import Op
+from resnet_fused.ops.conv_bn_act import check_convolution
+
+NAME = "bn_act_conv_bn_stats"
+
+
+def check(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Raise ValueError or TypeError naming the argument that does not fit the others."""
+    check_convolution(NAME, x, weight, stride, padding, dilation, groups)
+    _bn.check_statistics(NAME, mean, var, x)
+    _bn.check_affine(NAME, bn_weight, bn_bias, x, "bn_")
+    _bn.check_eps(NAME, eps)
+    _checks.check_act(NAME, act)
+
+
+def reference(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> conv_bn_stats.Result:
+    """Compute the op in plain torch; the activation is rounded to x's dtype."""
+    a = bn_act.reference(x, mean, var, bn_weight, bn_bias, None, eps, act)
+    return conv_bn_stats.reference(a, weight, stride, padding, dilation, groups)
+
+
+def fake(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> conv_bn_stats.Result:
+    """Return an empty channels_last output and two empty vectors."""
+    check(x, mean, var, bn_weight, bn_bias, weight, eps, act, stride, padding, dilation, groups)
+    return conv_bn_stats.fake(x, weight, stride, padding, dilation, groups)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: conv_bn_stats.Result) -> None:
+    """Save x, the vectors and weight; the activation is made again in backward."""
+    x, mean, var, bn_weight, bn_bias, weight, ctx.eps, ctx.act, *ctx.geometry = inputs
+    ctx.save_for_backward(x, mean, var, bn_weight, bn_bias, weight)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Gradients of the convolution at the activation, then those of BatchNorm."""
+    if grad is None:
+        return (None,) * 12
+    x, mean, var, bn_weight, bn_bias, weight = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    need_activation = wants[0] or wants[3] or wants[4]
+    vectors = (mean, var, bn_weight, bn_bias)
+    a = x
+    if wants[5]:
+        a = torch.ops.resnet_fused.bn_act(x, *vectors, None, ctx.eps, ctx.act)
+    grad_a, grad_weight = conv_bn_stats.convolution_gradients(
+        ctx, grad, a, weight, (need_activation, wants[5])
+    )
+    grads: tuple[Tensor | None, ...] = (None,) * 3
+    if grad_a is not None:
+        needs = (wants[0], wants[3], wants[4], False)
+        grads = bn_act.gradients(grad_a, x, *vectors, None, ctx.eps, ctx.act, needs)
+    return (grads[0], None, None, grads[1], grads[2], grad_weight, *(None,) * 6)
+
+
+def flops(
+    x_shape: Sequence[int],
+    mean_shape: Sequence[int],
+    var_shape: Sequence[int],
+    bn_weight_shape: Sequence[int] | None,
+    bn_bias_shape: Sequence[int] | None,
+    weight_shape: Sequence[int],
+    *args: Any,
+    out_shape: Sequence[Any],
+    **kwargs: Any,
+) -> int:
+    """Two per multiply-add of the convolution."""
+    return conv_bn_stats.flops(x_shape, weight_shape, out_shape=out_shape)
+
+
+def nbytes(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    act: str | None,
+    *geometry: Any,
+) -> int:
+    """x, the vectors and weight read once, the output and two vectors written once."""
+    vectors = sum(t.nbytes for t in (mean, var, bn_weight, bn_bias) if t is not None)
+    return vectors + conv_bn_stats.nbytes(x, weight, *geometry)
+
+
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yield over the convolutions of conv_bn_stats, with and without affine vectors and ReLU."""
+    generator = torch.Generator().manual_seed(4)
+    for i, (x, weight, *geometry) in enumerate(conv_bn_stats.samples(device, dtype)):
+        vectors: Sequence[Tensor | None] = (None, None)
+        if i % 3:
+            drawn = (torch.randn(x.shape[1], generator=generator) for _ in range(2))
+            vectors = [v.to(device, _checks.accumulate_dtype(dtype)) for v in drawn]
+        act = "relu" if i % 4 else None
+        yield x, *_bn.statistics(x), *vectors, weight, 1e-5, act, *geometry
+
+
+OP = Op(
+    name=NAME,
+    schema=(
+        "(Tensor x, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, Tensor weight, "
+        "float eps, str? act, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+        "SymInt groups) -> (Tensor, Tensor, Tensor)"
+    ),
+    check=check,
+    reference=reference,
+    fake=fake,
+    setup_context=setup_context,
+    backward=backward,
+    autocast=("weight",),
+    flops=flops,
+    nbytes=nbytes,
+    samples=samples,
+)

@@ -1,0 +1,201 @@
+"""bn_act_max_pool: the end of the stem in training: BatchNorm, ReLU and max pool in one pass.
+
+The normalised map is not kept; of the pool a byte per output is, where torch keeps an int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused.ops import _bn, _checks, bn_act
+from resnet_fused.ops._op import Op
+
+NAME = "bn_act_max_pool"
+
+
+def pooled_shape(
+    x: Sequence[int], size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, ...]:
+    """Return (N, C, OH, OW) of a max pool of ``x``."""
+    spatial = [(x[i + 2] + 2 * padding[i] - size[i]) // stride[i] + 1 for i in range(2)]
+    return (x[0], x[1], *spatial)
+
+
+def check_pool(
+    op: str,
+    x: Sequence[int],
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> None:
+    """Check a window of at most 256 elements, so that a byte names one of them."""
+    _checks.check_pair(op, "pool_size", size, 1)
+    _checks.check_pair(op, "pool_stride", stride, 1)
+    _checks.check_pair(op, "pool_padding", padding, 0)
+    if size[0] * size[1] > 256:
+        raise ValueError(f"{op}: pool_size must have at most 256 elements, got {tuple(size)}")
+    if any(2 * p > s for p, s in zip(padding, size, strict=True)):
+        raise ValueError(
+            f"{op}: pool_padding must be at most half of pool_size {tuple(size)}, "
+            f"got {tuple(padding)}"
+        )
+    if min(pooled_shape(x, size, stride, padding)[2:]) < 1:
+        raise ValueError(
+            f"{op}: x of shape {tuple(x)} with padding {tuple(padding)} is smaller than the "
+            f"window {tuple(size)}"
+        )
+
+
+def check(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> None:
+    """Raise ValueError or TypeError naming the argument that does not fit the others."""
+    _checks.check_feature_map(NAME, x)
+    _bn.check_statistics(NAME, mean, var, x)
+    _bn.check_affine(NAME, weight, bias, x)
+    _bn.check_eps(NAME, eps)
+    _checks.check_act(NAME, act)
+    check_pool(NAME, x.shape, pool_size, pool_stride, pool_padding)
+
+
+def reference(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Compute the op in plain torch; the index is row-major within the window, padding included."""
+    a = bn_act.reference(x, mean, var, weight, bias, None, eps, act)
+    if not a.numel():
+        empty = a.new_empty(pooled_shape(x.shape, pool_size, pool_stride, pool_padding))
+        return _checks.channels_last(empty), _checks.channels_last(empty.byte())
+    y, flat = F.max_pool2d(
+        a, list(pool_size), list(pool_stride), list(pool_padding), return_indices=True
+    )
+    top, left = corners(y, pool_stride, pool_padding)
+    index = (flat // x.shape[3] - top) * pool_size[1] + (flat % x.shape[3] - left)
+    return _checks.channels_last(y), _checks.channels_last(index.to(torch.uint8))
+
+
+def corners(y: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the first row and the first column of each output's window, to broadcast."""
+    rows, columns = (
+        torch.arange(n, device=y.device) * s - p
+        for n, s, p in zip(y.shape[2:], stride, padding, strict=True)
+    )
+    return rows.view(-1, 1), columns
+
+
+def fake(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Return an empty channels_last output and its indices."""
+    check(x, mean, var, weight, bias, eps, act, pool_size, pool_stride, pool_padding)
+    shape = pooled_shape(x.shape, pool_size, pool_stride, pool_padding)
+    y = _checks.empty_channels_last(x, shape)
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save x, the vectors and the indices."""
+    *tensors, ctx.eps, ctx.act, size, stride, padding = inputs
+    ctx.pool = (list(size), list(stride), list(padding))
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    """Each output's gradient goes to the element it came from, then through BatchNorm."""
+    x, mean, var, weight, bias, index = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    grad_a = torch.ops.resnet_fused.max_pool_backward(grad, index, x.shape, *ctx.pool)
+    needs = (wants[0], wants[3], wants[4], False)
+    grads = bn_act.gradients(grad_a, x, mean, var, weight, bias, None, ctx.eps, ctx.act, needs)
+    return (grads[0], None, None, grads[1], grads[2], *(None,) * 5)
+
+
+def flops(*args: Any, out_shape: Sequence[Any], **kwargs: Any) -> int:
+    """None: torch's counter counts matrix products and convolutions only, as the paper does."""
+    return 0
+
+
+def nbytes(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> int:
+    """X and the vectors read once, the output and its indices written once."""
+    read = sum(t.nbytes for t in (x, mean, var, weight, bias) if t is not None)
+    shape = pooled_shape(x.shape, pool_size, pool_stride, pool_padding)
+    return read + torch.Size(shape).numel() * (x.element_size() + 1)
+
+
+#: Window, stride and padding: the stem's, one that tiles, a wide one, a rectangular one.
+POOLS = (
+    ((3, 3), (2, 2), (1, 1)),
+    ((2, 2), (2, 2), (0, 0)),
+    ((5, 5), (1, 1), (2, 2)),
+    ((3, 2), (2, 1), (0, 1)),
+)
+
+
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yield the samples of bn_act without a residual that are large enough, over all windows."""
+    for x, mean, var, weight, bias, residual, eps, act in bn_act.samples(device, dtype):
+        if residual is None and min(x.shape[2:]) >= 3:
+            for pool in POOLS:
+                yield x, mean, var, weight, bias, eps, act, *pool
+
+
+OP = Op(
+    name=NAME,
+    schema=(
+        "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str? act, "
+        "int[2] pool_size, int[2] pool_stride, int[2] pool_padding) -> (Tensor, Tensor)"
+    ),
+    check=check,
+    reference=reference,
+    fake=fake,
+    setup_context=setup_context,
+    backward=backward,
+    autocast=(),
+    flops=flops,
+    nbytes=nbytes,
+    samples=samples,
+)

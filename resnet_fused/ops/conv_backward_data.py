@@ -1,0 +1,121 @@
+"""conv_backward_data: the gradient of a convolution's input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops import _checks, conv_bn_stats
+from resnet_fused.ops._op import Op
+from resnet_fused.ops.conv_bn_act import check_geometry, output_shape
+
+NAME = "conv_backward_data"
+
+
+def check(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Raise ValueError or TypeError naming the argument that does not fit the others."""
+    _checks.check_feature_map(NAME, grad, "grad")
+    _checks.check_same(NAME, "weight", weight, grad)
+    check_geometry(NAME, stride, padding, dilation)
+    expected = output_shape(x_size, weight.shape, stride, padding, dilation)
+    if tuple(grad.shape) != expected or x_size[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"{NAME}: grad of shape {tuple(grad.shape)}, weight {tuple(weight.shape)} and groups "
+            f"{groups} do not belong to an input of shape {tuple(x_size)}: expected {expected}"
+        )
+
+
+def reference(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Compute the op in plain torch."""
+    x = grad.new_empty(()).expand(tuple(x_size))
+    return _checks.channels_last(
+        torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
+            [True, False, False],
+        )[0]
+    )  # fmt: skip
+
+
+def fake(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return an empty channels_last tensor of the input's shape."""
+    check(grad, weight, x_size, stride, padding, dilation, groups)
+    return _checks.empty_channels_last(grad, x_size)
+
+
+def flops(
+    grad_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *args: Any,
+    out_shape: Sequence[int],
+    **kwargs: Any,
+) -> int:
+    """As many as the convolution's own."""
+    n, o, oh, ow = grad_shape
+    return 2 * n * o * oh * ow * weight_shape[1] * weight_shape[2] * weight_shape[3]
+
+
+def nbytes(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> int:
+    """Grad and weight read once, the input's gradient written once."""
+    return grad.nbytes + weight.nbytes + torch.Size(x_size).numel() * grad.element_size()
+
+
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yield over the convolutions of conv_bn_stats."""
+    generator = torch.Generator().manual_seed(2)
+    for x, weight, stride, padding, dilation, groups in conv_bn_stats.samples(device, dtype):
+        shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
+        grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
+        yield grad, weight, list(x.shape), stride, padding, dilation, groups
+
+
+OP = Op(
+    name=NAME,
+    schema=(
+        "(Tensor grad, Tensor weight, SymInt[] x_size, SymInt[2] stride, SymInt[2] padding, "
+        "SymInt[2] dilation, SymInt groups) -> Tensor"
+    ),
+    check=check,
+    reference=reference,
+    fake=fake,
+    setup_context=None,
+    backward=None,
+    autocast=("grad", "weight"),
+    flops=flops,
+    nbytes=nbytes,
+    samples=samples,
+)

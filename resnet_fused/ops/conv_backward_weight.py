@@ -1,0 +1,120 @@
+"""conv_backward_weight: the gradient of a convolution's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops import _checks, conv_bn_stats
+from resnet_fused.ops._op import Op
+from resnet_fused.ops.conv_bn_act import check_geometry, output_shape
+
+NAME = "conv_backward_weight"
+
+
+def check(
+    grad: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Raise ValueError or TypeError naming the argument that does not fit the others."""
+    _checks.check_feature_map(NAME, grad, "grad")
+    _checks.check_same(NAME, "x", x, grad)
+    check_geometry(NAME, stride, padding, dilation)
+    expected = output_shape(x.shape, weight_size, stride, padding, dilation)
+    if tuple(grad.shape) != expected or x.shape[1] != weight_size[1] * groups:
+        raise ValueError(
+            f"{NAME}: grad of shape {tuple(grad.shape)}, x {tuple(x.shape)} and groups {groups} "
+            f"do not belong to a weight of shape {tuple(weight_size)}: expected {expected}"
+        )
+
+
+def reference(
+    grad: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Compute the op in plain torch; the result is contiguous."""
+    weight = grad.new_empty(()).expand(tuple(weight_size))
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
+        [False, True, False],
+    )[1].contiguous()  # fmt: skip
+
+
+def fake(
+    grad: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return an empty contiguous tensor of the weight's shape."""
+    check(grad, x, weight_size, stride, padding, dilation, groups)
+    return grad.new_empty(tuple(weight_size))
+
+
+def flops(
+    grad_shape: Sequence[int],
+    x_shape: Sequence[int],
+    weight_size: Sequence[int],
+    *args: Any,
+    out_shape: Sequence[int],
+    **kwargs: Any,
+) -> int:
+    """As many as the convolution's own."""
+    n, o, oh, ow = grad_shape
+    return 2 * n * o * oh * ow * weight_size[1] * weight_size[2] * weight_size[3]
+
+
+def nbytes(
+    grad: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> int:
+    """Grad and x read once, the weight's gradient written once."""
+    return grad.nbytes + x.nbytes + torch.Size(weight_size).numel() * grad.element_size()
+
+
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yield over the convolutions of conv_bn_stats."""
+    generator = torch.Generator().manual_seed(3)
+    for x, weight, stride, padding, dilation, groups in conv_bn_stats.samples(device, dtype):
+        shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
+        grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
+        yield grad, x, list(weight.shape), stride, padding, dilation, groups
+
+
+OP = Op(
+    name=NAME,
+    schema=(
+        "(Tensor grad, Tensor x, SymInt[] weight_size, SymInt[2] stride, SymInt[2] padding, "
+        "SymInt[2] dilation, SymInt groups) -> Tensor"
+    ),
+    check=check,
+    reference=reference,
+    fake=fake,
+    setup_context=None,
+    backward=None,
+    autocast=("grad", "x"),
+    flops=flops,
+    nbytes=nbytes,
+    samples=samples,
+)

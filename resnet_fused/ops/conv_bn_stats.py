@@ -1,0 +1,146 @@
+"""conv_bn_stats: a convolution that also gives its output's mean and variance per channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused.ops import _bn, _checks
+from resnet_fused.ops._op import Op
+from resnet_fused.ops.conv_bn_act import GEOMETRIES, check_convolution, output_shape, pair
+from resnet_fused.ops.conv_bn_act import flops as convolution_flops
+
+NAME = "conv_bn_stats"
+Result = tuple[Tensor, Tensor, Tensor]
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Raise ValueError or TypeError naming the argument that does not fit the others."""
+    check_convolution(NAME, x, weight, stride, padding, dilation, groups)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Result:
+    """Compute the op in plain torch; the statistics are those of the rounded output."""
+    y = F.conv2d(x, weight, None, list(stride), list(padding), list(dilation), groups)
+    y = _checks.channels_last(y)
+    return y, *_bn.statistics(y)
+
+
+def fake(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Result:
+    """Return an empty channels_last output and two empty vectors."""
+    check(x, weight, stride, padding, dilation, groups)
+    shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
+    y = _checks.empty_channels_last(x, shape)
+    return y, _bn.vector_like(y), _bn.vector_like(y)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+    """Save x and weight. The statistics carry no gradient: what normalises with them adds it."""
+    x, weight, *geometry = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.geometry = geometry
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """Gradients of the convolution."""
+    if grad is None:
+        return (None,) * 6
+    x, weight = ctx.saved_tensors
+    return *convolution_gradients(ctx, grad, x, weight), None, None, None, None
+
+
+def convolution_gradients(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, wants: Sequence[bool] | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return grad_x and grad_weight, each only if it is wanted."""
+    need_x, need_weight = wants or ctx.needs_input_grad[:2]
+    ops = torch.ops.resnet_fused
+    grad_x = ops.conv_backward_data(grad, weight, x.shape, *ctx.geometry) if need_x else None
+    grad_weight = None
+    if need_weight:
+        grad_weight = ops.conv_backward_weight(grad, x, weight.shape, *ctx.geometry)
+    return grad_x, grad_weight
+
+
+def flops(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    *args: Any,
+    out_shape: Sequence[Any],
+    **kwargs: Any,
+) -> int:
+    """Two per multiply-add of the convolution."""
+    return convolution_flops(x_shape, weight_shape, out_shape=out_shape[0])
+
+
+def nbytes(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> int:
+    """X and weight read once, the output and two vectors written once."""
+    shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
+    written = torch.Size(shape).numel() * x.element_size()
+    return x.nbytes + weight.nbytes + written + 2 * 4 * shape[1]
+
+
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yield arguments over the geometries of conv_bn_act that leave more than one value."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    for shape, o, k, s, p, d, groups in GEOMETRIES:
+        if shape[0] * shape[2] * shape[3] > 1:
+            kernel, stride, padding, dilation = map(pair, (k, s, p, d))
+            weight = draw(o, shape[1] // groups, *kernel)
+            yield draw(*shape), weight, stride, padding, dilation, groups
+
+
+OP = Op(
+    name=NAME,
+    schema=(
+        "(Tensor x, Tensor weight, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+        "SymInt groups) -> (Tensor, Tensor, Tensor)"
+    ),
+    check=check,
+    reference=reference,
+    fake=fake,
+    setup_context=setup_context,
+    backward=backward,
+    autocast=("x", "weight"),
+    flops=flops,
+    nbytes=nbytes,
+    samples=samples,
+)
