@@ -85,25 +85,35 @@ struct Direct {
     return s.groups * p.panels * p.panel * sizeof(T);
   }
 
-  // OIHW -> [group][panel][kh][kw][step][NV * W][KU], zeros beyond the last channel.
-  static void pack(const ConvShape& s, const void* weight, void* packed) {
+  // -> [group][panel][kh][kw][step][NV * W][KU], zeros beyond the last channel.
+  static void pack(const ConvShape& s, const Weight& weight, void* packed) {
     const Plan p = plan(s);
     const int64_t nr = p.nv * E::W, cg = s.cg(), og = s.og(), kk = s.kh * s.kw;
-    // The elements e of a run are channels, or all of (kw, channel).
+    // The elements of a run are channels, or all of (kw, channel).
     const int64_t runs = NARROW ? s.kh : kk, length = NARROW ? s.kw * cg : cg;
-    const T* w = static_cast<const T*>(weight);
+    const int64_t steps = ceil_div(length, E::KU), along_o = weight.along_o(s);
+    const int64_t along_c = weight.along_c(s);
 #pragma omp parallel for
     for (int64_t q = 0; q < s.groups * p.panels; ++q) {
       T* out = static_cast<T*>(packed) + q * p.panel;
-      const int64_t g = q / p.panels, o0 = q % p.panels * nr;
-      for (int64_t t = 0; t < runs; ++t)
-        for (int64_t e0 = 0; e0 < length; e0 += E::KU)
-          for (int64_t j = 0; j < nr; ++j)
-            for (int64_t e = e0; e < e0 + E::KU; ++e) {
-              const int64_t tap = t * (kk / runs) + e / cg, c = e % cg;
-              const bool valid = o0 + j < og && e < length;
-              *out++ = valid ? w[((g * og + o0 + j) * cg + c) * kk + tap] : T(0);
-            }
+      const int64_t o0 = q % p.panels * nr, valid = min64(nr, og - o0);
+      const T* w = static_cast<const T*>(weight.data) + (q / p.panels * og + o0) * along_o;
+      if (valid < nr || length % E::KU) memset(out, 0, p.panel * sizeof(T));
+      for (int64_t t = 0; t < runs; ++t, out += steps * nr * E::KU)
+        for (int64_t x = 0; x < kk / runs; ++x) {
+          const T* from = w + weight.tap(s, t * (kk / runs) + x);
+          const auto copy = [&](int64_t j, int64_t c) {
+            const int64_t e = x * cg + c;
+            out[(e / E::KU * nr + j) * E::KU + e % E::KU] = from[j * along_o + c * along_c];
+          };
+          // Along what is next to each other in memory.
+          if (along_o < along_c)
+            for (int64_t c = 0; c < cg; ++c)
+              for (int64_t j = 0; j < valid; ++j) copy(j, c);
+          else
+            for (int64_t j = 0; j < valid; ++j)
+              for (int64_t c = 0; c < cg; ++c) copy(j, c);
+        }
     }
   }
 

@@ -34,9 +34,10 @@ struct Wino4 {
     y[2 * to] = Vec::fma(Vec::set1(a * a), p, Vec::mul(Vec::set1(b * b), P));
     y[3 * to] = Vec::fma(Vec::set1(a * a * a), n, Vec::fma(Vec::set1(b * b * b), N, m[5 * step]));
   }
-  static void weights(const double* g, int step, double* u, int to) {
+  template <class D>
+  static inline void weights(const D* g, int step, D* u, int to) {
     const double fa = 1 / (2 * a * a * (a * a - b * b)), fb = 1 / (2 * b * b * (b * b - a * a));
-    const double g0 = g[0], g1 = g[step], g2 = g[2 * step];
+    const D g0 = g[0], g1 = g[step], g2 = g[2 * step];
     u[0] = g0 / (a * a * b * b);
     u[to] = (g0 + a * g1 + a * a * g2) * fa;
     u[2 * to] = (g0 - a * g1 + a * a * g2) * fa;
@@ -62,8 +63,9 @@ struct Wino2 {
     y[0] = Vec::add(m[0], Vec::add(m[step], m[2 * step]));
     y[to] = Vec::add(Vec::sub(m[step], m[2 * step]), m[3 * step]);
   }
-  static void weights(const double* g, int step, double* u, int to) {
-    const double g0 = g[0], g1 = g[step], g2 = g[2 * step];
+  template <class D>
+  static inline void weights(const D* g, int step, D* u, int to) {
+    const D g0 = g[0], g1 = g[step], g2 = g[2 * step];
     u[0] = g0;
     u[to] = (g0 + g1 + g2) / 2;
     u[2 * to] = (g0 - g1 + g2) / 2;
@@ -114,23 +116,37 @@ struct Winograd {
     return (ceil_div(s.o, NR) * NR * P + 9 * round_up(s.o, W)) * s.c * sizeof(float);
   }
 
-  static void pack(const ConvShape& s, const void* weight, void* packed) {
+  // Eight output channels at a time, in double: a rounding here would be in every product.
+  static void pack(const ConvShape& s, const Weight& weight, void* packed) {
+    constexpr int L = 8;
+    typedef double D __attribute__((vector_size(8 * L)));
+    typedef float V __attribute__((vector_size(4 * L)));
     const int64_t panels = ceil_div(s.o, NR), op = round_up(s.o, W);
-    const T* w = static_cast<const T*>(weight);
+    const int64_t along_o = weight.along_o(s), along_c = weight.along_c(s);
     float* u = static_cast<float*>(packed);
     float* plain = u + panels * P * s.c * NR;
 #pragma omp parallel for
-    for (int64_t q = 0; q < panels; ++q)
-      for (int64_t c = 0; c < s.c; ++c)
-        for (int64_t j = 0; j < NR; ++j) {
-          const int64_t o = q * NR + j;
-          double g[9] = {}, half[3 * IN], full[P];
-          for (int t = 0; t < 9 && o < s.o; ++t) g[t] = to_float(w[(o * s.c + c) * 9 + t]);
-          for (int i = 0; i < 3; ++i) F::weights(g + i, 3, half + i, 3);
-          for (int i = 0; i < IN; ++i) F::weights(half + i * 3, 1, full + i * IN, 1);
-          for (int t = 0; t < P; ++t) u[((q * P + t) * s.c + c) * NR + j] = (float)full[t];
-          for (int t = 0; t < 9 && o < op; ++t) plain[(t * s.c + c) * op + o] = (float)g[t];
+    for (int64_t part = 0; part < panels * (NR / L); ++part) {
+      const int64_t q = part / (NR / L), j = part % (NR / L) * L, o = q * NR + j;
+      const int lanes = (int)min64(L, max64(0, s.o - o));
+      const T* w = static_cast<const T*>(weight.data) + o * along_o;
+      for (int64_t c = 0; c < s.c; ++c) {
+        D g[9] = {}, half[3 * IN], full[P];
+        for (int l = 0; l < lanes; ++l)
+          for (int t = 0; t < 9; ++t)
+            g[t][l] = to_float(w[l * along_o + c * along_c + weight.tap(s, t)]);
+        for (int i = 0; i < 3; ++i) F::weights(g + i, 3, half + i, 3);
+        for (int i = 0; i < IN; ++i) F::weights(half + i * 3, 1, full + i * IN, 1);
+        for (int t = 0; t < P; ++t) {
+          const V v = __builtin_convertvector(full[t], V);
+          __builtin_memcpy(u + ((q * P + t) * s.c + c) * NR + j, &v, sizeof v);
         }
+        for (int t = 0; t < 9 && o < op; ++t) {
+          const V v = __builtin_convertvector(g[t], V);
+          __builtin_memcpy(plain + (t * s.c + c) * op + o, &v, sizeof v);
+        }
+      }
+    }
   }
 
   static int64_t per_thread(const Plan& p) { return round_up(p.v_floats + p.m_floats, W); }

@@ -155,6 +155,19 @@ def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:
     return None
 
 
+def trains(x: torch.Tensor) -> bool:
+    """Return whether the ops of training run fast on tensors like ``x``.
+
+    The reference runs them everywhere, slower than torch's own modules, so it counts only where it
+    was asked for by name.
+    """
+    name = requested()
+    if name == REFERENCE:
+        return True
+    modules = ORDER.values() if name == AUTO else (ORDER[name],)
+    return any(_reason(module, "bn_act", (x,)) is None for module in modules)
+
+
 def explain(op: str, *args: Any) -> Explanation:
     """Say which backend runs ``op`` on ``args``, and for each other one why it does not.
 

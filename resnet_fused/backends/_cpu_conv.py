@@ -31,7 +31,7 @@ class Convolution:
         dilation: Sequence[int],
         groups: int,
     ) -> None:
-        self._plan = _plan_for(shape, weight, stride, padding, dilation, groups)
+        self._plan = _plan_for(shape, weight.shape, weight.dtype, stride, padding, dilation, groups)
         self.scratch_bytes, self.output_shape = self._plan.scratch_bytes, self._plan.output_shape
         self._packed = derived(
             (weight,), ("cpu", self._plan.algorithm, groups), lambda: _pack(weight, self._plan)
@@ -70,15 +70,30 @@ def convolve_once(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    *,
+    turned: bool = False,
 ) -> Tensor:
     """Return the convolution alone, its weights packed into scratch memory and not kept.
 
     For weights that change with every call, as in training.
+
+    Args:
+        x: the input, any layout.
+        weight: (O, C / groups, KH, KW).
+        stride: two integers.
+        padding: two integers.
+        dilation: two integers.
+        groups: one if turned.
+        turned: read ``weight`` as (C, O, KH, KW) with each kernel turned by half a turn, which
+            makes the convolution of an output's gradient the input's.
     """
-    plan = _plan_for(x.shape, weight, stride, padding, dilation, groups)
+    shape = weight.shape
+    if turned:
+        shape = torch.Size((shape[1], shape[0], *shape[2:]))
+    plan = _plan_for(x.shape, shape, weight.dtype, stride, padding, dilation, groups)
     start = -(-plan.packed_bytes // _ALIGNMENT) * _ALIGNMENT
     work = scratch(start + plan.scratch_bytes)
-    packed = _pack(weight, plan, work[:start])
+    packed = _pack(weight, plan, work[:start], turned)
     x = x.contiguous(memory_format=torch.channels_last)
     y = empty_channels_last(plan.output_shape, x.dtype)
     _bind(plan, x, packed, None, None, None, y, work[start:], None)()
@@ -98,7 +113,8 @@ class _Plan(NamedTuple):
 
 def _plan_for(
     shape: Sequence[int],
-    weight: Tensor,
+    weight_shape: Sequence[int],
+    dtype: torch.dtype,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -106,9 +122,9 @@ def _plan_for(
 ) -> _Plan:
     n, c, h, w = shape
     geometry = (
-        n, h, w, c, weight.shape[0], *weight.shape[2:], *stride, *padding, *dilation, groups,
+        n, h, w, c, weight_shape[0], *weight_shape[2:], *stride, *padding, *dilation, groups,
     )  # fmt: skip
-    return _plan(DTYPE_NAMES[weight.dtype], geometry, torch.get_num_threads())
+    return _plan(DTYPE_NAMES[dtype], geometry, torch.get_num_threads())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,12 +146,14 @@ def _plan(dtype: str, geometry: tuple[int, ...], threads: int) -> _Plan:
     )
 
 
-def _pack(weight: Tensor, plan: _Plan, packed: Tensor | None = None) -> Tensor:
+def _pack(
+    weight: Tensor, plan: _Plan, packed: Tensor | None = None, turned: bool = False
+) -> Tensor:
     if packed is None:
         packed = torch.empty(plan.packed_bytes, dtype=torch.uint8)
     source = weight.detach().contiguous()
     loaded().conv_bn_act_pack(
-        source.data_ptr(), packed.data_ptr(), plan.dtype, plan.algorithm, *plan.layout
+        source.data_ptr(), packed.data_ptr(), plan.dtype, plan.algorithm, *plan.layout, turned
     )
     return packed
 

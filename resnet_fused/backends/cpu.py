@@ -161,9 +161,8 @@ def conv_backward_data(
     groups: int,
 ) -> Tensor:
     """Run the op: the convolution of grad with the kernel turned by half a turn."""
-    turned = weight.detach().flip(2, 3).transpose(0, 1)
     outer = _gradient_padding(weight, padding, dilation)
-    return convolve_once(grad, turned, stride, outer, dilation, groups)
+    return convolve_once(grad, weight, stride, outer, dilation, groups, turned=True)
 
 
 def bn_apply(

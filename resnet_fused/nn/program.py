@@ -12,10 +12,11 @@ from torch import Tensor, fx, nn
 from torch._C import _functorch
 
 from resnet_fused import functional
+from resnet_fused.nn import train
 from resnet_fused.nn.bn import is_batch_norm, scale_shift, uses_batch_statistics
 from resnet_fused.nn.match import Group, Matches
 from resnet_fused.nn.trace import Trace, has_hooks
-from resnet_fused.ops._checks import AUTOCAST_DEVICES
+from resnet_fused.nn.train import Pending, padding_of, result_dtype
 from resnet_fused.ops.conv_bn_act import output_shape
 
 
@@ -52,6 +53,8 @@ class FusedCall:
     #: Whether a residual is added before the ReLU.
     adds: bool
     act: str | None
+    #: Whether what reads the result can take it pending, in training.
+    defers: bool
     #: Runs the same nodes one by one, where the fused call does not apply.
     unfused: tuple[Step, ...]
 
@@ -226,7 +229,21 @@ class _Builder:
             pattern=group.pattern,
             adds=group.add is not None,
             act="relu" if group.relu is not None else None,
+            defers=self._defers(group),
             unfused=tuple(self._plain_step(n) for n in group.nodes),
+        )
+
+    def _defers(self, group: Group) -> bool:
+        """Return whether the one reader is a convolution, a max pool, or a block's end."""
+        readers = list(group.nodes[-1].users)
+        if group.add is not None or len(readers) != 1:
+            return False
+        reader = readers[0]
+        if reader.op == "call_module" and reader not in self.grouped:
+            return type(self.module.get_submodule(str(reader.target))) is nn.MaxPool2d
+        return any(
+            reader is other.conv or (reader is other.add and group.relu is None)
+            for other in self.matches.groups
         )
 
 
@@ -285,7 +302,13 @@ def _run(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     args = [_fill(a, results) for a in step.args]
     kwargs = {k: _fill(v, results) for k, v in step.kwargs.items()}
     if step.kind == "module":
-        return bound[step.target](*args, **kwargs)
+        module = bound[step.target]
+        if args and isinstance(args[0], Pending):
+            pools = len(args) == 1 and not kwargs and not has_hooks(module)
+            if pools:
+                return train.pool(module, args[0])
+            args[0] = train.value(args[0])
+        return module(*args, **kwargs)
     if step.kind == "function":
         return step.target(*args, **kwargs)
     if step.kind == "method":
@@ -298,8 +321,17 @@ def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     conv, bn = bound[call.conv], bound[call.bn]
     x = results[step.args[0].index]
     residual = results[step.args[1].index] if call.adds else None
+    if train.applies(conv, bn, x):
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(bn, nn.BatchNorm2d)
+        result = train.run(conv, bn, x, residual, call.act)
+        if result is not None:
+            return result if call.defers else train.value(result)
+    x, residual = train.value(x), None if residual is None else train.value(residual)
     if not _fits(conv, bn, x, residual):
         results = list(results)
+        for slot, tensor in zip(step.args, (x, residual), strict=False):
+            results[slot.index] = tensor
         for plain in call.unfused:
             results[plain.out] = _run(bound, plain, results)
         return results[call.unfused[-1].out]
@@ -307,7 +339,7 @@ def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     scale, shift = scale_shift(conv, bn)
     return functional.conv_bn_act(
         x, conv.weight, scale, shift, residual,
-        stride=conv.stride, padding=_padding(conv), dilation=conv.dilation, groups=conv.groups,
+        stride=conv.stride, padding=padding_of(conv), dilation=conv.dilation, groups=conv.groups,
         act=call.act,
     )  # fmt: skip
 
@@ -324,19 +356,7 @@ def _fits(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> bool:
         return False
     if residual is None:
         return True
-    if not isinstance(residual, Tensor) or residual.dtype != _result_dtype(x):
+    if not isinstance(residual, Tensor) or residual.dtype != result_dtype(x):
         return False
-    shape = output_shape(x.shape, conv.weight.shape, conv.stride, _padding(conv), conv.dilation)
+    shape = output_shape(x.shape, conv.weight.shape, conv.stride, padding_of(conv), conv.dilation)
     return tuple(residual.shape) == shape
-
-
-def _result_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    if device not in AUTOCAST_DEVICES or x.dtype == torch.float64:
-        return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
-    # Of the string paddings only "valid" is taken.
-    return (0, 0) if isinstance(conv.padding, str) else conv.padding

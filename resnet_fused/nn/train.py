@@ -1,0 +1,142 @@
+"""Fused groups in training mode: live BatchNorm, and activations that are never written.
+
+A group's result is either a tensor, or *pending*: the raw output of its convolution with the
+batch's statistics. A pending result goes into the next convolution (which normalises it as it
+reads), into a block's end (as the projection shortcut) or into the stem's max pool; nothing else
+ever sees one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.backends import trains
+from resnet_fused.nn.bn import uses_batch_statistics
+from resnet_fused.ops import _bn
+from resnet_fused.ops._checks import AUTOCAST_DEVICES
+from resnet_fused.ops.conv_bn_act import output_shape
+
+
+class Pending(NamedTuple):
+    """act(BN(x)), not computed: ``x`` is a convolution's output, ``mean`` and ``var`` its own."""
+
+    x: Tensor
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    act: str | None
+
+
+def value(result: Tensor | Pending) -> Tensor:
+    """Return the result as a tensor."""
+    if not isinstance(result, Pending):
+        return result
+    *vectors, eps, act = result
+    return torch.ops.resnet_fused.bn_act(*vectors, None, eps, act)
+
+
+def applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
+    """Return whether the group runs on the ops of training, for this call.
+
+    It does for torch's own BatchNorm2d where that would normalise by the batch's statistics, and a
+    backend has the kernels.
+    """
+    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
+        return False
+    if conv.padding_mode != "zeros" or conv.padding == "same" or conv.bias is not None:
+        return False
+    raw = x.x if isinstance(x, Pending) else x
+    return uses_batch_statistics(bn) and raw.dim() == 4 and trains(raw)
+
+
+def run(
+    conv: nn.Conv2d,
+    bn: nn.BatchNorm2d,
+    x: Tensor | Pending,
+    residual: Tensor | Pending | None,
+    act: str | None,
+) -> Tensor | Pending | None:
+    """Run convolution, statistics and block end; the result of a group without add is pending.
+
+    Returns:
+        None where the residual is not of the convolution's shape and dtype: left to torch.
+
+    Raises:
+        ValueError: a channel has one value only, as torch raises.
+    """
+    geometry = (conv.stride, padding_of(conv), conv.dilation, conv.groups)
+    raw = x.x if isinstance(x, Pending) else x
+    shape = output_shape(raw.shape, conv.weight.shape, *geometry[:3])
+    if residual is not None:
+        tensor = residual.x if isinstance(residual, Pending) else residual
+        if tuple(tensor.shape) != shape or tensor.dtype != result_dtype(raw):
+            return None
+    if _bn.values_per_channel(shape) == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {shape}"
+        )
+    y, mean, var = _convolve(conv.weight, x, geometry)
+    _update(bn, mean, var, _bn.values_per_channel(y.shape))
+    result = Pending(y, mean, var, bn.weight, bn.bias, bn.eps, act)
+    return result if residual is None else _finish(result, residual)
+
+
+def _convolve(
+    weight: Tensor, x: Tensor | Pending, geometry: tuple[object, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    ops = torch.ops.resnet_fused
+    # Where autocast would cast the activation, it has to be there.
+    if isinstance(x, Pending) and result_dtype(x.x) == x.x.dtype:
+        *vectors, eps, act = x
+        return ops.bn_act_conv_bn_stats(*vectors, weight, eps, act, *geometry)
+    return ops.conv_bn_stats(value(x), weight, *geometry)
+
+
+def _finish(result: Pending, residual: Tensor | Pending) -> Tensor:
+    ops = torch.ops.resnet_fused
+    *vectors, eps, act = result
+    if isinstance(residual, Pending) and residual.act is None:
+        *others, other_eps, _ = residual
+        return ops.dual_bn_act(*vectors, *others, eps, other_eps, act)
+    return ops.bn_act(*vectors, value(residual), eps, act)
+
+
+def pool(module: nn.Module, x: Pending) -> Tensor:
+    """Return ``module`` of a pending result: one op for torch's own max pool, else two calls."""
+    plain = type(module) is nn.MaxPool2d and not (module.return_indices or module.ceil_mode)
+    if not plain or _pair(module.dilation) != (1, 1):
+        return module(value(x))
+    *vectors, eps, act = x
+    sizes = [_pair(v) for v in (module.kernel_size, module.stride, module.padding)]
+    y, _ = torch.ops.resnet_fused.bn_act_max_pool(*vectors, eps, act, *sizes)
+    return y
+
+
+def _pair(value: object) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+    """Move the running statistics as ``BatchNorm2d.forward`` does."""
+    if bn.training and bn.track_running_stats and bn.running_mean is not None:
+        torch.ops.resnet_fused.bn_update_stats(
+            bn.running_mean, bn.running_var, bn.num_batches_tracked, mean, var, count, bn.momentum
+        )
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, ...]:
+    """Return the convolution's padding as numbers; of the words only "valid" is taken."""
+    return (0, 0) if isinstance(conv.padding, str) else conv.padding
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of a convolution of ``x``, under autocast or not."""
+    device = x.device.type
+    if device not in AUTOCAST_DEVICES or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
