@@ -15,7 +15,12 @@ constexpr int kStatsResults = 2, kReduceResults = 3;
 
 // The (rows, c) maps and vectors of one call, checked as they are named.
 class Operands {
+  DType dtype_;
+  size_t map_bytes_, vector_bytes_;
+
  public:
+  const cpu::TrainingTable& table;
+
   Operands(const std::string& dtype, int64_t rows, int64_t c)
       : dtype_(parse_dtype(dtype)), table(training_table_for(dtype_)) {
     need("rows", rows, 0);
@@ -50,17 +55,11 @@ class Operands {
   }
 
  private:
-  DType dtype_;
-  size_t map_bytes_, vector_bytes_;
-
   Block checked(const char* name, uintptr_t address) const {
     const Block block{name, address, map_bytes_};
     if (map_bytes_) need_block(block, itemsize(dtype_));
     return block;
   }
-
- public:
-  const cpu::TrainingTable& table;
 };
 
 [[noreturn]] void fail_together(const char* name, const char* other) {

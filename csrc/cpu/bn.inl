@@ -62,29 +62,39 @@ static inline int64_t part_begin(int64_t rows, int64_t parts, int64_t part) {
   return rows / parts * part + min64(part, rows % parts);
 }
 
+// Whether a reduction that reads so many maps goes over several rows at once, which touches the sums
+// less often, or row by row, which reads memory in order. Measured on two Zen 4 cores: at once is
+// up to 1.6 times faster on short rows and in cache, up to 1.7 times slower on long rows from memory.
+static inline bool several_rows(int64_t rows, int64_t row_bytes, int maps) {
+  return row_bytes <= 256 || rows * row_bytes * maps <= 8 << 20;
+}
+
 // sum += x - s and square += (x - s)^2 over R rows.
 template <class E, int R>
 static inline void add_moments(const typename E::T* x, int64_t c, float* work) {
   each_vector(c, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
     const auto s = get<F32>(work + j, lanes);
-    auto sum = get<F32>(work + c + j, lanes), square = get<F32>(work + 2 * c + j, lanes);
+    const auto sum = get<F32>(work + c + j, lanes), square = get<F32>(work + 2 * c + j, lanes);
+    // The rows among themselves first: fewer roundings at the size of the whole sum.
+    auto sum_r = Vec::zero(), square_r = Vec::zero();
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const auto d = Vec::sub(get<E>(x + r * c + j, lanes), s);
-      sum = Vec::add(sum, d);
-      square = Vec::fma(d, d, square);
+      sum_r = Vec::add(sum_r, d);
+      square_r = Vec::fma(d, d, square_r);
     }
-    put<F32>(work + c + j, sum, lanes);
-    put<F32>(work + 2 * c + j, square, lanes);
+    put<F32>(work + c + j, Vec::add(sum, sum_r), lanes);
+    put<F32>(work + 2 * c + j, Vec::add(square, square_r), lanes);
   });
 }
 
 // Sum and squared deviations of a part. Each block of rows is shifted by the mean of its first few:
 // being a mean of k of the block's n values it is within sqrt(n/k) standard deviations of the
-// block's own mean, whatever the data, so at most n/k = 32 roundings of the variance are lost.
+// block's own mean, whatever the data, so the variance's relative error is at most 1 + n/k = 33
+// times that of a sum. Rounded as x is, so that differences of bfloat16 are exact.
 template <class E>
-static void part_moments(const typename E::T* x, int64_t rows, int64_t c, double* sums, double* m2s,
-                         float* work) {
+static void part_moments(const typename E::T* x, int64_t rows, int64_t c, bool several,
+                         double* sums, double* m2s, float* work) {
   for (int64_t j = 0; j < c; ++j) sums[j] = m2s[j] = 0;
   for (int64_t row = 0; row < rows; row += kBlock) {
     const int64_t n = min64(kBlock, rows - row), few = min64(n, 8);
@@ -92,13 +102,13 @@ static void part_moments(const typename E::T* x, int64_t rows, int64_t c, double
     each_vector(c, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
       auto s = Vec::zero();
       for (int64_t r = 0; r < few; ++r) s = Vec::add(s, get<E>(at + r * c + j, lanes));
-      s = Vec::finite_or_zero(Vec::mul(s, Vec::set1(1.0f / (float)few)));
+      s = Vec::finite_or_zero(E::rounded(Vec::mul(s, Vec::set1(1.0f / (float)few))));
       put<F32>(work + j, s, lanes);
       put<F32>(work + c + j, Vec::zero(), lanes);
       put<F32>(work + 2 * c + j, Vec::zero(), lanes);
     });
     int64_t r = 0;
-    for (; r + 4 <= n; r += 4) add_moments<E, 4>(at + r * c, c, work);
+    for (; several && r + 4 <= n; r += 4) add_moments<E, 4>(at + r * c, c, work);
     for (; r < n; ++r) add_moments<E, 1>(at + r * c, c, work);
     const MomentsMerge merge((double)row, (double)n);
     for (int64_t j = 0; j < c; ++j) {
@@ -113,6 +123,7 @@ static void part_moments(const typename E::T* x, int64_t rows, int64_t c, double
 template <class E>
 static void bn_stats(const BnStatsArgs& g) {
   const int64_t c = g.c, parts = reduction_parts(g.rows, c);
+  const bool several = several_rows(g.rows, c * sizeof(typename E::T), 1);
   double* sums = reinterpret_cast<double*>(g.scratch);
   double* m2s = sums + parts * c;
   float* work = reinterpret_cast<float*>(m2s + parts * c);
@@ -122,7 +133,7 @@ static void bn_stats(const BnStatsArgs& g) {
     for (int64_t p = 0; p < parts; ++p) {
       const int64_t first = part_begin(g.rows, parts, p), last = part_begin(g.rows, parts, p + 1);
       part_moments<E>(static_cast<const typename E::T*>(g.x) + first * c, last - first, c,
-                      sums + p * c, m2s + p * c, work + p * 3 * c);
+                      several, sums + p * c, m2s + p * c, work + p * 3 * c);
     }
 #pragma omp for schedule(static)
     for (int64_t j0 = 0; j0 < c; j0 += 64) {
@@ -192,6 +203,8 @@ static void reduce(const BnReduceArgs& args) {
   const BnReduceArgs g = args;
   constexpr int sums = DUAL ? 3 : 2;
   const int64_t c = g.c, width = sums * c, parts = reduction_parts(g.rows, c);
+  const bool several =
+      several_rows(g.rows, c * sizeof(typename E::T), 2 + DUAL + (M == Mask::from_y));
   double* totals = reinterpret_cast<double*>(g.scratch);
   float* works = reinterpret_cast<float*>(totals + parts * width);
 #pragma omp parallel if (g.rows * c > kSerial)
@@ -205,7 +218,8 @@ static void reduce(const BnReduceArgs& args) {
       for (int64_t row = part_begin(g.rows, parts, p); row < last;) {
         const int64_t end = min64(last, row + kBlock);
         for (int64_t j = 0; j < width; ++j) work[j] = 0;
-        for (; row + 2 <= end; row += 2) add_products<E, M, DUAL, STORE, 2>(g, row, work);
+        for (; several && row + 2 <= end; row += 2)
+          add_products<E, M, DUAL, STORE, 2>(g, row, work);
         for (; row < end; ++row) add_products<E, M, DUAL, STORE, 1>(g, row, work);
         for (int64_t j = 0; j < width; ++j) total[j] += work[j];
       }

@@ -79,6 +79,7 @@ struct F32 : Vec {
   static constexpr int NV = 2;  // registers across its columns
   static reg broadcast(const T* p) { return _mm256_broadcast_ss(p); }
   static reg load_b(const T* p) { return _mm256_loadu_ps(p); }
+  static reg rounded(reg v) { return v; }  // to what T can hold
   static reg dot(reg acc, reg a, reg b) { return _mm256_fmadd_ps(a, b, acc); }
 };
 
@@ -107,6 +108,7 @@ struct Bf16Memory : Vec {
     __builtin_memcpy(&v, p, 2 * count(m));
     return widen(v);
   }
+  static reg rounded(reg v) { return widen(narrow(v)); }
   static void store(T* p, reg v) { _mm_storeu_si128((__m128i*)p, narrow(v)); }
   static void store(T* p, reg v, mask m) {
     const __m128i n = narrow(v);

@@ -60,6 +60,7 @@ struct F32 : Vec {
   static constexpr int NV = 2;   // registers across its columns
   static reg broadcast(const T* p) { return _mm512_set1_ps(*p); }
   static reg load_b(const T* p) { return _mm512_loadu_ps(p); }
+  static reg rounded(reg v) { return v; }  // to what T can hold
   static reg dot(reg acc, reg a, reg b) { return _mm512_fmadd_ps(a, b, acc); }
 };
 
@@ -81,6 +82,7 @@ struct Bf16Memory : Vec {
   }
   static reg load(const T* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
   static reg load(const T* p, mask m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
+  static reg rounded(reg v) { return widen(narrow(v)); }
   static void store(T* p, reg v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
   static void store(T* p, reg v, mask m) { _mm256_mask_storeu_epi16(p, m, narrow(v)); }
 };

@@ -31,7 +31,8 @@ class _Maps:
             return 0
         self._check(name, t)
         self._kept.append(t.detach().contiguous(memory_format=torch.channels_last))
-        return self._kept[-1].data_ptr()
+        # 0 says that there is no such map; an empty one, never read, is still there.
+        return self._kept[-1].data_ptr() or 1
 
     def vector(self, name: str, t: Tensor | None) -> int:
         """Return the address of a vector to read, 0 for None."""

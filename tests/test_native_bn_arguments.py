@@ -1,0 +1,174 @@
+"""What the training kernels refuse, and that they write nothing but their outputs."""
+
+import functools
+import math
+
+import pytest
+import torch
+from native_maps import backward_maps, each_run, vectors
+
+from resnet_fused.backends import _cpu_training as kernels
+
+_C = pytest.importorskip("resnet_fused._C")
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    """Leave the instruction set and the threads as they were."""
+    isa, threads = _C.cpu_isa(), torch.get_num_threads()
+    yield
+    _C.set_cpu_isa(isa)
+    torch.set_num_threads(threads)
+
+
+def guarded(shape, dtype):
+    """A channels_last map with 64 sevens on both sides, and those sevens."""
+    size = math.prod(shape)
+    flat = torch.full((size + 128,), 7.0, dtype=dtype)
+    n, c, h, w = shape
+    inner = flat[64 : 64 + size].view(n, h, w, c).permute(0, 3, 1, 2)
+    return inner, (flat[:64], flat[64 + size :])
+
+
+@each_run
+@pytest.mark.parametrize("shape", [(1, 5, 3, 1), (2, 19, 3, 3), (1, 16, 2, 2)], ids=str)
+def test_nothing_is_written_beside_an_output(shape, isa, dtype):
+    _C.set_cpu_isa(isa)
+    grad, x, _, y = backward_maps(shape, dtype)
+    mean, *v = vectors(shape[1], 4)
+    for run in (
+        functools.partial(kernels.bn_act, x, *v[:2]),
+        functools.partial(kernels.add_relu, x, grad),
+        functools.partial(kernels.bn_act_backward_apply, grad, x, *v, y=y),
+    ):
+        out, guards = guarded(shape, dtype)
+        assert torch.equal(run(out=out), run())
+        assert all((g == 7).all() for g in guards)
+    out, guards = guarded(shape, dtype)
+    kernels.bn_act_backward_reduce(grad, x, mean, y=y, masked=out)
+    assert all((g == 7).all() for g in guards)
+
+
+X = torch.zeros(1, 4, 2, 2).contiguous(memory_format=torch.channels_last)
+V = torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("residual", lambda: kernels.bn_act(X, V, V, X[:, :, :1])),
+        ("residual", lambda: kernels.bn_act(X, V, V, X.bfloat16())),
+        ("residual", lambda: kernels.add_relu(X, X.to("meta"))),
+        ("scale", lambda: kernels.bn_act(X, V[:3], V)),
+        ("shift", lambda: kernels.bn_act(X, V, V.view(2, 2))),
+        ("residual_scale", lambda: kernels.bn_act(X, V, V, X, V)),
+        ("residual_scale", lambda: kernels.bn_act(X, V, V, None, V, V)),
+        ("out", lambda: kernels.bn_act(X, V, V, out=torch.zeros(1, 4, 2, 2))),
+        ("out", lambda: kernels.bn_act(X, V, V, out=X[:, :2])),
+        ("grad", lambda: kernels.bn_act_backward_reduce(X[:, :2], X, V, y=X)),
+        ("scale", lambda: kernels.bn_act_backward_reduce(X, X, V)),
+        ("mean2", lambda: kernels.bn_act_backward_reduce(X, X, V, y=X, x2=X)),
+        ("y", lambda: kernels.bn_act_backward_reduce(X, X, V, x2=X, mean2=V)),
+        ("masked", lambda: kernels.bn_act_backward_reduce(X, X, V, relu=False, masked=X)),
+        ("a", lambda: kernels.bn_act_backward_apply(X, X, V[:2], V, V, y=X)),
+        ("y", lambda: kernels.bn_act_backward_apply_both(X, X, X, [V] * 3, [V] * 3)),
+        ("index", lambda: kernels.max_pool_backward(X, X, (1, 4, 4, 4), 2, 2, 0)),
+        ("grad", lambda: kernels.max_pool_backward(X, X, (1, 4, 9, 9), 2, 2, 0)),
+        ("k", lambda: kernels.max_pool_index(torch.zeros(1, 4, 40, 40), 17, 1, 0)),
+    ],
+)
+def test_arguments_that_do_not_fit(name, call):
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        call()
+
+
+def address(offset=0):
+    return MEMORY.data_ptr() - MEMORY.data_ptr() % -64 + 64 * offset
+
+
+MEMORY = torch.zeros(1 << 14)
+SIZES = {"dtype": "float32", "rows": 4, "c": 8}  # a map is 128 bytes, a vector 32
+STATS = {
+    "x": address(), "mean": address(2), "var": address(3), "scratch": address(4),
+    "scratch_bytes": _C.bn_stats_scratch_bytes(4, 8), **SIZES,
+}  # fmt: skip
+ACT = {
+    "x": address(), "scale": address(2), "shift": address(3), "residual": address(4),
+    "residual_scale": address(6), "residual_shift": address(7), "y": address(8), **SIZES,
+    "relu": True,
+}  # fmt: skip
+REDUCE = {
+    "grad": address(), "x": address(2), "x2": address(4), "scale": 0, "shift": 0, "y": address(6),
+    "mean": address(8), "mean2": address(9), "sum_g": address(10), "sum_gx": address(11),
+    "sum_gx2": address(12), "masked": address(14), "scratch": address(16),
+    "scratch_bytes": _C.bn_act_backward_reduce_scratch_bytes(4, 8), **SIZES, "relu": True,
+}  # fmt: skip
+APPLY = {
+    "grad": address(), "x": address(2), "x2": address(4), "scale": 0, "shift": 0, "y": address(6),
+    **{name: address(8 + i) for i, name in enumerate(("a", "b", "d", "a2", "b2", "d2"))},
+    "grad_x": address(14), "grad_x2": address(16), **SIZES, "relu": True,
+}  # fmt: skip
+ADD = {"x": address(), "residual": address(2), "y": address(4), "dtype": "float32", "n": 32}
+POOL = {
+    "x": address(), "y": address(8), "index": address(16), "dtype": "float32",
+    "n": 1, "h": 4, "w": 4, "c": 8, "k": 2, "s": 2, "p": 0,
+}  # fmt: skip
+POOL_BACK = {"grad": POOL["y"], "grad_x": POOL["x"], **POOL}
+del POOL_BACK["x"], POOL_BACK["y"]
+POINTERS = {
+    "bn_stats": (STATS, ("x", "mean", "var", "scratch")),
+    "bn_act": (ACT, ("x", "scale", "shift", "y")),
+    "bn_act_backward_reduce": (
+        REDUCE, ("grad", "x", "mean", "mean2", "sum_g", "sum_gx", "sum_gx2", "scratch"),
+    ),
+    "bn_act_backward_apply": (
+        APPLY, ("grad", "x", "a", "b", "d", "a2", "b2", "d2", "grad_x", "grad_x2"),
+    ),
+    "add_relu": (ADD, ("x", "residual", "y")),
+    "max_pool_index": (POOL, ("x", "y", "index")),
+    "max_pool_backward": (POOL_BACK, ("grad", "index", "grad_x")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", POINTERS)
+def test_null_and_misaligned_pointers(function):
+    good, names = POINTERS[function]
+    run = getattr(_C, function)
+    run(**good)
+    for name in names:
+        for bad in (0, good[name] + 1)[: 1 if name == "index" else 2]:
+            with pytest.raises(ValueError, match=rf"^{name}: "):
+                run(**good | {name: bad})
+
+
+@pytest.mark.parametrize(
+    ("function", "good", "changes"),
+    [
+        ("bn_stats", STATS, {"dtype": "float16", "rows": -1, "c": 0, "scratch_bytes": 8}),
+        ("bn_act", ACT, {"rows": -1, "c": 1 << 25, "y": ACT["x"] + 4, "residual_shift": 0}),
+        (
+            "bn_act_backward_reduce",
+            REDUCE,
+            {"scratch_bytes": 8, "masked": REDUCE["x"] - 4, "y": 0, "dtype": "int8"},
+        ),
+        (
+            "bn_act_backward_apply",
+            APPLY,
+            {"grad_x": APPLY["grad"] + 32, "grad_x2": APPLY["grad_x"], "y": 0},
+        ),
+        ("add_relu", ADD, {"n": -1, "y": ADD["x"] + 4, "dtype": ""}),
+        ("max_pool_index", POOL, {"y": POOL["x"], "index": POOL["x"], "k": 9, "s": 0, "p": 2}),
+        ("max_pool_backward", POOL_BACK, {"grad_x": POOL["y"], "h": 0, "n": -1}),
+    ],
+)
+def test_sizes_and_overlaps(function, good, changes):
+    named = {"residual_shift": "residual_scale"}
+    for name, value in changes.items():
+        with pytest.raises(ValueError, match=rf"^{named.get(name, name)}: "):
+            getattr(_C, function)(**good | {name: value})
+
+
+def test_no_instruction_set():
+    _C.set_cpu_isa("none")
+    with pytest.raises(ValueError, match=r"^dtype: no kernels for it on none"):
+        kernels.bn_stats(X)
