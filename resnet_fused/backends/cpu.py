@@ -1,4 +1,4 @@
-"""The native CPU kernels of the extension: conv_bn_act on channels_last float32 and bfloat16."""
+"""The native CPU kernels of the extension, on channels_last float32 and bfloat16."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,20 @@ def available() -> str | None:
     return None
 
 
-def supports(op: str, x: Tensor, *args: object) -> str | None:
+def supports(op: str, x: Tensor, *args: Any) -> str | None:
     """Return why the native kernels do not take this call, or None."""
-    return declines(x)
+    reason = declines(x)
+    if reason is None and op == "conv_bn_act_max_pool":
+        return _declines_pool(*args[-3:])
+    return reason
+
+
+def _declines_pool(*pool: Any) -> str | None:
+    names = ("pool_size", "pool_stride", "pool_padding")
+    for name, (first, second) in zip(names, pool, strict=True):
+        if first != second:
+            return f"pools with one {name} for both directions, got {(first, second)}"
+    return None
 
 
 def declines(x: Tensor) -> str | None:
@@ -75,6 +87,39 @@ def conv_bn_act(
     y = empty_channels_last(conv.output_shape, x.dtype)
     scratch = _scratch(conv.scratch_bytes)
     conv.bind(x, as_vector(scale), as_vector(shift), residual, y, scratch, act)()
+    return y
+
+
+def conv_bn_act_max_pool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> Tensor:
+    """Run the op as two kernels; the map between them lives in memory that is used again."""
+    y = conv_bn_act(x, weight, scale, shift, None, stride, padding, dilation, groups, act)
+    (size, _), (step, _), (pad, _) = pool_size, pool_stride, pool_padding
+    n, o, *spatial = y.shape
+    shape = (n, o, *((length + 2 * pad - size) // step + 1 for length in spatial))
+    pooled = empty_channels_last(shape, y.dtype)
+    bind_max_pool(y, pooled, size, step, pad)()
+    return pooled
+
+
+def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run the op; the means stay in float32."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    n, c = x.shape[:2]
+    y = torch.empty(n, len(weight), dtype=x.dtype)
+    bind_head(x, weight, bias, y, _scratch(4 * n * c))()
     return y
 
 
