@@ -18,6 +18,8 @@ from resnet_fused.backends._outputs import empty_channels_last
 ADVICE = "Build the extension with a C++17 compiler: pip install --no-binary :all: resnet_fused"
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+#: Window and stride of the native max pool, in pixels.
+_LARGEST_POOL = 4096
 
 
 #: A kernel call with everything bound.
@@ -53,6 +55,8 @@ def _declines_pool(*pool: Any) -> str | None:
     for name, (first, second) in zip(names, pool, strict=True):
         if first != second:
             return f"pools with one {name} for both directions, got {(first, second)}"
+        if first > _LARGEST_POOL:
+            return f"pools with {name} of at most {_LARGEST_POOL}, got {first}"
     return None
 
 

@@ -91,9 +91,16 @@ def test_the_pool_s_defaults_are_those_of_the_paper():
 
 @pytest.mark.skipif((STEM, "cpu") not in PAIRS, reason="the native kernels are not here")
 @pytest.mark.parametrize(
-    ("name", "pair"), [("pool_size", (3, 2)), ("pool_stride", (2, 1)), ("pool_padding", (1, 0))]
+    ("name", "value", "words"),
+    [
+        ("pool_size", (3, 2), "one pool_size for both directions, got (3, 2)"),
+        ("pool_stride", (2, 1), "one pool_stride for both directions, got (2, 1)"),
+        ("pool_padding", (1, 0), "one pool_padding for both directions, got (1, 0)"),
+        ("pool_stride", 5000, "pool_stride of at most 4096, got 5000"),
+    ],
 )
-def test_the_native_pool_says_which_pair_it_does_not_take(name, pair):
-    args = stem_arguments(torch.randn(1, 3, 9, 9), torch.randn(4, 3, 3, 3), **{name: pair})
+def test_the_native_pool_says_what_it_does_not_take(name, value, words):
+    args = stem_arguments(torch.randn(1, 3, 9, 9), torch.randn(4, 3, 3, 3), **{name: value})
     (reason,) = [v.reason for v in rf.explain(STEM, *args) if v.name == "cpu"]
-    assert reason == f"pools with one {name} for both directions, got {pair}"
+    assert reason == f"pools with {words}"
+    assert call(STEM, args).shape[:2] == (1, 4)
