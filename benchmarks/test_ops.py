@@ -76,6 +76,25 @@ def test_conv_bn_act(benchmark: Any, name: str, dtype: torch.dtype, backend: str
     _measure(benchmark, "conv_bn_act", args, backend, weight[0].numel())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conv_bn_act_max_pool(benchmark: Any, dtype: torch.dtype, backend: str) -> None:
+    benchmark.group = f"conv_bn_act_max_pool {dtype} batch {BATCH}"
+    x, weight = _draw(BATCH, 3, 224, 224, dtype=dtype), _draw(64, 3, 7, 7, dtype=dtype)
+    pairs = ((2, 2), (3, 3), (1, 1))
+    args = (x, weight, _draw(64), _draw(64), *pairs, 1, "relu", (3, 3), (2, 2), (1, 1))
+    _measure(benchmark, "conv_bn_act_max_pool", args, backend, weight[0].numel())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_avg_pool_linear(benchmark: Any, dtype: torch.dtype, backend: str) -> None:
+    benchmark.group = f"avg_pool_linear {dtype} batch {BATCH}"
+    x = _draw(BATCH, 2048, 7, 7, dtype=dtype)
+    args = (x, _draw(1000, 2048, dtype=dtype), _draw(1000, dtype=dtype))
+    _measure(benchmark, "avg_pool_linear", args, backend, x[0].numel())
+
+
 MAPS = ((BATCH, 256, 56, 56), (BATCH, 2048, 7, 7))
 
 

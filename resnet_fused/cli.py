@@ -1,4 +1,4 @@
-"""The command `resnet-fused`: bench, flops, verify, doctor.
+"""The command `resnet-fused`: bench, flops, roofline, verify, doctor.
 
 Imports are inside the commands, so that `--help` waits for nothing it does not show.
 """
@@ -165,6 +165,35 @@ def flops(
             typer.echo(format_paper_table())
             return
         _count(names, input_size, stride_in, layers)
+
+
+@app.command()
+def roofline(
+    model: Annotated[str, typer.Argument(help="A model, such as resnet50.")],
+    device: Annotated[str, typer.Option(help="h200, h100 or a100; none is needed here.")] = "h200",
+    input_size: Annotated[
+        str, typer.Option(help="Batch, channels, height, width.")
+    ] = "256,3,224,224",
+    dtype: Annotated[str, typer.Option("--dtype", "-d", help="bf16, fp16, fp32.")] = "bf16",
+) -> None:
+    """Bound the speed of a fused model on a device, layer by layer, from FLOPs and bytes.
+
+    Nothing is measured: it is the least time in which each layer can compute, or read and write
+    its tensors once; and what fusing across layers would save.
+    """
+    with _one_line_errors():
+        from resnet_fused.bench import options
+        from resnet_fused.roofline import DEVICES, roofline_by_name
+
+        (name,) = options.usable_models("MODEL", [model])
+        target = DEVICES[options.one_of("--device", device, DEVICES)]
+        kind = options.DTYPES[options.dtype_name("--dtype", dtype)]
+        size = options.input_size("--input-size", input_size)
+        try:
+            typer.echo(str(roofline_by_name(name, size, target, kind)))
+        except ValueError as error:
+            # A dtype without a figure, or an image too small: the message says so.
+            _refuse(str(error))
 
 
 @app.command()
@@ -352,9 +381,7 @@ def _count(names: tuple[str, ...], input_size: str, stride_in: str, layers: bool
     from resnet_fused.bench import options
     from resnet_fused.models import create_model
 
-    size = tuple(options.positive("--input-size", part) for part in input_size.split(","))
-    if len(size) != 4:
-        _refuse(f"--input-size: {input_size!r} given; accepted: four numbers, as 1,3,224,224")
+    size = options.input_size("--input-size", input_size)
     options.one_of("--stride-in", stride_in, ("1x1", "3x3"))
     for name in names:
         try:

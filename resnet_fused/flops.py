@@ -107,32 +107,100 @@ def count(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) -> Flo
         ValueError: ``input_size`` is not a sequence of positive integers, or the forward fails on
             it.
     """
+    calls = trace("count", model, input_size).calls
+    rows = [_row(call) for call in calls if call.flops is not None]
+    params = sum(p.numel() for p in model.parameters())
+    return FlopReport(type(model).__name__, tuple(input_size), rows, params)
+
+
+def _row(call: Call) -> LayerCost:
+    return LayerCost(
+        name=call.name,
+        op=call.op,
+        output_shape=tuple(call.out.shape),
+        macs=(call.flops or 0) // 2,
+        params=call.params,
+        nbytes=sum(t.nbytes for t in (*call.factors, call.out)),
+    )
+
+
+class Call(NamedTuple):
+    """One op of a forward, with the meta tensors it read and wrote."""
+
+    #: The layer's fully qualified name; the op's name if no parameter of the model is a factor.
+    name: str
+    #: Such as "aten.convolution".
+    op: str
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    #: The first tensor of the result.
+    out: Tensor
+    #: Two per multiply-add; None if torch has no formula for the op.
+    flops: int | None
+    #: Elements of the layer's own parameters.
+    params: int
+
+    @property
+    def factors(self) -> tuple[Any, ...]:
+        """The input and the weight."""
+        return _factors(self.func, self.args)
+
+
+class Trace(NamedTuple):
+    """What a forward ran, in order, and what it returned."""
+
+    calls: list[Call]
+    x: Tensor
+    result: Any
+
+
+def trace(
+    caller: str,
+    model: nn.Module,
+    input_size: Sequence[int],
+    dtype: torch.dtype | None = None,
+) -> Trace:
+    """Run one forward of a copy of ``model`` on meta tensors, in eval mode, and note every op.
+
+    Args:
+        caller: the function that errors name.
+        model: any module whose forward takes one tensor; it is untouched.
+        input_size: shape of that tensor.
+        dtype: of the copy and the tensor, instead of the model's own.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: ``input_size`` is not a sequence of positive integers, or the forward fails on
+            it.
+    """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"count: model must be an nn.Module, got {type(model).__name__}")
-    size = _checked_size(input_size)
+        raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
+    size = _checked_size(caller, input_size)
     twin = _meta_copy(model).eval()
-    dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), None)
-    counter = _Counter(_owners(twin))
+    if dtype is not None:
+        twin = twin.to(dtype)
+    own = next((p.dtype for p in twin.parameters() if p.is_floating_point()), None)
+    recorder = _Recorder(_owners(twin))
     try:
         with torch.inference_mode(False), torch.no_grad():
-            x = torch.empty(size, dtype=dtype, device="meta")
-            with counter:
-                twin(x)
+            x = torch.empty(size, dtype=dtype or own, device="meta")
+            with recorder:
+                result = twin(x)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"count: {type(model).__name__} failed on input_size={size}: {reason}"
+            f"{caller}: {type(model).__name__} failed on input_size={size}: {reason}"
         ) from error
-    params = sum(p.numel() for p in twin.parameters())
-    return FlopReport(type(model).__name__, size, counter.rows, params)
+    return Trace(recorder.calls, x, result)
 
 
-def _checked_size(input_size: Sequence[int]) -> tuple[int, ...]:
+def _checked_size(caller: str, input_size: Sequence[int]) -> tuple[int, ...]:
     given = tuple(input_size) if isinstance(input_size, Sequence) else ()
     good = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given)
     if not given or not good:
         raise ValueError(
-            f"count: input_size={input_size!r} is not accepted; accepted: the input's shape as "
+            f"{caller}: input_size={input_size!r} is not accepted; accepted: the input's shape as "
             "positive integers, such as (1, 3, 224, 224)"
         )
     return given
@@ -174,12 +242,12 @@ def _owners(model: nn.Module) -> dict[int, _Owner]:
     return owners
 
 
-class _Counter(TorchDispatchMode):
-    """Writes one row for each op that torch has a FLOP formula for."""
+class _Recorder(TorchDispatchMode):
+    """Notes each op, with torch's FLOP formula where there is one."""
 
     def __init__(self, owners: dict[int, _Owner]) -> None:
         super().__init__()
-        self.rows: list[LayerCost] = []
+        self.calls: list[Call] = []
         self._owners = owners
         self._formulas = FlopCounterMode(display=False).flop_registry
 
@@ -192,32 +260,26 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = self._formulas.get(func._overloadpacket)
-        if formula is not None:
-            flops = formula(*args, **kwargs, out_val=out)
-            self.rows.append(self._row(func, args, out, flops))
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if results:
+            formula = self._formulas.get(func._overloadpacket)
+            flops = None if formula is None else formula(*args, **kwargs, out_val=out)
+            op = str(func._overloadpacket)
+            owners = (self._owner(f) for f in _factors(func, args))
+            name, params = next((o for o in owners if o), _Owner(op, 0))
+            self.calls.append(Call(name, op, func, args, kwargs, results[0], flops, params))
         return out
 
-    def _row(self, func: Any, args: tuple[Any, ...], out: Any, flops: int) -> LayerCost:
-        # Of addmm's and baddbmm's arguments the first is the bias.
-        start = 1 if func._schema.name in ("aten::addmm", "aten::baddbmm") else 0
-        factors = args[start : start + 2]
-        op = str(func._overloadpacket)
-        owner = next((o for f in factors if (o := self._owner(f))), _Owner(op, 0))
-        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        return LayerCost(
-            name=owner.name,
-            op=op,
-            output_shape=tuple(results[0].shape),
-            macs=flops // 2,
-            params=owner.params,
-            nbytes=sum(t.nbytes for t in (*factors, results[0])),
-        )
-
-    def _owner(self, factor: Tensor) -> _Owner | None:
+    def _owner(self, factor: Any) -> _Owner | None:
         """Return the owner of a parameter or of a view of one, as linear's transposed weight is."""
-        whole = factor if factor._base is None else factor._base
-        return self._owners.get(id(whole))
+        whole = getattr(factor, "_base", None)
+        return self._owners.get(id(factor if whole is None else whole))
+
+
+def _factors(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Of addmm's and baddbmm's arguments the first is the bias.
+    start = 1 if func._schema.name in ("aten::addmm", "aten::baddbmm") else 0
+    return args[start : start + 2]
 
 
 class PaperRow(NamedTuple):

@@ -13,13 +13,13 @@ from resnet_fused.ops import OPS
 Pair = int | Sequence[int]
 
 
-def _geometry(stride: Pair, padding: Pair, dilation: Pair) -> list[list[int]]:
+def _pairs(op: str, **given: Pair) -> list[list[int]]:
     """Return each as a pair; what the integers may be, the op checks."""
     pairs = []
-    for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)):
-        pair = [value, value] if isinstance(value, int) else list(value)
+    for name, value in given.items():
+        pair = list(value) if isinstance(value, Sequence) else [value, value]
         if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
-            raise ValueError(f"conv_bn_act: {name} must be one or two integers, got {value!r}")
+            raise ValueError(f"{op}: {name} must be one or two integers, got {value!r}")
         pairs.append(pair)
     return pairs
 
@@ -33,7 +33,7 @@ def op_arguments(op: str, *args: Any) -> tuple[Any, ...]:
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; accepted: {', '.join(OPS)}")
-    full = _CANONICAL[op](*args)
+    full = _CANONICAL[op](*args) if op in _CANONICAL else args
     OPS[op].check(*full)
     return full
 
@@ -91,7 +91,73 @@ def conv_bn_act(
     """
     return torch.ops.resnet_fused.conv_bn_act(
         x, weight, scale, shift, residual,
-        *_geometry(stride, padding, dilation), groups, act,
+        *_pairs("conv_bn_act", stride=stride, padding=padding, dilation=dilation), groups, act,
+    )  # fmt: skip
+
+
+def conv_bn_act_max_pool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    act: str | None = None,
+    pool_size: Pair = 3,
+    pool_stride: Pair = 2,
+    pool_padding: Pair = 1,
+) -> Tensor:
+    r"""Convolution, per-channel scale and shift, activation and max pool: the stem, in one op.
+
+    .. math:: y = \mathrm{maxpool}(\mathrm{act}(\mathrm{conv}(x, W) \cdot \mathrm{scale}
+              + \mathrm{shift}))
+
+    With scale and shift as in :func:`conv_bn_act` this is conv1 and the pool that begins conv2_x
+    of He et al. (arXiv 1512.03385), table 1; the pool's defaults are that table's. The map between
+    the two, four times the result, need not be written.
+
+    Equivalent to::
+
+        y = F.conv2d(x, weight, None, stride, padding, dilation, groups).float()
+        y = y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+        y = F.max_pool2d(torch.relu(y).to(x.dtype), pool_size, pool_stride, pool_padding)
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64; channels_last is fastest.
+        weight: (O, C / groups, KH, KW), x's dtype.
+        scale: (O,), x's dtype or float32; 1 if left out.
+        shift: (O,), likewise; 0 if left out.
+        stride: of the convolution, one or two integers of at least 1.
+        padding: of the convolution, one or two integers of at least 0; zeros are padded.
+        dilation: one or two integers of at least 1.
+        groups: divides C and O.
+        act: None or "relu".
+        pool_size: height and width of the pool's window, one or two integers of at least 1.
+        pool_stride: one or two integers of at least 1.
+        pool_padding: one or two integers from 0 to half of ``pool_size``; padding is never the
+            maximum.
+
+    Returns:
+        (N, O, PH, PW) in x's dtype, channels_last, with PH = ⌊(OH + 2 · pool_padding - pool_size) /
+        pool_stride⌋ + 1. A window that holds NaN gives NaN, as in ``F.max_pool2d``.
+
+    Differentiable in x, weight, scale and shift; among equal maxima the first one of a window has
+    the gradient, as in torch. Saved for backward: x, weight, scale and shift; the map is computed
+    again. Under autocast x and weight are cast, the vectors not.
+
+    Raises:
+        ValueError: shapes, devices, geometry or act do not fit; nothing has run.
+        TypeError: a dtype is not accepted.
+        RuntimeError: a backend asked for by name does not run this call.
+    """
+    return torch.ops.resnet_fused.conv_bn_act_max_pool(
+        *_canonical_conv_bn_act_max_pool(
+            x, weight, scale, shift, stride, padding, dilation, groups, act,
+            pool_size, pool_stride, pool_padding,
+        )
     )  # fmt: skip
 
 
@@ -155,6 +221,34 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     return torch.ops.resnet_fused.add_relu(x, residual)
 
 
+def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""Global average pool and linear layer: the head, in one op.
+
+    .. math:: y = \frac{1}{HW} \sum_{h, w} x_{hw} \, W^T + b
+
+    He et al. (arXiv 1512.03385), table 1, last row.
+
+    Equivalent to ``F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias)``.
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64; channels_last is fastest.
+        weight: (K, C), x's dtype.
+        bias: (K,), x's dtype; 0 if left out.
+
+    Returns:
+        (N, K) in x's dtype. Sums are in float32 (float64 for float64); a backend may round the
+        mean to x's dtype before the product.
+
+    Differentiable in all three. Saved for backward: x and weight. Under autocast all are cast.
+
+    Raises:
+        ValueError: shapes or devices do not fit; nothing has run.
+        TypeError: a dtype is not accepted.
+        RuntimeError: a backend asked for by name does not run this call.
+    """
+    return torch.ops.resnet_fused.avg_pool_linear(x, weight, bias)
+
+
 def _canonical_conv_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -167,8 +261,28 @@ def _canonical_conv_bn_act(
     groups: int = 1,
     act: str | None = None,
 ) -> tuple[Any, ...]:
-    geometry = _geometry(stride, padding, dilation)
+    geometry = _pairs("conv_bn_act", stride=stride, padding=padding, dilation=dilation)
     return x, weight, scale, shift, residual, *geometry, groups, act
+
+
+def _canonical_conv_bn_act_max_pool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    act: str | None = None,
+    pool_size: Pair = 3,
+    pool_stride: Pair = 2,
+    pool_padding: Pair = 1,
+) -> tuple[Any, ...]:
+    op = "conv_bn_act_max_pool"
+    geometry = _pairs(op, stride=stride, padding=padding, dilation=dilation)
+    pool = _pairs(op, pool_size=pool_size, pool_stride=pool_stride, pool_padding=pool_padding)
+    return x, weight, scale, shift, *geometry, groups, act, *pool
 
 
 def _canonical_bn_apply(
@@ -185,8 +299,16 @@ def _canonical_add_relu(x: Tensor, residual: Tensor) -> tuple[Any, ...]:
     return x, residual
 
 
+def _canonical_avg_pool_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Any, ...]:
+    return x, weight, bias
+
+
 _CANONICAL: dict[str, Callable[..., tuple[Any, ...]]] = {
     "conv_bn_act": _canonical_conv_bn_act,
+    "conv_bn_act_max_pool": _canonical_conv_bn_act_max_pool,
     "bn_apply": _canonical_bn_apply,
     "add_relu": _canonical_add_relu,
+    "avg_pool_linear": _canonical_avg_pool_linear,
 }

@@ -112,6 +112,11 @@ def test_a_regression_beyond_the_threshold_makes_the_exit_code_1(tmp_path: Path)
         (["flops", "-m", "resnet18", "--input-size", "1,3,224"], "four numbers"),
         (["flops", "-m", "resnet18", "--input-size", "1,3,x,9"], "--input-size: 'x' given"),
         (["flops", "-m", "resnet18", "--stride-in", "2x2"], "accepted: 1x1, 3x3"),
+        (["roofline", "resnet5"], "MODEL: unknown value 'resnet5'; did you mean resnet50"),
+        (["roofline", "resnet18", "--device", "h20"], "did you mean h200"),
+        (["roofline", "resnet18", "--dtype", "fp32"], "no figure for torch.float32 on H200"),
+        (["roofline", "resnet18", "--input-size", "1,3"], "four numbers"),
+        (["roofline", "resnet18", "--input-size", "1,4,9,9"], "failed on input_size=(1, 4, 9, 9)"),
         (["verify", "resnet5"], "MODEL: unknown value 'resnet5'; did you mean resnet50"),
         (["verify", "resnet18", "--batch", "0"], "--batch: 0 given"),
         (["verify", "resnet18", "--images", "/no/such/place"], "no such directory"),
@@ -148,6 +153,15 @@ def test_flops_of_a_model_and_its_layers() -> None:
     assert call("flops", "-m", "resnet50").stdout == "resnet50: 4.089 GMACs, 25.56 M parameters\n"
     assert "3.858 GMACs" in call("flops", "-m", "resnet50", "--stride-in", "1x1").stdout
     assert "layer4.1.conv2" in call("flops", "-m", "resnet18", "--layers").stdout
+
+
+def test_roofline_of_a_model() -> None:
+    result = call("roofline", "resnet18", "--device", "a100", "--dtype", "fp32")
+    assert result.exit_code == 0
+    assert "resnet18, input 256x3x224x224, float32, A100 SXM4 80 GB" in result.stdout
+    assert "arithmetic alone" in result.stdout
+    small = call("roofline", "resnet18", "--input-size", "1,3,64,64").stdout
+    assert "resnet18, input 1x3x64x64, bfloat16, H200" in small
 
 
 class Certificate(NamedTuple):
@@ -195,7 +209,9 @@ def test_doctor_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None
     assert call("doctor", "--strict").exit_code == 1
 
 
-@pytest.mark.parametrize("command", [(), ("bench",), ("flops",), ("verify",), ("doctor",)])
+@pytest.mark.parametrize(
+    "command", [(), ("bench",), ("flops",), ("roofline",), ("verify",), ("doctor",)]
+)
 def test_help_teaches(command: tuple[str, ...]) -> None:
     result = call(*command, "--help")
     assert result.exit_code == 0

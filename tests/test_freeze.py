@@ -341,6 +341,14 @@ def _head_of_dynamic_weights(m, x):
     return F.linear(torch.flatten(F.adaptive_avg_pool2d(y, 1), 1), weight)
 
 
+def _heads_that_the_op_does_not_take(m, x):
+    y = m.b(m.a(x))
+    flat = torch.flatten(F.adaptive_avg_pool2d(y, 1), 1)
+    column = m.fc.weight[:, :1]
+    one_by_one = [F.linear(torch.flatten(F.adaptive_avg_pool2d(p, 1), 1), column) for p in y]
+    return F.linear(flat, m.vector.view(8)), torch.stack(one_by_one)
+
+
 def _dynamic_weights(m, x):
     y = m.a(x)
     weight = y.mean((0, 2, 3)).view(8, 1, 1, 1).expand(-1, 8, -1, -1).contiguous()
@@ -401,8 +409,9 @@ FORWARDS = {
     for f in (
         _in_place, _in_place_view, _in_place_constant, _views_of_two, _long_lived_views,
         _batch_doubled, _batch_of_one_more, _two_heads, _head_whose_input_is_written,
-        _head_of_dynamic_weights, _dynamic_weights, _constant_residual, _pools,
-        _residual_read_again, _residual_of_itself, _integer_index, _masked,
+        _head_of_dynamic_weights, _heads_that_the_op_does_not_take, _dynamic_weights,
+        _constant_residual, _pools, _residual_read_again, _residual_of_itself, _integer_index,
+        _masked,
     )
 }  # fmt: skip
 

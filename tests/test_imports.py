@@ -30,7 +30,8 @@ NOT_NEEDED = {
 
 
 @pytest.mark.parametrize(
-    "module", ["resnet_fused", "resnet_fused.models", "resnet_fused.testing", "resnet_fused.flops"]
+    "module",
+    ["resnet_fused", *(f"resnet_fused.{m}" for m in ("models", "testing", "flops", "roofline"))],
 )
 def test_import_is_free(module):
     probe = PROBE.format(module=module)

@@ -23,10 +23,11 @@ LAYERS = {
     "engine": {"nn", "ops", "backends"},
     "freeze": {"engine", "convert", "nn", "ops", "functional", "backends"},
     "flops": {"ops", "models"},
+    "roofline": {"convert", "flops", "models", "ops"},
     "verify": {"freeze", "convert", "nn", "ops", "functional", "backends", "testing", "flops"},
     "env": {PACKAGE, "backends"},
     "bench": {PACKAGE, "models", "flops", "verify", "testing", "env", "backends"},
-    "cli": {PACKAGE, "bench", "models", "flops", "verify", "env", "backends"},
+    "cli": {PACKAGE, "bench", "models", "flops", "roofline", "verify", "env", "backends"},
     "__main__": {"cli"},
     "__init__": {"functional", "backends", "convert", "freeze", "models", "flops", "verify"},
 }

@@ -28,9 +28,11 @@ from resnet_fused.backends.native import DTYPE_NAMES, as_vector
 ADVICE = "Build the extension with a C++17 compiler: pip install --no-binary :all: resnet_fused"
 
 #: Ops that need bfloat16 dot products for bfloat16; the others take it on any processor.
-_DOT_PRODUCTS = ("conv_bn_act", "conv_backward_data")
-#: Ops with a max pool in them.
-_POOLS = ("bn_act_max_pool", "max_pool_backward")
+_DOT_PRODUCTS = ("conv_bn_act", "conv_bn_act_max_pool", "avg_pool_linear")
+#: Ops whose last three arguments are a max pool's.
+_POOLS = ("conv_bn_act_max_pool", "bn_act_max_pool", "max_pool_backward")
+#: Window and stride of the native max pool, in pixels.
+_LARGEST_POOL = 4096
 
 
 def available() -> str | None:
@@ -48,32 +50,19 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
     reason = declines(x) if op in _DOT_PRODUCTS else _declines_type(x)
     if reason is None and "backward" in op and not x.numel():
         return "the gradient is empty"
-    if reason is None and op in _POOLS and any(len(set(pair)) > 1 for pair in args[-3:]):
-        return "the pool's window, stride or padding is not square"
-    if reason is None and op == "conv_backward_data":
-        return _declines_gradient(*args)
+    if reason is None and op in _POOLS:
+        return _declines_pool(*args[-3:])
     return reason
 
 
-def _declines_gradient(
-    weight: Tensor,
-    x_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> str | None:
-    """Say where the gradient is not itself a convolution of the kernels' kind."""
-    if any(s > 1 for s in stride) or groups > 1:
-        return "takes stride 1 and one group"
-    if any(p < 0 for p in _gradient_padding(weight, padding, dilation)):
-        return "takes padding smaller than the kernel"
+def _declines_pool(*pool: Any) -> str | None:
+    names = ("pool_size", "pool_stride", "pool_padding")
+    for name, (first, second) in zip(names, pool, strict=True):
+        if first != second:
+            return f"pools with one {name} for both directions, got {(first, second)}"
+        if first > _LARGEST_POOL:
+            return f"pools with {name} of at most {_LARGEST_POOL}, got {first}"
     return None
-
-
-def _gradient_padding(weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    sizes = weight.shape[2:]
-    return [d * (k - 1) - p for k, p, d in zip(sizes, padding, dilation, strict=True)]
 
 
 def declines(x: Tensor) -> str | None:
@@ -112,6 +101,39 @@ def conv_bn_act(
     y = empty_channels_last(conv.output_shape, x.dtype)
     work = scratch(conv.scratch_bytes)
     conv.bind(x, as_vector(scale), as_vector(shift), residual, y, work, act)()
+    return y
+
+
+def conv_bn_act_max_pool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> Tensor:
+    """Run the op as two kernels; the map between them lives in memory that is used again."""
+    y = conv_bn_act(x, weight, scale, shift, None, stride, padding, dilation, groups, act)
+    (size, _), (step, _), (pad, _) = pool_size, pool_stride, pool_padding
+    n, o, *spatial = y.shape
+    shape = (n, o, *((length + 2 * pad - size) // step + 1 for length in spatial))
+    pooled = empty_channels_last(shape, y.dtype)
+    bind_max_pool(y, pooled, size, step, pad)()
+    return pooled
+
+
+def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run the op; the means stay in float32."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    n, c = x.shape[:2]
+    y = torch.empty(n, len(weight), dtype=x.dtype)
+    bind_head(x, weight, bias, y, scratch(4 * n * c))()
     return y
 
 
@@ -160,9 +182,34 @@ def conv_backward_data(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Run the op: the convolution of grad with the kernel turned by half a turn."""
-    outer = _gradient_padding(weight, padding, dilation)
-    return convolve_once(grad, weight, stride, outer, dilation, groups, turned=True)
+    """Run the op: with stride 1 a convolution of grad with turned kernels, else torch's own."""
+    sizes = zip(weight.shape[2:], padding, dilation, strict=True)
+    outer = [d * (k - 1) - p for k, p, d in sizes]
+    if groups == 1 and max(stride) == 1 and min(outer) >= 0 and declines(grad) is None:
+        return convolve_once(grad, weight, stride, outer, dilation, groups, turned=True)
+    x = grad.new_empty(()).expand(tuple(x_size))
+    geometry = (stride, padding, dilation, False, [0, 0], groups)
+    grad_x = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *geometry, [True, False, False]
+    )[0]
+    return grad_x.contiguous(memory_format=torch.channels_last)
+
+
+def conv_backward_weight(
+    grad: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Run the op by torch's oneDNN."""
+    weight = grad.new_empty(()).expand(tuple(weight_size))
+    geometry = (stride, padding, dilation, False, [0, 0], groups)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *geometry, [False, True, False]
+    )[1].contiguous()
 
 
 def bn_apply(

@@ -1,4 +1,4 @@
-"""conv_bn_act on torch's oneDNN: convolution, bias and add in one call.
+"""The convolutions on torch's oneDNN: convolution, bias and add in one call.
 
 The ops under ``torch.ops.mkldnn`` are private to torch, so this is the only file that names them,
 and :func:`available` probes them once before the first use.
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends._derived import derived
@@ -78,6 +79,26 @@ def conv_bn_act(
     y = _run(x, packed, shift, residual, stride, padding, dilation, groups)
     # oneDNN's own ReLU turns NaN into 0; torch.relu keeps it.
     return torch.relu_(y) if act == "relu" else y
+
+
+def conv_bn_act_max_pool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> Tensor:
+    """Run conv_bn_act, then torch's own max pool."""
+    y = conv_bn_act(x, weight, scale, shift, None, stride, padding, dilation, groups, act)
+    y = F.max_pool2d(y, list(pool_size), list(pool_stride), list(pool_padding))
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def _pack(

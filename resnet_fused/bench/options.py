@@ -76,6 +76,14 @@ def positive(option: str, value: str | int, *, least: int = 1) -> int:
     return number
 
 
+def input_size(option: str, value: str) -> tuple[int, ...]:
+    """Return the four numbers of an input's shape, or raise `UsageError`."""
+    size = tuple(positive(option, part) for part in value.split(","))
+    if len(size) != 4:
+        raise UsageError(f"{option}: {value!r} given; accepted: four numbers, as 1,3,224,224")
+    return size
+
+
 def dtype_name(option: str, value: str) -> str:
     """Return torch's name of a dtype given by that name or its short one (`bf16`)."""
     long_names = {short: name for name, short in SHORT_DTYPES.items()}

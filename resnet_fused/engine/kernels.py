@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends import AUTO, choose, cpu, requested
+from resnet_fused.backends import AUTO, ORDER, choose, cpu, requested
 from resnet_fused.engine.capture import Call, Captured, Ref, refs
+from resnet_fused.ops._checks import FLOAT_DTYPES
 
 _CONV = torch.ops.resnet_fused.conv_bn_act.default
+_HEAD = torch.ops.resnet_fused.avg_pool_linear.default
 _MAX_POOL = torch.ops.aten.max_pool2d.default
 _AVG_POOL = torch.ops.aten.adaptive_avg_pool2d.default
 _FLATTEN = torch.ops.aten.flatten.using_ints
@@ -43,7 +44,7 @@ def adopt(call: Call, args: tuple[Any, ...]) -> Native | None:
 
     All three kinds treat every image by itself, so a batch may be split.
     """
-    recogniser = {_CONV: _convolution, _MAX_POOL: _max_pool, head: _head}.get(call.target)
+    recogniser = {_CONV: _convolution, _MAX_POOL: _max_pool, _HEAD: _head}.get(call.target)
     if recogniser is None or call.kwargs or requested() not in (AUTO, "cpu") or cpu.available():
         return None
     x, residual = call.args[0], call.args[4] if call.target is _CONV else None
@@ -108,7 +109,7 @@ def _pool_arguments(
 
 def _head(args: tuple[Any, ...]) -> Callable[[int], Kernel] | None:
     x, weight, bias = args
-    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+    if choose("avg_pool_linear", *args) is not cpu.avg_pool_linear:
         return None
 
     def make(images: int) -> Kernel:
@@ -120,16 +121,14 @@ def _head(args: tuple[Any, ...]) -> Callable[[int], Kernel] | None:
     return make
 
 
-def head(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Global average pool, flatten and the classifier (arXiv 1512.03385, table 1's last row)."""
-    return F.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1), weight, bias)
-
-
 def merge_heads(captured: Captured) -> Captured:
-    """Write each average pool → flatten → linear in a row as one call of ``head``.
+    """Write each average pool → flatten → linear in a row as one call of avg_pool_linear.
 
-    Only where nobody else reads the parts.
+    Only where nobody else reads the parts, and the op takes the weights. A backend asked for by
+    name was not asked for an op that the model does not call.
     """
+    if requested() in ORDER and not hasattr(ORDER[requested()], "avg_pool_linear"):
+        return captured
     made = {call.out: call for call in captured.calls}
     readers: dict[int, int] = {}
     for ref in [*(r for c in captured.calls for r in refs(c)), *captured.outputs]:
@@ -151,8 +150,25 @@ def merge_heads(captured: Captured) -> Captured:
         if flatten is None or pool is None or call.out - pool.out != 2:
             continue
         if flatten.args[1:] == (1,) and list(pool.args[1]) == [1, 1]:
-            operands = (pool.args[0], call.args[1], call.args[2] if len(call.args) > 2 else None)
-            merged[call.out] = Call(head, operands, {}, call.out)
-            dropped |= {flatten.out, pool.out}
+            weight, bias = call.args[1], call.args[2] if len(call.args) > 2 else None
+            if _is_classifier(weight, bias):
+                merged[call.out] = Call(_HEAD, (pool.args[0], weight, bias), {}, call.out)
+                dropped |= {flatten.out, pool.out}
     calls = tuple(merged.get(c.out, c) for c in captured.calls if c.out not in dropped)
     return Captured(calls, captured.outputs, captured.spec, captured.size)
+
+
+def _is_classifier(weight: Any, bias: Any) -> bool:
+    """Return whether avg_pool_linear takes the weights of a linear layer behind a pool.
+
+    With one input feature the pooled map may have been one without a batch, (C, H, W).
+    """
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] < 2:
+        return False
+    if weight.dtype not in FLOAT_DTYPES:
+        return False
+    if bias is None:
+        return True
+    return (
+        isinstance(bias, Tensor) and bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
+    )

@@ -2,6 +2,7 @@
 
 from resnet_fused.ops import (
     add_relu,
+    avg_pool_linear,
     bn_act,
     bn_act_backward_apply,
     bn_act_backward_reduce,
@@ -12,6 +13,7 @@ from resnet_fused.ops import (
     conv_backward_data,
     conv_backward_weight,
     conv_bn_act,
+    conv_bn_act_max_pool,
     conv_bn_stats,
     dual_bn_act,
     dual_bn_act_backward_apply,
@@ -21,23 +23,28 @@ from resnet_fused.ops import (
 from resnet_fused.ops._op import Op
 from resnet_fused.ops._register import register
 
-#: Every op of the package, by name. Registration, contract tests, FLOP counts and benchmarks
-#: walk this list; a new op is added here and nowhere else.
-OPS: dict[str, Op] = {
+#: Ops of inference, and of training with frozen BatchNorm.
+INFERENCE: dict[str, Op] = {
     op.name: op
     for op in (
-        # Inference, and training with frozen BatchNorm.
         conv_bn_act.OP,
+        conv_bn_act_max_pool.OP,
         bn_apply.OP,
         add_relu.OP,
-        # Training with live BatchNorm.
+        avg_pool_linear.OP,
+    )
+}
+
+#: Ops of training with live BatchNorm: forward, then backward.
+TRAINING: dict[str, Op] = {
+    op.name: op
+    for op in (
         conv_bn_stats.OP,
         bn_act_conv_bn_stats.OP,
         bn_act.OP,
         dual_bn_act.OP,
         bn_act_max_pool.OP,
         bn_update_stats.OP,
-        # Its backward.
         bn_act_backward_reduce.OP,
         bn_act_backward_apply.OP,
         dual_bn_act_backward_reduce.OP,
@@ -48,7 +55,11 @@ OPS: dict[str, Op] = {
     )
 }
 
+#: Every op of the package, by name. Registration, tests, FLOP counts and benchmarks walk these
+#: lists; a new op is added to one of the two and nowhere else.
+OPS: dict[str, Op] = {**INFERENCE, **TRAINING}
+
 for _op in OPS.values():
     register(_op)
 
-__all__ = ["OPS", "Op"]
+__all__ = ["INFERENCE", "OPS", "TRAINING", "Op"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -114,3 +115,10 @@ def empty_channels_last(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return torch.empty(
         tuple(shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
+
+
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which ops on x's device keep their arguments' dtypes."""
+    if x.device.type in AUTOCAST_DEVICES:
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -14,41 +14,15 @@ from torch import Tensor
 
 from resnet_fused.ops import _bn, _checks, bn_act
 from resnet_fused.ops._op import Op
+from resnet_fused.ops.conv_bn_act_max_pool import check_pool, pool_shape
 
 NAME = "bn_act_max_pool"
 
 
-def pooled_shape(
-    x: Sequence[int], size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
-) -> tuple[int, ...]:
-    """Return (N, C, OH, OW) of a max pool of ``x``."""
-    spatial = [(x[i + 2] + 2 * padding[i] - size[i]) // stride[i] + 1 for i in range(2)]
-    return (x[0], x[1], *spatial)
-
-
-def check_pool(
-    op: str,
-    x: Sequence[int],
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-) -> None:
-    """Check a window of at most 256 elements, so that a byte names one of them."""
-    _checks.check_pair(op, "pool_size", size, 1)
-    _checks.check_pair(op, "pool_stride", stride, 1)
-    _checks.check_pair(op, "pool_padding", padding, 0)
-    if size[0] * size[1] > 256:
-        raise ValueError(f"{op}: pool_size must have at most 256 elements, got {tuple(size)}")
-    if any(2 * p > s for p, s in zip(padding, size, strict=True)):
-        raise ValueError(
-            f"{op}: pool_padding must be at most half of pool_size {tuple(size)}, "
-            f"got {tuple(padding)}"
-        )
-    if min(pooled_shape(x, size, stride, padding)[2:]) < 1:
-        raise ValueError(
-            f"{op}: x of shape {tuple(x)} with padding {tuple(padding)} is smaller than the "
-            f"window {tuple(size)}"
-        )
+def check_window(op: str, pool_size: Sequence[int]) -> None:
+    """Check that a byte can name each element of the window."""
+    if pool_size[0] * pool_size[1] > 256:
+        raise ValueError(f"{op}: pool_size must have at most 256 elements, got {tuple(pool_size)}")
 
 
 def check(
@@ -70,6 +44,7 @@ def check(
     _bn.check_eps(NAME, eps)
     _checks.check_act(NAME, act)
     check_pool(NAME, x.shape, pool_size, pool_stride, pool_padding)
+    check_window(NAME, pool_size)
 
 
 def reference(
@@ -87,7 +62,7 @@ def reference(
     """Compute the op in plain torch; the index is row-major within the window, padding included."""
     a = bn_act.reference(x, mean, var, weight, bias, None, eps, act)
     if not a.numel():
-        empty = a.new_empty(pooled_shape(x.shape, pool_size, pool_stride, pool_padding))
+        empty = a.new_empty(pool_shape(x.shape, pool_size, pool_stride, pool_padding))
         return _checks.channels_last(empty), _checks.channels_last(empty.byte())
     y, flat = F.max_pool2d(
         a, list(pool_size), list(pool_stride), list(pool_padding), return_indices=True
@@ -120,7 +95,7 @@ def fake(
 ) -> tuple[Tensor, Tensor]:
     """Return an empty channels_last output and its indices."""
     check(x, mean, var, weight, bias, eps, act, pool_size, pool_stride, pool_padding)
-    shape = pooled_shape(x.shape, pool_size, pool_stride, pool_padding)
+    shape = pool_shape(x.shape, pool_size, pool_stride, pool_padding)
     y = _checks.empty_channels_last(x, shape)
     return y, torch.empty_like(y, dtype=torch.uint8)
 
@@ -162,7 +137,7 @@ def nbytes(
 ) -> int:
     """X and the vectors read once, the output and its indices written once."""
     read = sum(t.nbytes for t in (x, mean, var, weight, bias) if t is not None)
-    shape = pooled_shape(x.shape, pool_size, pool_stride, pool_padding)
+    shape = pool_shape(x.shape, pool_size, pool_stride, pool_padding)
     return read + torch.Size(shape).numel() * (x.element_size() + 1)
 
 

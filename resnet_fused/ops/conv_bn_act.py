@@ -152,30 +152,57 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     The last but one needs no convolution output, so none is saved.
     """
     x, weight, scale, shift, output = ctx.saved_tensors
-    need_x, need_weight, need_scale, need_shift, need_residual = ctx.needs_input_grad[:5]
     if output is not None:
         grad = torch.ops.aten.threshold_backward(grad, output, 0)
+    *needed, need_residual = ctx.needs_input_grad[:5]
+    grads = convolution_gradients(grad, x, weight, scale, shift, ctx.geometry, needed)
+    return (*grads, grad if need_residual else None, None, None, None, None, None)
+
+
+def convolution_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    geometry: tuple[Any, ...],
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, scale and shift, those that are needed.
+
+    Args:
+        grad: the gradient of conv(x, W) · scale + shift.
+        x: as the op got it, like ``weight``, ``scale`` and ``shift``.
+        weight: see above.
+        scale: see above.
+        shift: see above.
+        geometry: stride, padding, dilation and groups.
+        needed: whether each of the four is wanted.
+    """
+    need_x, need_weight, need_scale, need_shift = needed
     wide = _checks.accumulate_dtype(x.dtype)
     grad_x = grad_weight = grad_scale = grad_shift = None
     if need_x:
         folded = weight if scale is None else (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
-        grad_x = _convolution_gradient(ctx, grad, x, folded, which=0)
+        grad_x = _convolution_gradient(grad, x, folded, geometry, which=0)
     if need_weight or need_scale:
-        grad_weight = _convolution_gradient(ctx, grad, x, weight, which=1)
+        grad_weight = _convolution_gradient(grad, x, weight, geometry, which=1)
         if need_scale:
+            assert scale is not None
             products = grad_weight.to(wide) * weight
             grad_scale = products.sum((1, 2, 3)).to(scale.dtype)
         if scale is not None:
             grad_weight = (grad_weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
     if need_shift:
+        assert shift is not None
         grad_shift = grad.sum((0, 2, 3), dtype=wide).to(shift.dtype)
-    grad_residual = grad if need_residual else None
-    grads = (grad_x, grad_weight if need_weight else None, grad_scale, grad_shift, grad_residual)
-    return (*grads, None, None, None, None, None)
+    return grad_x, grad_weight if need_weight else None, grad_scale, grad_shift
 
 
-def _convolution_gradient(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
-    stride, padding, dilation, groups = ctx.geometry
+def _convolution_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: tuple[Any, ...], which: int
+) -> Tensor:
+    stride, padding, dilation, groups = geometry
     mask = [which == 0, which == 1, False]
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask

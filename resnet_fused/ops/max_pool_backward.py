@@ -10,7 +10,8 @@ from torch import Tensor
 
 from resnet_fused.ops import _checks, bn_act_max_pool
 from resnet_fused.ops._op import Op
-from resnet_fused.ops.bn_act_max_pool import check_pool, corners, pooled_shape
+from resnet_fused.ops.bn_act_max_pool import check_window, corners
+from resnet_fused.ops.conv_bn_act_max_pool import check_pool, pool_shape
 
 NAME = "max_pool_backward"
 
@@ -26,7 +27,8 @@ def check(
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
     _checks.check_feature_map(NAME, grad, "grad")
     check_pool(NAME, x_size, pool_size, pool_stride, pool_padding)
-    expected = pooled_shape(x_size, pool_size, pool_stride, pool_padding)
+    check_window(NAME, pool_size)
+    expected = pool_shape(x_size, pool_size, pool_stride, pool_padding)
     for name, tensor in (("grad", grad), ("index", index)):
         if tuple(tensor.shape) != expected:
             raise ValueError(

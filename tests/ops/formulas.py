@@ -1,6 +1,9 @@
 """What each op is, once more and apart: the chain of torch calls a user would write."""
 
+import functools
+import inspect
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,12 +11,12 @@ from torch import Tensor
 
 import resnet_fused as rf
 from resnet_fused.backends import ORDER
-from resnet_fused.ops import OPS
+from resnet_fused.ops import INFERENCE, OPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = [b.name for b in rf.backends() if b.available]
 #: Every op with every backend that is here and has it.
-PAIRS = [(op, b) for op in OPS for b in BACKENDS if b == "reference" or hasattr(ORDER[b], op)]
+PAIRS = [(op, b) for op in INFERENCE for b in BACKENDS if b == "reference" or hasattr(ORDER[b], op)]
 
 
 def _batch_norm(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -27,29 +30,74 @@ def _batch_norm(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor
     return F.batch_norm(y, mean.detach(), variance.detach(), scale, shift, eps=eps)
 
 
-def _conv_bn_act(relu, x, weight, scale, shift, residual, stride, padding, dilation, groups, act):
+class Choices(NamedTuple):
+    """The two functions that choose among values, so that a gradient test can fix the choice."""
+
+    relu: Callable[[Tensor], Tensor] = torch.relu
+    #: Of (map, size, stride, padding).
+    max_pool: Callable[..., Tensor] = F.max_pool2d
+
+
+TORCHS_OWN = Choices()
+
+
+def _conv_bn_act(
+    choices, x, weight, scale, shift, residual, stride, padding, dilation, groups, act
+):
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
-    return _bn_apply(relu, y, scale, shift, residual, act)
+    return _bn_apply(choices, y, scale, shift, residual, act)
 
 
-def _bn_apply(relu, x, scale, shift, residual, act):
+def _conv_bn_act_max_pool(choices, x, weight, scale, shift, *rest):
+    *geometry, act, size, stride, padding = rest
+    y = _conv_bn_act(choices, x, weight, scale, shift, None, *geometry, None)
+    # The ReLU behind the pool: the same values and gradients, and its mask is the result's sign.
+    y = choices.max_pool(y, size, stride, padding)
+    return choices.relu(y) if act == "relu" else y
+
+
+def _bn_apply(choices, x, scale, shift, residual, act):
     y = _batch_norm(x, scale, shift)
     y = y if residual is None else y + residual
-    return relu(y) if act == "relu" else y
+    return choices.relu(y) if act == "relu" else y
 
 
-def _add_relu(relu, x, residual):
-    return relu(x + residual)
+def _add_relu(choices, x, residual):
+    return choices.relu(x + residual)
 
 
-_FORMULAS = {"conv_bn_act": _conv_bn_act, "bn_apply": _bn_apply, "add_relu": _add_relu}
+def _avg_pool_linear(choices, x, weight, bias):
+    return F.linear(F.adaptive_avg_pool2d(x, 1).flatten(1), weight, bias)
 
 
-def eager(op: str, args: tuple, relu: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
-    """Compute ``op`` the eager way, with another ReLU if asked; an op without a formula here is
+_FORMULAS = {
+    "conv_bn_act": _conv_bn_act,
+    "conv_bn_act_max_pool": _conv_bn_act_max_pool,
+    "bn_apply": _bn_apply,
+    "add_relu": _add_relu,
+    "avg_pool_linear": _avg_pool_linear,
+}
+
+
+def eager(op: str, args: tuple, choices: Choices = TORCHS_OWN) -> Tensor:
+    """Compute ``op`` the eager way, with other choices if asked; an op without a formula here is
     held to its own reference."""
     formula = _FORMULAS.get(op)
-    return OPS[op].reference(*args) if formula is None else formula(relu, *args)
+    return OPS[op].reference(*args) if formula is None else formula(choices, *args)
+
+
+def own_choices(op: str, args: tuple, out: Tensor) -> Choices:
+    """What the op chose when it gave ``out``: where its ReLU passes, which values its pool took."""
+    relu = functools.partial(torch.mul, out > 0)
+    if op != "conv_bn_act_max_pool":
+        return Choices(relu)
+    chosen = call("conv_bn_act", (*args[:4], None, *args[4:9]))
+    _, indices = F.max_pool2d(chosen, *args[9:], return_indices=True)
+
+    def take(y: Tensor, *pool: object) -> Tensor:
+        return y.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+
+    return Choices(relu, take)
 
 
 def call(op: str, args: tuple) -> Tensor:
@@ -68,10 +116,11 @@ def samples(op: str, dtype: torch.dtype, backend: str | None = None) -> list[tup
     return [args for args in drawn if backend is None or not declined(op, backend, args)]
 
 
-def reduced(op: str, args: tuple, out: Tensor) -> int:
-    """How many products each element of the result sums."""
-    shapes = [a.shape if isinstance(a, Tensor) else a for a in args]
-    return max(1, OPS[op].flops(*shapes, out_shape=out.shape) // (2 * max(out.numel(), 1)))
+def reduced(op: str, args: tuple) -> int:
+    """How many terms each element of the result sums, of the map where a maximum follows."""
+    named = dict(zip(inspect.signature(OPS[op].check).parameters, args, strict=True))
+    pixels = named["x"].shape[2:].numel() if op == "avg_pool_linear" else 1
+    return named["weight"][0].numel() * pixels if "weight" in named else 1
 
 
 def tensor_arguments(args: tuple) -> list[int]:

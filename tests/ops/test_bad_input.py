@@ -5,7 +5,7 @@ import torch
 
 import resnet_fused as rf
 from resnet_fused import functional
-from resnet_fused.ops import OPS, _register
+from resnet_fused.ops import INFERENCE, _register
 
 #: A call that works; each case changes some of it.
 GOOD = {
@@ -13,8 +13,12 @@ GOOD = {
         "x": (2, 4, 6, 5), "weight": (8, 4, 3, 3), "scale": (8,), "shift": (8,),
         "residual": (2, 8, 6, 5), "padding": 1,
     },
+    "conv_bn_act_max_pool": {
+        "x": (2, 4, 6, 5), "weight": (8, 4, 3, 3), "scale": (8,), "shift": (8,), "padding": 1,
+    },
     "bn_apply": {"x": (2, 4, 6, 5), "scale": (4,), "shift": (4,), "residual": (2, 4, 6, 5)},
     "add_relu": {"x": (2, 4, 6, 5), "residual": (2, 4, 6, 5)},
+    "avg_pool_linear": {"x": (2, 4, 6, 5), "weight": (3, 4), "bias": (3,)},
 }  # fmt: skip
 
 D = torch.double
@@ -50,6 +54,22 @@ CASES = [
     ("conv_bn_act", {"residual": (2, 8, 1, 1)}, ValueError, ["residual must have", "(2, 8, 6, 5)"]),
     ("conv_bn_act", {"residual": D}, TypeError, ["residual must have x's dtype", "float64"]),
     ("conv_bn_act", {"act": "gelu"}, ValueError, ["act must be one of", "'relu'", "'gelu'"]),
+    ("conv_bn_act_max_pool", {"x": (4, 6, 5)}, ValueError, ["x must have 4 dim", "(4, 6, 5)"]),
+    ("conv_bn_act_max_pool", {"x": torch.int8}, TypeError, ["x must be one of", "int8"]),
+    ("conv_bn_act_max_pool", {"weight": D}, TypeError, ["weight must have x's dtype", "float64"]),
+    ("conv_bn_act_max_pool", {"weight": (8, 4, 9, 9)}, ValueError, ["smaller than the kernel"]),
+    ("conv_bn_act_max_pool", {"groups": 3}, ValueError, ["groups=3", "4 channels"]),
+    ("conv_bn_act_max_pool", {"stride": 0}, ValueError, ["stride must be", "at least 1"]),
+    ("conv_bn_act_max_pool", {"padding": "same"}, ValueError, ["padding must be", "'same'"]),
+    ("conv_bn_act_max_pool", {"scale": (4,)}, ValueError, ["scale must have shape (8,)"]),
+    ("conv_bn_act_max_pool", {"shift": "meta"}, ValueError, ["shift must be on x's device cpu"]),
+    ("conv_bn_act_max_pool", {"act": "gelu"}, ValueError, ["act must be one of", "'gelu'"]),
+    ("conv_bn_act_max_pool", {"pool_size": 0}, ValueError, ["pool_size must be", "at least 1"]),
+    ("conv_bn_act_max_pool", {"pool_size": 9}, ValueError, ["(2, 8, 6, 5)", "smaller than", "(9,"]),
+    ("conv_bn_act_max_pool", {"pool_size": 2.5}, ValueError, ["pool_size must be one or two"]),
+    ("conv_bn_act_max_pool", {"pool_stride": (2, 0)}, ValueError, ["pool_stride must", "(2, 0)"]),
+    ("conv_bn_act_max_pool", {"pool_padding": -1}, ValueError, ["pool_padding must", "at least 0"]),
+    ("conv_bn_act_max_pool", {"pool_padding": (1, 2)}, ValueError, ["half of pool_size (3, 3)"]),
     ("bn_apply", {"x": (2, 4)}, ValueError, ["x must have 4 dimensions"]),
     ("bn_apply", {"x": torch.int32}, TypeError, ["x must be one of"]),
     ("bn_apply", {"scale": (5,)}, ValueError, ["scale must have shape (4,)"]),
@@ -60,6 +80,17 @@ CASES = [
     ("add_relu", {"residual": (1, 4, 6, 5)}, ValueError, ["residual must have the output's shape"]),
     ("add_relu", {"residual": torch.half}, TypeError, ["residual must have x's dtype"]),
     ("add_relu", {"residual": "meta"}, ValueError, ["residual must be on x's device cpu"]),
+    ("avg_pool_linear", {"x": (2, 4)}, ValueError, ["x must have 4 dimensions", "(2, 4)"]),
+    ("avg_pool_linear", {"x": torch.int32}, TypeError, ["x must be one of", "int32"]),
+    ("avg_pool_linear", {"x": (2, 4, 0, 5)}, ValueError, ["at least one pixel", "(2, 4, 0, 5)"]),
+    ("avg_pool_linear", {"x": (2, 5, 6, 5)}, ValueError, ["weight must have shape (K, 5)"]),
+    ("avg_pool_linear", {"weight": (4,)}, ValueError, ["weight must have shape (K, 4)", "(4,)"]),
+    ("avg_pool_linear", {"weight": (0, 4)}, ValueError, ["weight must have shape", "(0, 4)"]),
+    ("avg_pool_linear", {"weight": D}, TypeError, ["weight must have x's dtype", "float64"]),
+    ("avg_pool_linear", {"weight": "meta"}, ValueError, ["weight must be on x's device"]),
+    ("avg_pool_linear", {"bias": (1,)}, ValueError, ["bias must have shape (3,)", "(1,)"]),
+    ("avg_pool_linear", {"bias": D}, TypeError, ["bias must have x's dtype", "float64"]),
+    ("avg_pool_linear", {"bias": "meta"}, ValueError, ["bias must be on x's device"]),
 ]
 names = [f"{op}-{'-'.join(f'{k}={v}' for k, v in change.items())}" for op, change, *_ in CASES]
 each_case = pytest.mark.parametrize(("op", "change", "error", "words"), CASES, ids=names)
@@ -85,7 +116,7 @@ def run(op: str, filled: dict) -> torch.Tensor:
     return getattr(functional, op)(**filled)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", INFERENCE)
 def test_the_good_call_works(op):
     assert run(op, arguments(op, {})).shape[0] == 2
 
