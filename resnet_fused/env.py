@@ -29,7 +29,8 @@ def collect() -> dict[str, Any]:
     Versions of what is not installed are None. Nothing is compiled; where torch sees a GPU, its
     name is asked for.
     """
-    cpu = _cpu_name()
+    from resnet_fused.backends import _device
+
     return {
         "resnet_fused": version("resnet_fused"),
         "commit": commit(),
@@ -40,7 +41,7 @@ def collect() -> dict[str, Any]:
         "compiler": _compiler(),
         "packages": {name: found for name in PACKAGES if (found := version(name))},
         "os": platform.platform(),
-        "cpu": cpu,
+        "cpu": _device.name(torch.device("cpu")),
         "cpu_isa": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
@@ -148,15 +149,3 @@ def _gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()

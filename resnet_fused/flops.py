@@ -110,7 +110,7 @@ def count(model: nn.Module, input_size: Sequence[int] = (1, 3, 224, 224)) -> Flo
     if not isinstance(model, nn.Module):
         raise TypeError(f"count: model must be an nn.Module, got {type(model).__name__}")
     size = _checked_size(input_size)
-    twin = _meta_copy(model).eval()
+    twin = meta_copy(model).eval()
     dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), None)
     counter = _Counter(_owners(twin))
     try:
@@ -141,7 +141,7 @@ def _checked_size(input_size: Sequence[int]) -> tuple[int, ...]:
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` with every tensor on the meta device, and without hooks."""
     memo: dict[int, Any] = {}
     for module in model.modules():

@@ -13,7 +13,11 @@ PACKAGE = "resnet_fused"
 #: Room → the rooms it may import; every room may import itself. A name with a dot is one module,
 #: "resnet_fused" the public names.
 LAYERS = {
-    "backends": {"functional"},  # explain() fills in an op's defaults; inside the function
+    "files": set(),
+    "backends": {
+        "functional",
+        "files",
+    },  # functional: explain() fills in an op's defaults; inside the function
     "ops": {"backends"},
     "functional": {"ops"},
     "nn": {"functional", "ops", "backends._derived"},
@@ -23,12 +27,32 @@ LAYERS = {
     "engine": {"nn", "ops", "backends"},
     "freeze": {"engine", "convert", "nn", "ops", "functional", "backends"},
     "flops": {"ops", "models"},
+    "tuning": {"flops", "freeze", "convert", "nn", "ops", "backends", "testing"},
     "verify": {"freeze", "convert", "nn", "ops", "functional", "backends", "testing", "flops"},
     "env": {PACKAGE, "backends"},
-    "bench": {PACKAGE, "models", "flops", "verify", "testing", "env", "backends"},
+    "bench": {
+        PACKAGE,
+        "models",
+        "flops",
+        "verify",
+        "testing",
+        "tuning",
+        "env",
+        "backends",
+        "files",
+    },
     "cli": {PACKAGE, "bench", "models", "flops", "verify", "env", "backends"},
     "__main__": {"cli"},
-    "__init__": {"functional", "backends", "convert", "freeze", "models", "flops", "verify"},
+    "__init__": {
+        "functional",
+        "backends",
+        "convert",
+        "freeze",
+        "models",
+        "flops",
+        "tuning",
+        "verify",
+    },
 }
 
 #: What one file alone may name.
