@@ -1,4 +1,4 @@
-"""The command `resnet-fused`: bench, flops, verify, doctor.
+"""The command `resnet-fused`: bench, flops, verify, tune, doctor.
 
 Imports are inside the commands, so that `--help` waits for nothing it does not show.
 """
@@ -200,6 +200,37 @@ def verify(
 
 
 @app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="A model, such as resnet50.")],
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Images in the batch.")] = 8,
+    image_size: Annotated[int, typer.Option(help="Height and width of the images.")] = 224,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", "-d", help="fp32, bf16 or fp16.", show_default="bf16 where native, else fp32"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is known.")] = False,
+) -> None:
+    """Measure which backend runs each layer of a model fastest, and remember it.
+
+    Every candidate is held to float64 first. On a GPU later processes use the choices by
+    themselves; those measured on the CPU hold only in programs that call `rf.tune`.
+    Exits with 1 if a layer has no candidate that answers rightly.
+    """
+    with _one_line_errors():
+        from resnet_fused.bench import tune as tuning
+
+        report = tuning.run(
+            model, batch=batch, image_size=image_size, dtype=dtype, device=device, force=force,
+            console=_console(stderr=True),
+        )  # fmt: skip
+        typer.echo(str(report))
+        raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
 def doctor(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if anything is missing.")
@@ -208,19 +239,7 @@ def doctor(
     """Show versions, devices and backends; for each that is missing, why and what to do."""
     from resnet_fused import env
 
-    console = _console()
-    for name, text in env.facts():
-        console.print(f"[bold]{name:<13}[/bold]", end="")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print("\n[bold]backends[/bold], in order of preference")
-    findings = env.diagnose()
-    for finding in findings:
-        mark = "[green]yes[/green]" if finding.good else "[yellow]no [/yellow]"
-        console.print(f"  {mark} {finding.name:<17}", end="")
-        console.print(finding.state, markup=False, highlight=False, soft_wrap=True)
-        if finding.advice:
-            console.print(f"      -> {finding.advice}", markup=False, soft_wrap=True)
-    missing = any(not finding.good for finding in findings)
+    missing = env.show(_console())
     raise typer.Exit(1 if strict and missing else 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,8 @@ def tune_calls(
         on_row: is told each row when it is there.
     """
     cuda = device.type == "cuda"
-    rows, cache = [], None
+    cache: Path | None = _tuned_file.path(device)
+    rows = []
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -76,13 +78,13 @@ def tune_calls(
             args = draw(call.args, device)
             key = _tuned.signature(call.op, args)
             if key in known and not force:
-                row, cache = Row(call, known[key], {}, 0), _tuned_file.path(device)
+                row = Row(call, known[key], {}, 0)
             else:
                 outcome = measure(call.op, args, clock)
                 choice = _choice(outcome)
                 if choice is not None:
                     _tuned.remember(device, {key: choice})
-                    cache = _tuned_file.merge(device, {key: choice})
+                    cache = _tuned_file.merge(device, {key: choice}) and cache
                 row = Row(call, choice, _named(outcome), outcome.tried)
             rows.append(row)
             on_row(row)

@@ -42,7 +42,7 @@ class Call:
         else:
             stride, groups = self.argument("stride"), self.argument("groups")
             words.append(f"{_shape(weight.shape[2:])} to {weight.shape[0]}")
-            words += [f"stride {_shape(stride)}"] if max(stride) > 1 else []
+            words += [f"stride {_shape(sorted(set(stride)))}"] if max(stride) > 1 else []
             words += [f"groups {groups}"] if groups > 1 else []
         words += ["add"] if residual is not None else []
         return " ".join([*words, self.argument("act") or ""]).strip()

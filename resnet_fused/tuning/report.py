@@ -34,6 +34,11 @@ class TuneReport(NamedTuple):
     #: The cache file they are kept in; None where it cannot be written.
     cache: Path | None
 
+    @property
+    def ok(self) -> bool:
+        """Whether every call has a choice."""
+        return all(row.choice is not None for row in self.rows)
+
     def __str__(self) -> str:
         """Return one line per call, then the candidates that were dropped, then the cache file."""
         head = ("call", "times", "winner", "us", "next", "of", "dropped")
