@@ -49,6 +49,7 @@ def collect() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "gpus": _gpus(),
+        "tuned": {str(d): len(_choices(d)[1]) for d in _devices() if d.type == "cuda"},
         "native": native_error() is None,
     }
 
@@ -176,15 +177,21 @@ def _devices() -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
-def _tuned(device: torch.device) -> str:
-    """Say how many measured choices the cache file holds, and where it is."""
+def _choices(device: torch.device) -> tuple[Path, dict[Any, Any], str]:
+    """Return the cache file of measured choices, what it holds, and what is wrong with it."""
     from resnet_fused.backends import _tuned_file
 
     file = _tuned_file.path(device)
     try:
-        choices = _tuned_file.read(file, _tuned_file.conditions(device))
+        return file, _tuned_file.read(file, _tuned_file.conditions(device)), ""
     except (OSError, _tuned_file.Unusable) as error:
-        return f"{file} cannot be used: {error}"
+        return file, {}, str(error)
+
+
+def _tuned(device: torch.device) -> str:
+    file, choices, fault = _choices(device)
+    if fault:
+        return f"{file} cannot be used: {fault}"
     if choices:
         return f"{len(choices)} calls in {file}"
     return f"no calls yet; `resnet-fused tune` writes {file}"

@@ -60,6 +60,8 @@ ALONE = {
     "resnet_fused._C": {"backends/native.py"},
     "torch.library": {"ops/_register.py", "testing.py"},
     "torch.ops.mkldnn": {"backends/onednn.py"},
+    "torch.cudnn_convolution_relu": {"backends/cudnn.py"},
+    "torch.cudnn_convolution_add_relu": {"backends/cudnn.py"},
 }
 
 FILES = sorted(ROOT.rglob("*.py"))

@@ -35,16 +35,13 @@ class Call:
 
     def __str__(self) -> str:
         """Return the call in a few words, such as ``8x64x56x56 3x3 to 64 add relu``."""
-        weight, residual = self.argument("weight"), self.argument("residual")
-        words = [_shape(self.args[0].shape)]
-        if weight is None:
-            words.append(self.op)
-        else:
-            stride, groups = self.argument("stride"), self.argument("groups")
+        weight, stride, groups = map(self.argument, ("weight", "stride", "groups"))
+        words = [_shape(self.args[0].shape), *([self.op] if self.op != "conv_bn_act" else [])]
+        if stride is not None:
             words.append(f"{_shape(weight.shape[2:])} to {weight.shape[0]}")
             words += [f"stride {_shape(sorted(set(stride)))}"] if max(stride) > 1 else []
             words += [f"groups {groups}"] if groups > 1 else []
-        words += ["add"] if residual is not None else []
+        words += ["add"] if self.argument("residual") is not None else []
         return " ".join([*words, self.argument("act") or ""]).strip()
 
 
@@ -96,7 +93,7 @@ def _check_arguments(model: Any, example: Any) -> None:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps every call of an op whose tensors are all floating point and not empty."""
+    """Keeps every call that maps floating point tensors, none empty, to one new tensor."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -111,8 +108,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = self._names.get(func)
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if name is not None and all(t.is_floating_point() and t.numel() for t in tensors):
+        if name is not None and isinstance(out, Tensor) and _is_plain(func, args):
             args = self._behind_autocast(name, args)
             key = signature(name, args)
             if key in self.calls:
@@ -130,6 +126,12 @@ class _Recorder(TorchDispatchMode):
             a.to(self._dtype) if c and isinstance(a, Tensor) and a.dtype != torch.float64 else a
             for a, c in zip(args, cast, strict=True)
         )
+
+
+def _is_plain(func: Any, args: tuple[Any, ...]) -> bool:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    writes = func._schema.is_mutable
+    return not writes and all(t.is_floating_point() and t.numel() for t in tensors)
 
 
 def draw(args: Sequence[Any], device: torch.device) -> tuple[Any, ...]:
