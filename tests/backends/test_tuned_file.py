@@ -96,6 +96,8 @@ def test_a_shipped_table_stands_behind_what_was_measured(cache, monkeypatch):
 # --- several processes ---------------------------------------------------------------------------
 
 WRITES = """
+print("ready", flush=True)
+sys.stdin.readline()
 for i in range(int(sys.argv[2])):
     call = ("conv_bn_act", sys.argv[1], i)
     f.merge(torch.device("cpu"), {call: f.Choice("cpu", "default", float(i), None)})
@@ -103,8 +105,15 @@ for i in range(int(sys.argv[2])):
 
 
 def test_two_processes_at_once_lose_nothing(cache):
-    writers = [in_process(WRITES, name, "40") for name in ("a", "b")]
-    assert [w.wait(120) for w in writers] == [0, 0]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [in_process(WRITES, name, "40", **pipes) for name in ("a", "b")]
+    assert [w.stdout.readline() for w in writers] == ["ready\n"] * 2
+    for writer in writers:  # both have loaded all there is to load
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=120)
+    assert [writer.returncode for writer in writers] == [0, 0]
     assert held().keys() == {("conv_bn_act", name, i) for name in "ab" for i in range(40)}
     left = {p.name for p in cache.iterdir()}
     name = _tuned_file.path(CPU).name
