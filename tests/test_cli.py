@@ -194,7 +194,9 @@ def small_tune(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-def test_tune_shows_a_table_and_where_the_cache_is(small_tune: Path) -> None:
+def test_tune_shows_a_table_and_where_the_cache_is(
+    small_tune: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = tune("-d", "fp32")
     assert first.exit_code == 0, first.output
     assert "2x3x16x16 7x7 to 8 stride 8 relu: " in first.stderr  # plain lines without a terminal
@@ -207,6 +209,7 @@ def test_tune_shows_a_table_and_where_the_cache_is(small_tune: Path) -> None:
     assert again.stderr.rstrip().endswith("(known)")
     assert "(known)" not in tune("-d", "fp32", "--force").stderr
     tune("-d", "bf16")
+    monkeypatch.setattr("resnet_fused.env._devices", lambda: [torch.device("cpu")])
     doctor = call("doctor")
     assert f"2 calls in {file}" in doctor.stdout
 

@@ -159,19 +159,19 @@ def _measured(
     op: str, args: tuple[Any, ...]
 ) -> tuple[str, Callable[..., torch.Tensor] | None] | None:
     """Return the backend that was measured to be fastest and its function, if it still runs."""
-    known = _tuned.lookup(op, args)
-    if known is None:
+    entry = _tuned.lookup(op, args)
+    if entry is None:
         return None
-    key, choice = known
-    if choice.backend == REFERENCE:
+    name = entry.choice.backend
+    if name == REFERENCE:
         return REFERENCE, None
-    module = ORDER.get(choice.backend)
+    module = ORDER.get(name)
     if module is None or _reason(module, op, args) is not None:
         return None
-    run = _tuned.function(
-        args[0].device, key, lambda: _ways(module, op, args).get(choice.candidate)
-    )
-    return None if run is None else (choice.backend, run)
+    if not entry.sought:
+        entry.run = _ways(module, op, args).get(entry.choice.candidate)
+        entry.sought = True
+    return None if entry.run is None else (name, entry.run)
 
 
 def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:

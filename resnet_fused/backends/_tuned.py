@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +18,19 @@ from torch import Tensor
 from resnet_fused.backends import _tuned_file
 from resnet_fused.backends._tuned_file import Choice, Signature
 
-_DTYPES = {getattr(torch, n): n for n in ("float32", "bfloat16", "float16", "float64")}
 
-#: By device, the choices in force there. A device that was never looked at has none.
-_tables: dict[torch.device, dict[Signature, Choice]] = {}
-#: The functions that choices were found to mean, so that candidates are listed once a signature.
-_functions: dict[tuple[torch.device, Signature], Callable[..., Tensor] | None] = {}
+@dataclass(slots=True)
+class Entry:
+    """A choice in force, and the function it was found to mean."""
+
+    choice: Choice
+    #: None before it was sought, and where the candidate no longer exists.
+    run: Callable[..., Tensor] | None = None
+    sought: bool = False
+
+
+#: By device, what is in force there. A device that was never looked at has no table.
+_tables: dict[torch.device, dict[Signature, Entry]] = {}
 _loading = threading.Lock()
 
 
@@ -34,55 +42,42 @@ def signature(op: str, args: Sequence[Any]) -> Signature:
     """
     x = args[0]
     precision = None
-    if x.dtype == torch.float32 and x.device.type == "cuda":
+    if x.dtype == torch.float32 and x.is_cuda:
         precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return (op, precision, x.stride(), *map(_part, args))
+    # One expression of what tensors hold ready: this runs in every call of a tuned device.
+    parts = [
+        (a.dtype, a.shape) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a
+        for a in args
+    ]
+    return (op, precision, x.stride(), *parts)
 
 
-def _part(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return (_DTYPES.get(value.dtype), *value.shape)
-    return tuple(value) if isinstance(value, list | tuple) else value
-
-
-def lookup(op: str, args: Sequence[Any]) -> tuple[Signature, Choice] | None:
-    """Return the signature of a call and the choice for it, or None if there is none."""
+def lookup(op: str, args: Sequence[Any]) -> Entry | None:
+    """Return what is in force for a call, or None if nothing was measured for it."""
     device = args[0].device
     table = _tables.get(device)
     if table is None:
         table = _first_look(device)
-    if not table:
-        return None
-    key = signature(op, args)
-    choice = table.get(key)
-    return None if choice is None else (key, choice)
-
-
-def function(
-    device: torch.device, key: Signature, find: Callable[[], Callable[..., Tensor] | None]
-) -> Callable[..., Tensor] | None:
-    """Return the function a choice means, found once; None if its candidate no longer exists."""
-    known = (device, key)
-    if known not in _functions:
-        _functions[known] = find()
-    return _functions[known]
+    return table.get(signature(op, args)) if table else None
 
 
 def remember(device: torch.device, choices: dict[Signature, Choice]) -> None:
     """Put choices in force for this process."""
-    for key in choices:
-        _functions.pop((device, key), None)
-    _tables[device] = {**_first_look(device), **choices}
+    _tables[device] = {**_first_look(device), **_entries(choices)}
 
 
 def forget() -> None:
     """Drop all choices from memory; on a GPU the next call reads the cache file again."""
     _tables.clear()
-    _functions.clear()
 
 
-def _first_look(device: torch.device) -> dict[Signature, Choice]:
+def _first_look(device: torch.device) -> dict[Signature, Entry]:
     with _loading:
         if device not in _tables:
-            _tables[device] = _tuned_file.load(device) if device.type == "cuda" else {}
+            found = _tuned_file.load(device) if device.type == "cuda" else {}
+            _tables[device] = _entries(found)
         return _tables[device]
+
+
+def _entries(choices: dict[Signature, Choice]) -> dict[Signature, Entry]:
+    return {key: Entry(choice) for key, choice in choices.items()}

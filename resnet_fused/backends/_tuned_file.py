@@ -31,8 +31,11 @@ SHIPPED = Path(__file__).parent.parent / "tuned"
 #: Seconds to wait for another process that is writing; it takes milliseconds.
 PATIENCE_S = 30.0
 
-#: What a call is known by: nested tuples of text, numbers and None, as JSON has them.
+#: What a call is known by: nested tuples of text, numbers, None and dtypes.
 Signature = tuple[Any, ...]
+
+#: As JSON names them.
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 class Choice(NamedTuple):
@@ -122,7 +125,7 @@ def read(file: Path, expected: dict[str, Any]) -> dict[Signature, Choice]:
         raise Unusable(f"its schema is {schema!r}, this version reads {SCHEMA}")
     try:
         found = {name: content["conditions"][name] for name in expected}
-        choices = {_tuples(call): _choice(*choice) for call, *choice in content["choices"]}
+        choices = {_signature(call): _choice(*choice) for call, *choice in content["choices"]}
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise Unusable(f"it is not a whole table ({error!r})") from None
     if found != expected:
@@ -185,7 +188,8 @@ def _write(file: Path, text: str) -> None:
 def _text(found: dict[str, Any], choices: dict[Signature, Choice]) -> str:
     """Return the file's content: JSON with one line per choice, to be read and compared."""
     head = json.dumps({"schema": SCHEMA, "conditions": found}, indent=1)
-    lines = ",\n".join(json.dumps([call, *choice]) for call, choice in choices.items())
+    rows = ([call, *choice] for call, choice in choices.items())
+    lines = ",\n".join(json.dumps(row, default=_dtype_name) for row in rows)
     return f'{head[:-2]},\n "choices": [\n{lines}\n ]\n}}\n'
 
 
@@ -211,8 +215,15 @@ def _read_or_set_aside(file: Path, expected: dict[str, Any]) -> dict[Signature, 
         return {}
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _signature(value: Any) -> Any:
+    """Return a part of a signature from what JSON made of it."""
+    if isinstance(value, list):
+        return tuple(map(_signature, value))
+    return _DTYPES.get(value, value) if isinstance(value, str) else value
 
 
 _warned: set[str] = set()

@@ -14,7 +14,8 @@ from resnet_fused.backends import _tuned_file
 from resnet_fused.backends._tuned_file import Choice, Unusable
 
 CPU = torch.device("cpu")
-KEY = ("conv_bn_act", None, (48, 1, 12, 3), ("float32", 1, 3, 4, 4), None, (1, 1), 2, 0.5, "relu")
+X = (torch.bfloat16, torch.Size((1, 3, 4, 4)))
+KEY = ("conv_bn_act", None, (48, 1, 12, 3), X, None, (1, 1), 2, 0.5, "relu")
 CHOICE = Choice("cpu", "default", 12.5, 1.25)
 
 
