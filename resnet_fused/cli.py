@@ -129,7 +129,9 @@ def bench(
             return
         if threshold is not None:
             _refuse("--threshold: belongs to --compare A.json B.json")
-        settings = _settings(
+        from resnet_fused.bench import options
+
+        settings = options.checked(
             models=model, batches=batch, dtypes=dtype, threads=threads, device=device,
             backend=backend, rounds=rounds, seed=seed, images=images, out=out, peers=peers,
         )  # fmt: skip
@@ -158,9 +160,10 @@ def flops(
     Nothing is computed: the models are built on meta tensors.
     """
     with _one_line_errors():
+        from resnet_fused.bench import options
         from resnet_fused.flops import format_paper_table
 
-        names = _model_names(model)
+        names = options.usable_models("--model", options.split(model))
         if not names:
             typer.echo(format_paper_table())
             return
@@ -264,51 +267,6 @@ def _console(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a file or a pipe has no width to keep to
     return console
-
-
-def _settings(
-    *,
-    models: list[str] | None,
-    batches: list[str] | None,
-    dtypes: list[str] | None,
-    threads: int | None,
-    device: str,
-    backend: str,
-    rounds: int | None,
-    seed: int,
-    images: Path | None,
-    out: Path,
-    peers: list[str] | None,
-) -> Settings:
-    import torch
-
-    from resnet_fused.bench import options
-    from resnet_fused.bench.peers import usable_peers
-
-    device = options.usable_device("--device", device)
-    asked_dtypes = tuple(options.dtype_name("--dtype", name) for name in options.split(dtypes))
-    asked_batches = tuple(options.positive("--batch", size) for size in options.split(batches))
-    return options.Settings(
-        models=_model_names(models) or options.MODELS,
-        dtypes=asked_dtypes or options.default_dtypes(device),
-        batches=asked_batches or options.BATCHES[device],
-        device=device,
-        threads=torch.get_num_threads()
-        if threads is None
-        else options.positive("--threads", threads),
-        backend=options.usable_backend("--backend", backend),
-        rounds=None if rounds is None else options.positive("--rounds", rounds),
-        seed=options.positive("--seed", seed, least=0),
-        images=images,
-        peers=usable_peers("--peers", options.split(peers)),
-        out=options.writable_directory("--out", out),
-    )
-
-
-def _model_names(asked: list[str] | None) -> tuple[str, ...]:
-    from resnet_fused.bench import options
-
-    return options.usable_models("--model", options.split(asked))
 
 
 def _run(settings: Settings) -> Record:
