@@ -4,6 +4,7 @@ from resnet_fused import flops, functional, models
 from resnet_fused.backends import backends, explain, use_backend
 from resnet_fused.convert import fuse, fusion_report, unfuse
 from resnet_fused.freeze import freeze
+from resnet_fused.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "fuse",
     "fusion_report",
     "models",
+    "tune",
     "unfuse",
     "use_backend",
 ]

@@ -1,4 +1,4 @@
-"""The command `resnet-fused`: bench, flops, roofline, verify, doctor.
+"""The command `resnet-fused`: bench, flops, roofline, verify, tune, doctor.
 
 Imports are inside the commands, so that `--help` waits for nothing it does not show.
 """
@@ -129,7 +129,9 @@ def bench(
             return
         if threshold is not None:
             _refuse("--threshold: belongs to --compare A.json B.json")
-        settings = _settings(
+        from resnet_fused.bench import options
+
+        settings = options.checked(
             models=model, batches=batch, dtypes=dtype, threads=threads, device=device,
             backend=backend, rounds=rounds, seed=seed, images=images, out=out, peers=peers,
         )  # fmt: skip
@@ -158,9 +160,10 @@ def flops(
     Nothing is computed: the models are built on meta tensors.
     """
     with _one_line_errors():
+        from resnet_fused.bench import options
         from resnet_fused.flops import format_paper_table
 
-        names = _model_names(model)
+        names = options.usable_models("--model", options.split(model))
         if not names:
             typer.echo(format_paper_table())
             return
@@ -229,6 +232,37 @@ def verify(
 
 
 @app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="A model, such as resnet50.")],
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Images in the batch.")] = 8,
+    image_size: Annotated[int, typer.Option(help="Height and width of the images.")] = 224,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype", "-d", help="fp32, bf16 or fp16.", show_default="bf16 where native, else fp32"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    force: Annotated[bool, typer.Option("--force", help="Measure again what is known.")] = False,
+) -> None:
+    """Measure which backend runs each layer of a model fastest, and remember it.
+
+    Every candidate is held to float64 first. On a GPU later processes use the choices by
+    themselves; those measured on the CPU hold only in programs that call `rf.tune`.
+    Exits with 1 if a layer has no candidate that answers rightly.
+    """
+    with _one_line_errors():
+        from resnet_fused.bench import tune as tuning
+
+        report = tuning.run(
+            model, batch=batch, image_size=image_size, dtype=dtype, device=device, force=force,
+            console=_console(stderr=True),
+        )  # fmt: skip
+        typer.echo(str(report))
+        raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
 def doctor(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if anything is missing.")
@@ -237,19 +271,7 @@ def doctor(
     """Show versions, devices and backends; for each that is missing, why and what to do."""
     from resnet_fused import env
 
-    console = _console()
-    for name, text in env.facts():
-        console.print(f"[bold]{name:<13}[/bold]", end="")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-    console.print("\n[bold]backends[/bold], in order of preference")
-    findings = env.diagnose()
-    for finding in findings:
-        mark = "[green]yes[/green]" if finding.good else "[yellow]no [/yellow]"
-        console.print(f"  {mark} {finding.name:<17}", end="")
-        console.print(finding.state, markup=False, highlight=False, soft_wrap=True)
-        if finding.advice:
-            console.print(f"      -> {finding.advice}", markup=False, soft_wrap=True)
-    missing = any(not finding.good for finding in findings)
+    missing = env.show(_console())
     raise typer.Exit(1 if strict and missing else 0)
 
 
@@ -274,51 +296,6 @@ def _console(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a file or a pipe has no width to keep to
     return console
-
-
-def _settings(
-    *,
-    models: list[str] | None,
-    batches: list[str] | None,
-    dtypes: list[str] | None,
-    threads: int | None,
-    device: str,
-    backend: str,
-    rounds: int | None,
-    seed: int,
-    images: Path | None,
-    out: Path,
-    peers: list[str] | None,
-) -> Settings:
-    import torch
-
-    from resnet_fused.bench import options
-    from resnet_fused.bench.peers import usable_peers
-
-    device = options.usable_device("--device", device)
-    asked_dtypes = tuple(options.dtype_name("--dtype", name) for name in options.split(dtypes))
-    asked_batches = tuple(options.positive("--batch", size) for size in options.split(batches))
-    return options.Settings(
-        models=_model_names(models) or options.MODELS,
-        dtypes=asked_dtypes or options.default_dtypes(device),
-        batches=asked_batches or options.BATCHES[device],
-        device=device,
-        threads=torch.get_num_threads()
-        if threads is None
-        else options.positive("--threads", threads),
-        backend=options.usable_backend("--backend", backend),
-        rounds=None if rounds is None else options.positive("--rounds", rounds),
-        seed=options.positive("--seed", seed, least=0),
-        images=images,
-        peers=usable_peers("--peers", options.split(peers)),
-        out=options.writable_directory("--out", out),
-    )
-
-
-def _model_names(asked: list[str] | None) -> tuple[str, ...]:
-    from resnet_fused.bench import options
-
-    return options.usable_models("--model", options.split(asked))
 
 
 def _run(settings: Settings) -> Record:

@@ -13,9 +13,12 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PACKAGES = (
     "numpy", "triton", "torchvision", "timm", "onnxruntime", "openvino", "scikit-learn", "pillow",
@@ -29,7 +32,8 @@ def collect() -> dict[str, Any]:
     Versions of what is not installed are None. Nothing is compiled; where torch sees a GPU, its
     name is asked for.
     """
-    cpu = _cpu_name()
+    from resnet_fused.backends import _device
+
     return {
         "resnet_fused": version("resnet_fused"),
         "commit": commit(),
@@ -40,11 +44,12 @@ def collect() -> dict[str, Any]:
         "compiler": _compiler(),
         "packages": {name: found for name in PACKAGES if (found := version(name))},
         "os": platform.platform(),
-        "cpu": cpu,
+        "cpu": _device.name(torch.device("cpu")),
         "cpu_isa": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "gpus": _gpus(),
+        "tuned": {str(d): len(_choices(d)[1]) for d in _devices() if d.type == "cuda"},
         "native": native_error() is None,
     }
 
@@ -121,7 +126,24 @@ def facts() -> list[tuple[str, str]]:
         ("cpu", cpu),
         ("threads", str(found["threads"])),
         ("gpus", ", ".join(found["gpus"]) or "none that torch can use"),
+        *[("tuned", _tuned(device)) for device in _devices()],
     ]
+
+
+def show(console: Console) -> bool:
+    """Print `facts` and `diagnose`; return whether anything is missing."""
+    for name, text in facts():
+        console.print(f"[bold]{name:<13}[/bold]", end="")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print("\n[bold]backends[/bold], in order of preference")
+    findings = diagnose()
+    for finding in findings:
+        mark = "[green]yes[/green]" if finding.good else "[yellow]no [/yellow]"
+        console.print(f"  {mark} {finding.name:<17}", end="")
+        console.print(finding.state, markup=False, highlight=False, soft_wrap=True)
+        if finding.advice:
+            console.print(f"      -> {finding.advice}", markup=False, soft_wrap=True)
+    return any(not finding.good for finding in findings)
 
 
 def _output(*command: str) -> str | None:
@@ -145,18 +167,31 @@ def _driver() -> str | None:
 
 
 def _gpus() -> list[str]:
+    return [torch.cuda.get_device_name(device) for device in _devices() if device.type == "cuda"]
+
+
+def _devices() -> list[torch.device]:
+    """Return the GPUs, or the CPU where there is none."""
     if not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return [torch.device("cpu")]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
-def _cpu_name() -> str:
+def _choices(device: torch.device) -> tuple[Path, dict[Any, Any], str]:
+    """Return the cache file of measured choices, what it holds, and what is wrong with it."""
+    from resnet_fused.backends import _tuned_file
+
+    file = _tuned_file.path(device)
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
+        return file, _tuned_file.read(file, _tuned_file.conditions(device)), ""
+    except (OSError, _tuned_file.Unusable) as error:
+        return file, {}, str(error)
+
+
+def _tuned(device: torch.device) -> str:
+    file, choices, fault = _choices(device)
+    if fault:
+        return f"{file} cannot be used: {fault}"
+    if choices:
+        return f"{len(choices)} calls in {file}"
+    return f"no calls yet; `resnet-fused tune` writes {file}"

@@ -177,7 +177,7 @@ def trace(
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: model must be an nn.Module, got {type(model).__name__}")
     size = _checked_size(caller, input_size)
-    twin = _meta_copy(model).eval()
+    twin = meta_copy(model).eval()
     if dtype is not None:
         twin = twin.to(dtype)
     own = next((p.dtype for p in twin.parameters() if p.is_floating_point()), None)
@@ -209,7 +209,7 @@ def _checked_size(caller: str, input_size: Sequence[int]) -> tuple[int, ...]:
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def _meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` with every tensor on the meta device, and without hooks."""
     memo: dict[int, Any] = {}
     for module in model.modules():

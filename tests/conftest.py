@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import resnet_fused as rf
+from resnet_fused.backends import _tuned, _tuned_file
 from resnet_fused.testing import optional_import
 
 
@@ -29,6 +31,24 @@ def _automatic_backend(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RESNET_FUSED_BACKEND", raising=False)
     with rf.use_backend("auto"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nobodys_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Read no choices that were tuned on this machine outside of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Give a test that tunes a cache directory of its own, and forget its choices afterwards."""
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(_tuned_file, "_warned", set())
+    _tuned.forget()
+    yield tmp_path
+    _tuned.forget()
 
 
 def _package(name: str) -> ModuleType:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import subprocess
 import sys
@@ -120,6 +121,12 @@ def test_a_regression_beyond_the_threshold_makes_the_exit_code_1(tmp_path: Path)
         (["verify", "resnet5"], "MODEL: unknown value 'resnet5'; did you mean resnet50"),
         (["verify", "resnet18", "--batch", "0"], "--batch: 0 given"),
         (["verify", "resnet18", "--images", "/no/such/place"], "no such directory"),
+        (["tune", "resnet5"], "MODEL: unknown value 'resnet5'; did you mean resnet50"),
+        (["tune", "resnet18", "--device", "tpu"], "--device: unknown value 'tpu'"),
+        (["tune", "resnet18", "--device", "cpu", "--batch", "0"], "--batch: 0 given"),
+        (["tune", "resnet18", "--device", "cpu", "--image-size", "0"], "--image-size: 0 given"),
+        (["tune", "resnet18", "--device", "cpu", "--dtype", "int8"], "accepted: float32, bfloat16"),
+        (["tune", "vgg16", "--device", "cpu"], "VGG makes no fused call here"),
     ],
 )
 def test_bad_values_get_one_line_and_exit_code_2(
@@ -190,6 +197,85 @@ def test_verify_shows_the_report_and_its_verdict_decides(
     assert seen == [(torch.bfloat16, (3, 3, 224, 224))]
 
 
+def tune(*words: str | Path) -> Result:
+    return call("tune", "resnet50", "--device", "cpu", "-b", 2, "--image-size", 16, *words)
+
+
+@pytest.fixture
+def small_tune(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One call to tune: that of the tiny network."""
+    monkeypatch.setattr("resnet_fused.models.create_model", network)
+    return cache
+
+
+def test_tune_shows_a_table_and_where_the_cache_is(
+    small_tune: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tune("-d", "fp32")
+    assert first.exit_code == 0, first.output
+    assert "2x3x16x16 7x7 to 8 stride 8 relu: " in first.stderr  # plain lines without a terminal
+    (file,) = small_tune.glob("*.json")
+    table = first.stdout.splitlines()
+    assert table[1].startswith("2x3x16x16 7x7 to 8 stride 8 relu")
+    assert table[-1] == f"kept in {file}"
+
+    again = tune("-d", "fp32")
+    assert again.stderr.rstrip().endswith("(known)")
+    assert "(known)" not in tune("-d", "fp32", "--force").stderr
+    tune("-d", "bf16")
+    monkeypatch.setattr("resnet_fused.env._devices", lambda: [torch.device("cpu")])
+    doctor = call("doctor")
+    assert f"2 calls in {file}" in doctor.stdout
+
+
+def test_tune_exits_with_1_where_nothing_answers_rightly(
+    small_tune: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resnet_fused.tuning.measure import _Answers
+
+    monkeypatch.setattr(_Answers, "fault", lambda self, run: "wrong")
+    result = tune("-d", "fp32")
+    assert result.exit_code == 1
+    assert "none was right" in result.stdout
+
+
+def test_tune_says_in_a_line_that_the_cache_cannot_be_written(
+    small_tune: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (small_tune / "file").write_text("")
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(small_tune / "file"))
+    result = tune("-d", "fp32")
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stderr.splitlines() if "cannot be written to" in line]
+    assert lines == [
+        f"resnet_fused: {small_tune / 'file'} cannot be written to: File exists; "
+        "what was tuned holds in this process"
+    ]
+    assert result.stdout.splitlines()[-1] == "kept in this process only"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_without_a_gpu_says_what_is_missing() -> None:
+    result = call("tune", "resnet18")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("resnet-fused: --device: no usable CUDA device here")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_tune_on_a_terminal_shows_a_bar(small_tune: Path) -> None:
+    from rich.console import Console
+
+    from resnet_fused.bench import tune as command
+
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    command.run(
+        "resnet50", batch=2, image_size=16, dtype="fp32", device="cpu", force=False, console=console
+    )
+    shown = console.file.getvalue()
+    assert "1/1" in shown
+    assert "0:00:00" in shown
+
+
 def test_doctor_names_versions_and_backends() -> None:
     result = call("doctor")
     assert result.exit_code == 0
@@ -210,7 +296,8 @@ def test_doctor_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("bench",), ("flops",), ("roofline",), ("verify",), ("doctor",)]
+    "command",
+    [(), ("bench",), ("flops",), ("roofline",), ("verify",), ("tune",), ("doctor",)],
 )
 def test_help_teaches(command: tuple[str, ...]) -> None:
     result = call(*command, "--help")
@@ -232,7 +319,9 @@ def test_python_m_is_the_command() -> None:
 
 
 def test_the_benchmark_modules_import_no_optional_package() -> None:
-    modules = "chart compare contenders job memory networks peers photos progress results tables"
+    modules = (
+        "chart compare contenders job memory networks peers photos progress results tables tune"
+    )
     code = (
         "import sys, importlib\n"
         f"[importlib.import_module('resnet_fused.bench.' + m) for m in '{modules}'.split()]\n"

@@ -78,3 +78,27 @@ def test_the_facts_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = dict(env.facts())
     assert torch.__version__ in facts["torch"]
     assert all(text and "\n" not in text for text in facts.values())
+
+
+def test_the_facts_say_how_many_calls_are_tuned_and_where(cache: Path) -> None:
+    from resnet_fused.backends import _tuned_file
+
+    device = env._devices()[0]
+    file = _tuned_file.path(device)
+    assert dict(env.facts())["tuned"] == f"no calls yet; `resnet-fused tune` writes {file}"
+    _tuned_file.merge(device, {("add_relu",): _tuned_file.Choice("cpu", "default", 1.0, None)})
+    assert dict(env.facts())["tuned"] == f"1 calls in {file}"
+    file.write_text("garbage")
+    assert dict(env.facts())["tuned"].startswith(f"{file} cannot be used: it is not JSON")
+    assert file.read_text() == "garbage"  # the doctor only looks
+
+
+def test_each_gpu_is_named_and_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    facts = env.facts()
+    assert ("gpus", "GPU 0, GPU 1") in facts
+    assert ["tuned-gpu-0-" in text for name, text in facts if name == "tuned"] == [True, False]
+    assert env.collect()["tuned"] == {"cuda:0": 0, "cuda:1": 0}

@@ -13,10 +13,14 @@ PACKAGE = "resnet_fused"
 #: Room → the rooms it may import; every room may import itself. A name with a dot is one module,
 #: "resnet_fused" the public names.
 LAYERS = {
-    "backends": {"functional"},  # explain() fills in an op's defaults; inside the function
+    "files": set(),
+    "backends": {
+        "functional",
+        "files",
+    },  # functional: explain() fills in an op's defaults; inside the function
     "ops": {"backends"},
     "functional": {"ops"},
-    "nn": {"functional", "ops", "backends._derived"},
+    "nn": {"functional", "ops", "backends"},
     "models": set(),
     "testing": set(),
     "convert": {"nn"},
@@ -24,12 +28,32 @@ LAYERS = {
     "freeze": {"engine", "convert", "nn", "ops", "functional", "backends"},
     "flops": {"ops", "models"},
     "roofline": {"convert", "flops", "models", "ops"},
+    "tuning": {"flops", "freeze", "convert", "nn", "ops", "backends", "testing"},
     "verify": {"freeze", "convert", "nn", "ops", "functional", "backends", "testing", "flops"},
     "env": {PACKAGE, "backends"},
-    "bench": {PACKAGE, "models", "flops", "verify", "testing", "env", "backends"},
+    "bench": {
+        PACKAGE,
+        "models",
+        "flops",
+        "verify",
+        "testing",
+        "tuning",
+        "env",
+        "backends",
+        "files",
+    },
     "cli": {PACKAGE, "bench", "models", "flops", "roofline", "verify", "env", "backends"},
     "__main__": {"cli"},
-    "__init__": {"functional", "backends", "convert", "freeze", "models", "flops", "verify"},
+    "__init__": {
+        "functional",
+        "backends",
+        "convert",
+        "freeze",
+        "models",
+        "flops",
+        "tuning",
+        "verify",
+    },
 }
 
 #: What one file alone may name.
@@ -37,6 +61,8 @@ ALONE = {
     "resnet_fused._C": {"backends/native.py"},
     "torch.library": {"ops/_register.py", "testing.py"},
     "torch.ops.mkldnn": {"backends/onednn.py"},
+    "torch.cudnn_convolution_relu": {"backends/cudnn.py"},
+    "torch.cudnn_convolution_add_relu": {"backends/cudnn.py"},
 }
 
 FILES = sorted(ROOT.rglob("*.py"))

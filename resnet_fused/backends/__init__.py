@@ -2,7 +2,9 @@
 
 A backend is a module with ``available() -> reason | None``, ``ADVICE`` (what to do about the
 reason), ``supports(op, *args) -> reason | None`` and one function per op it runs, named as the op
-and taking its arguments. The reference is not a module: it stands in the op's own file.
+and taking its arguments. One that knows several ways to run a call lists them for the tuner:
+``candidates(op, *args) -> {name: function}``. The reference is not a module: it stands in the op's
+own file.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resnet_fused.backends import cpu, onednn
+from resnet_fused.backends import _tuned, cpu, cudnn, onednn
 
 #: Tried in this order by "auto"; the reference runs what none of them takes.
-ORDER: dict[str, ModuleType] = {"cpu": cpu, "onednn": onednn}
+ORDER: dict[str, ModuleType] = {"cpu": cpu, "onednn": onednn, "cudnn": cudnn}
 REFERENCE = "reference"
 AUTO = "auto"
 
@@ -135,8 +137,48 @@ def _reason(module: ModuleType, op: str, args: tuple[Any, ...]) -> str | None:
     return declined
 
 
+def candidates(op: str, *args: Any) -> dict[tuple[str, str], Callable[..., torch.Tensor]]:
+    """Return all functions that run ``op`` on ``args``, by backend and name; no reference."""
+    found = {}
+    for name, module in ORDER.items():
+        if _reason(module, op, args) is None:
+            found.update({(name, way): run for way, run in _ways(module, op, args).items()})
+    return found
+
+
+def _ways(
+    module: ModuleType, op: str, args: tuple[Any, ...]
+) -> dict[str, Callable[..., torch.Tensor]]:
+    if hasattr(module, "candidates"):
+        ways: dict[str, Callable[..., torch.Tensor]] = module.candidates(op, *args)
+        return ways
+    return {"default": getattr(module, op)}
+
+
+def _measured(
+    op: str, args: tuple[Any, ...]
+) -> tuple[str, Callable[..., torch.Tensor] | None] | None:
+    """Return the backend that was measured to be fastest and its function, if it still runs."""
+    entry = _tuned.lookup(op, args)
+    if entry is None:
+        return None
+    name = entry.choice.backend
+    if name == REFERENCE:
+        return REFERENCE, None
+    module = ORDER.get(name)
+    if module is None or _reason(module, op, args) is not None:
+        return None
+    if not entry.sought:
+        entry.run = _ways(module, op, args).get(entry.choice.candidate)
+        entry.sought = True
+    return None if entry.run is None else (name, entry.run)
+
+
 def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:
     """Return the function that runs ``op`` on ``args``, or None for the reference.
+
+    Of those that support the call, it is the one measured to be fastest (``tune``), else the first
+    in :data:`ORDER`.
 
     Raises:
         RuntimeError: a backend was asked for by name and does not run this call.
@@ -149,6 +191,8 @@ def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:
         if reason:
             raise RuntimeError(f"backend {name!r} was asked for but cannot run {op}: {reason}")
         return getattr(ORDER[name], op)
+    if measured := _measured(op, args):
+        return measured[1]
     for module in ORDER.values():
         if _reason(module, op, args) is None:
             return getattr(module, op)
@@ -183,11 +227,15 @@ def explain(op: str, *args: Any) -> Explanation:
 
     args = functional.op_arguments(op, *args)
     name = requested()
+    measured = _measured(op, args) if name == AUTO else None
+    fastest = measured[0] if measured else None
     verdicts, taken = [], False
     for candidate, module in ORDER.items():
         reason = _reason(module, op, args)
         if reason is None and name not in (AUTO, candidate):
             reason = f"backend {name!r} was asked for"
+        elif reason is None and fastest not in (None, candidate):
+            reason = f"{fastest} was measured to be faster"
         elif reason is None and taken:
             reason = "a backend before it in the order runs the call"
         verdicts.append(Verdict(candidate, reason is None, reason or ""))

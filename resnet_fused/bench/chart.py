@@ -9,8 +9,9 @@ from typing import Any
 
 from resnet_fused.bench.contenders import FROZEN, FUSED, REFERENCE
 from resnet_fused.bench.options import SHORT_DTYPES, UsageError
-from resnet_fused.bench.results import OK, SKIPPED, Case, Record, Row, cases_of, write_atomically
+from resnet_fused.bench.results import OK, SKIPPED, Case, Record, Row, cases_of
 from resnet_fused.bench.tables import conditions_line
+from resnet_fused.files import write_atomically
 
 COLOURS = {
     REFERENCE: "#b8bcc4",

@@ -140,3 +140,36 @@ def writable_directory(option: str, path: Path) -> Path:
     except OSError as error:
         raise UsageError(f"{option}: cannot write to {path}: {error.strerror}") from None
     return path
+
+
+def checked(
+    *,
+    models: Iterable[str] | None,
+    batches: Iterable[str] | None,
+    dtypes: Iterable[str] | None,
+    threads: int | None,
+    device: str,
+    backend: str,
+    rounds: int | None,
+    seed: int,
+    images: Path | None,
+    out: Path,
+    peers: Iterable[str] | None,
+) -> Settings:
+    """Return the settings that the benchmark's options ask for, or raise `UsageError`."""
+    from resnet_fused.bench.peers import usable_peers
+
+    device = usable_device("--device", device)
+    return Settings(
+        models=usable_models("--model", split(models)) or MODELS,
+        dtypes=tuple(dtype_name("--dtype", d) for d in split(dtypes)) or default_dtypes(device),
+        batches=tuple(positive("--batch", size) for size in split(batches)) or BATCHES[device],
+        device=device,
+        threads=torch.get_num_threads() if threads is None else positive("--threads", threads),
+        backend=usable_backend("--backend", backend),
+        rounds=None if rounds is None else positive("--rounds", rounds),
+        seed=positive("--seed", seed, least=0),
+        images=images,
+        peers=usable_peers("--peers", split(peers)),
+        out=writable_directory("--out", out),
+    )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from resnet_fused.bench.contenders import FROZEN, OWN, REFERENCE
 from resnet_fused.bench.options import UsageError
 from resnet_fused.bench.timing import Spread, paired_ratio
+from resnet_fused.files import write_atomically
 
 SCHEMA = "resnet_fused.bench/1"
 
@@ -115,20 +114,6 @@ def geometric_means(rows: Sequence[Row]) -> dict[str, float]:
         if row.ratio and row.contender != REFERENCE:
             ratios.setdefault(row.contender, []).append(row.ratio.median)
     return {name: statistics.geometric_mean(values) for name, values in ratios.items()}
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then put it in its place: whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # mkstemp's files are the owner's alone
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save(record: Record, path: Path) -> None:

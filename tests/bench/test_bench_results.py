@@ -43,20 +43,6 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         results.load(tmp_path / "gone.json")
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def half(temporary: Path) -> None:
-        temporary.write_text("ha")
-        raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError, match="disk full"):
-        results.write_atomically(path, half)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_the_best_peer_is_the_quickest_right_one(record: Record) -> None:
     fp32, bf16 = results.against_peers(record.rows)
     assert fp32.peer == "onnxruntime"

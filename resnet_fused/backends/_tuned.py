@@ -1,0 +1,83 @@
+"""Measured choices: which candidate runs a call, looked up by the call's signature.
+
+:mod:`resnet_fused.tuning` measures and writes them down; here they are found again. On a GPU the
+cache file is read at the first call on that device. On the CPU the fixed order is good, and a
+choice holds only in a process that called ``tune`` on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import _tuned_file
+from resnet_fused.backends._tuned_file import Choice, Signature
+
+
+@dataclass(slots=True)
+class Entry:
+    """A choice in force, and the function it was found to mean."""
+
+    choice: Choice
+    #: None before it was sought, and where the candidate no longer exists.
+    run: Callable[..., Tensor] | None = None
+    sought: bool = False
+
+
+#: By device, what is in force there. A device that was never looked at has no table.
+_tables: dict[torch.device, dict[Signature, Entry]] = {}
+_loading = threading.Lock()
+
+
+def signature(op: str, args: Sequence[Any]) -> Signature:
+    """Return what the speed of a call depends on: shapes, dtypes, x's strides, geometry, act.
+
+    The strides of a weight or residual are left out, as every backend has its own layout for them.
+    On a GPU, float32 convolutions also depend on whether TF32 is allowed.
+    """
+    x = args[0]
+    precision = None
+    if x.dtype == torch.float32 and x.is_cuda:
+        precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    # One expression of what tensors hold ready: this runs in every call of a tuned device.
+    parts = [
+        (a.dtype, a.shape) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a
+        for a in args
+    ]
+    return (op, precision, x.stride(), *parts)
+
+
+def lookup(op: str, args: Sequence[Any]) -> Entry | None:
+    """Return what is in force for a call, or None if nothing was measured for it."""
+    device = args[0].device
+    table = _tables.get(device)
+    if table is None:
+        table = _first_look(device)
+    return table.get(signature(op, args)) if table else None
+
+
+def remember(device: torch.device, choices: dict[Signature, Choice]) -> None:
+    """Put choices in force for this process."""
+    _tables[device] = {**_first_look(device), **_entries(choices)}
+
+
+def forget() -> None:
+    """Drop all choices from memory; on a GPU the next call reads the cache file again."""
+    _tables.clear()
+
+
+def _first_look(device: torch.device) -> dict[Signature, Entry]:
+    with _loading:
+        if device not in _tables:
+            found = _tuned_file.load(device) if device.type == "cuda" else {}
+            _tables[device] = _entries(found)
+        return _tables[device]
+
+
+def _entries(choices: dict[Signature, Choice]) -> dict[Signature, Entry]:
+    return {key: Entry(choice) for key, choice in choices.items()}

@@ -1,0 +1,92 @@
+"""What `resnet-fused tune` does: the calls of a model measured one by one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from resnet_fused.bench import options
+from resnet_fused.tuning import tune_calls
+from resnet_fused.tuning.calls import Call, harvest
+from resnet_fused.tuning.report import Row, TuneReport
+
+
+def run(
+    model: str,
+    *,
+    batch: int,
+    image_size: int,
+    dtype: str | None,
+    device: str,
+    force: bool,
+    console: Console,
+) -> TuneReport:
+    """Check what was asked for, tune, and return the report.
+
+    Raises `UsageError` for what cannot be done.
+    """
+    (name,) = options.usable_models("MODEL", [model])
+    place = options.usable_device("--device", device)
+    kind = options.default_dtypes(place)[-1]
+    if dtype is not None:
+        kind = options.dtype_name("--dtype", dtype)
+    size = options.positive("--image-size", image_size)
+    shape = (options.positive("--batch", batch), 3, size, size)
+    calls = _calls(name, shape, options.DTYPES[kind])
+    where = torch.empty(0, device=place).device  # a GPU with its number
+    with warnings.catch_warnings(record=True) as caught, _shown(console, len(calls)) as on_row:
+        warnings.simplefilter("default")
+        report = tune_calls(calls, where, force=force, on_row=on_row)
+    for warning in caught:  # as lines of their own, not as places in the source
+        console.print(str(warning.message), highlight=False, markup=False, soft_wrap=True)
+    return report
+
+
+def _calls(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Call]:
+    """Return the calls of a model in the layout the benchmark runs it in; nothing is computed."""
+    from resnet_fused.models import create_model
+
+    layout = torch.channels_last
+    with torch.device("meta"):
+        network = create_model(name).eval().to(dtype=dtype)
+        network = network.to(memory_format=layout)  # type: ignore[call-overload]
+        example = torch.empty(shape, dtype=dtype).contiguous(memory_format=layout)
+    try:
+        return harvest(network, example)
+    except ValueError as error:
+        raise options.UsageError(str(error)) from None
+
+
+@contextmanager
+def _shown(console: Console, calls: int) -> Iterator[Callable[[Row], None]]:
+    """Show each row as it is done: a bar on a terminal, plain lines elsewhere."""
+    if not console.is_terminal:
+        yield lambda row: console.print(_line(row), highlight=False, markup=False, soft_wrap=True)
+        return
+    columns = (
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("checking and timing", total=calls)
+        yield lambda row: progress.update(task, advance=1, description=_line(row))
+
+
+def _line(row: Row) -> str:
+    if row.choice is None:
+        return f"{row.call}: none was right"
+    winner = f"{row.choice.backend}/{row.choice.candidate}"
+    return f"{row.call}: {winner}{' (known)' if row.known else ''}"

@@ -1,0 +1,152 @@
+"""Which op calls a model makes: found on meta tensors, drawn again on the device to be tuned."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resnet_fused.backends._tuned import signature
+from resnet_fused.convert import fuse
+from resnet_fused.flops import meta_copy
+from resnet_fused.freeze import FrozenModule
+from resnet_fused.nn.fused import program_of
+from resnet_fused.ops import OPS
+from resnet_fused.ops._checks import AUTOCAST_DEVICES
+
+
+@dataclass
+class Call:
+    """One op call of a model, its tensors on the meta device."""
+
+    op: str
+    args: tuple[Any, ...]
+    #: How often the model makes it.
+    count: int = 1
+
+    def argument(self, name: str) -> Any:
+        """Return an argument by its name, None if the op has none of that name."""
+        return dict(zip(argument_names(self.op), self.args, strict=True)).get(name)
+
+    def __str__(self) -> str:
+        """Return the call in a few words, such as ``8x64x56x56 3x3 to 64 add relu``."""
+        weight, stride, groups = map(self.argument, ("weight", "stride", "groups"))
+        words = [_shape(self.args[0].shape), *([self.op] if self.op != "conv_bn_act" else [])]
+        if stride is not None:
+            words.append(f"{_shape(weight.shape[2:])} to {weight.shape[0]}")
+            words += [f"stride {_shape(sorted(set(stride)))}"] if max(stride) > 1 else []
+            words += [f"groups {groups}"] if groups > 1 else []
+        words += ["add"] if self.argument("residual") is not None else []
+        return " ".join([*words, self.argument("act") or ""]).strip()
+
+
+def argument_names(op: str) -> list[str]:
+    """Return the names of an op's arguments in the order of its schema."""
+    return list(inspect.signature(OPS[op].check).parameters)
+
+
+def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
+    """Return the different op calls that one forward of ``model`` makes, each with its count.
+
+    The forward runs on a meta copy, in the mode the model is in; one that is not fused is fused
+    there. Under autocast the calls are those that the ops see behind it.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``example_input`` not a floating point tensor.
+        ValueError: the model is frozen, its forward fails on such an input, or makes no fused call.
+    """
+    _check_arguments(model, example_input)
+    twin = meta_copy(model)
+    if not any(program_of(module) for module in twin.modules()):
+        fuse(twin, inplace=True)
+    recorder = _Recorder(example_input.device.type)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), recorder:
+            twin(example_input.detach().to("meta"))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"tune: {type(model).__name__} failed on an example_input of shape "
+            f"{tuple(example_input.shape)}: {reason}"
+        ) from error
+    if not recorder.calls:
+        raise ValueError(
+            f"tune: {type(model).__name__} makes no fused call here; fusion_report says why "
+            "(BatchNorm in training mode runs as torch runs it: call model.eval() first)"
+        )
+    return list(recorder.calls.values())
+
+
+def _check_arguments(model: Any, example: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"tune: model must be an nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, FrozenModule) for module in model.modules()):
+        raise ValueError("tune: model is frozen: tune the original, then freeze it")
+    if not isinstance(example, Tensor) or not example.is_floating_point():
+        got = getattr(example, "dtype", type(example).__name__)
+        raise TypeError(f"tune: example_input must be a floating point tensor, got {got}")
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps every call that maps floating point tensors, none empty, to one new tensor."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.calls: dict[Any, Call] = {}
+        self._names = {getattr(torch.ops.resnet_fused, name).default: name for name in OPS}
+        self._dtype: torch.dtype | None = None
+        if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+            self._dtype = torch.get_autocast_dtype(device)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = self._names.get(func)
+        if name is not None and isinstance(out, Tensor) and _is_plain(func, args):
+            args = self._behind_autocast(name, args)
+            key = signature(name, args)
+            if key in self.calls:
+                self.calls[key].count += 1
+            else:
+                self.calls[key] = Call(name, args)
+        return out
+
+    def _behind_autocast(self, op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Cast what the op lets autocast cast; on meta tensors autocast itself does nothing."""
+        if self._dtype is None:
+            return args
+        cast = [name in OPS[op].autocast for name in argument_names(op)]
+        return tuple(
+            a.to(self._dtype) if c and isinstance(a, Tensor) and a.dtype != torch.float64 else a
+            for a, c in zip(args, cast, strict=True)
+        )
+
+
+def _is_plain(func: Any, args: tuple[Any, ...]) -> bool:
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    writes = func._schema.is_mutable
+    return not writes and all(t.is_floating_point() and t.numel() for t in tensors)
+
+
+def draw(args: Sequence[Any], device: torch.device) -> tuple[Any, ...]:
+    """Return the arguments of a call with random normal tensors of the same strides on a device."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+        flat = torch.randn(extent, generator=generator, dtype=value.dtype, device=device)
+        return flat.as_strided(value.shape, value.stride())
+
+    return tuple(map(drawn, args))
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return "x".join(str(n) for n in sizes)

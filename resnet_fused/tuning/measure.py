@@ -1,0 +1,161 @@
+"""Which candidates answer rightly, and which of those is fastest."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import REFERENCE, candidates
+from resnet_fused.ops import OPS
+from resnet_fused.testing import to_float64, two_x_rule
+from resnet_fused.tuning.calls import argument_names
+
+#: Backend and candidate.
+Name = tuple[str, str]
+#: Returns the seconds that one call takes.
+Clock = Callable[[Callable[[], object]], float]
+
+#: Images of a batch whose answers are held against float64, spread evenly over it.
+CHECKED_IMAGES = 8
+#: Calls that a candidate is first judged by, and how much slower than the best it may then be.
+SHORT_SAMPLE, TOO_SLOW = 3, 1.5
+#: How many go on to the interleaved rounds, and how many rounds there are.
+FINALISTS, ROUNDS = 4, 9
+
+
+class Outcome(NamedTuple):
+    """What was found out about the candidates of one call."""
+
+    #: Median seconds of those that were in the last rounds, fastest first.
+    seconds: dict[Name, float]
+    #: Why a candidate was dropped: a wrong answer, or the error it raised. Not: being slow.
+    faults: dict[Name, str]
+    #: How many candidates there were, the reference among them.
+    tried: int
+
+
+def measure(op: str, args: Sequence[Any], clock: Clock) -> Outcome:
+    """Check all candidates for a call, and time those that are right."""
+    runs: dict[Name, Callable[..., Tensor]] = dict(candidates(op, *args))
+    runs[REFERENCE, "default"] = OPS[op].reference
+    answers = _Answers(op, args)
+    wrong = {name: fault for name, run in runs.items() if (fault := answers.fault(run))}
+    right = {n: functools.partial(run, *args) for n, run in runs.items() if n not in wrong}
+    seconds, failed = fastest(right, clock)
+    return Outcome(seconds, {**wrong, **failed}, len(runs))
+
+
+def fastest(
+    runs: Mapping[Name, Callable[[], object]], clock: Clock
+) -> tuple[dict[Name, float], dict[Name, str]]:
+    """Return the median seconds of the fastest runs, fastest first, and the errors of others.
+
+    Each gives a short sample. Those that come near the best are timed in rounds, each beginning
+    with another one, so that slow drifts of the machine fall on all alike.
+    """
+    errors: dict[Name, str] = {}
+
+    def sample(name: Name, calls: int) -> list[float]:
+        try:
+            return [] if name in errors else [clock(runs[name]) for _ in range(calls)]
+        except Exception as error:  # whatever one dies of, the others are still measured
+            errors[name] = _in_short(error)
+            return []
+
+    short = {name: min(times) for name in runs if (times := sample(name, SHORT_SAMPLE))}
+    limit = TOO_SLOW * min(short.values(), default=0.0)
+    finalists = [n for n in sorted(short, key=short.__getitem__) if short[n] <= limit][:FINALISTS]
+    rounds: dict[Name, list[float]] = {name: [] for name in finalists}
+    for turn in range(ROUNDS if finalists else 0):
+        start = turn % len(finalists)
+        for name in (*finalists[start:], *finalists[:start]):
+            rounds[name] += sample(name, 1)
+    medians = {n: statistics.median(times) for n, times in rounds.items() if n not in errors}
+    rest = {name: run for name, run in runs.items() if name not in errors}
+    if rest and not medians:  # all finalists died: the next ones take their place
+        medians, more = fastest(rest, clock)
+        errors.update(more)
+    return dict(sorted(medians.items(), key=lambda item: item[1])), errors
+
+
+class _Answers:
+    """What a call must answer: float64's values, and NaN where NaN goes in."""
+
+    def __init__(self, op: str, args: Sequence[Any]) -> None:
+        reference, x = OPS[op].reference, args[0]
+        self._args = tuple(args)
+        batch = len(x)
+        self._images = torch.linspace(0, batch - 1, min(batch, CHECKED_IMAGES)).round().long()
+        part = self._of_images(op, self._images.to(x.device))
+        self._eager, self._oracle = reference(*part), reference(*to_float64(part))
+        shapes = [a.shape if isinstance(a, Tensor) else a for a in part]
+        flops = OPS[op].flops(*shapes, out_shape=self._oracle.shape)
+        self._reduced = max(1, flops // (2 * self._oracle.numel()))
+        # A channel as a whole: NaN at one pixel would be spread further by some algorithms.
+        self._spoiled = x.clone()
+        self._spoiled[:, 0] = torch.nan
+        first = self._of_images(op, self._images[:1].to(x.device), self._spoiled)
+        self._nan = reference(*to_float64(first)).isnan()
+
+    def _of_images(self, op: str, images: Tensor, x: Tensor | None = None) -> tuple[Any, ...]:
+        """Return the arguments for some images alone, and for another x if one is given."""
+        args = self._args if x is None else (x, *self._args[1:])
+        named = zip(argument_names(op), args, strict=True)
+        maps = ("x", "residual")
+        return tuple(a[images] if n in maps and a is not None else a for n, a in named)
+
+    def fault(self, run: Callable[..., Tensor]) -> str | None:
+        """Return what is wrong with the answers of ``run``, or None."""
+        try:
+            value = run(*self._args)
+            if value.shape[1:] != self._oracle.shape[1:] or len(value) != len(self._args[0]):
+                return f"wrong: gives the shape {tuple(value.shape)}"
+            checked = value[self._images.to(value.device)]
+            check = two_x_rule(checked, self._eager, self._oracle, self._reduced)
+            if not check.ok:
+                return f"wrong: error {check.error:.1e}, allowed {check.allowed:.1e}"
+            nan = run(self._spoiled, *self._args[1:])[:1].isnan()
+            return None if torch.equal(nan, self._nan) else "wrong: does not keep NaN"
+        except Exception as error:  # a candidate may die in any way, a compiler's among them
+            return _in_short(error)
+
+
+def _in_short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def wall_clock(run: Callable[[], object]) -> float:
+    """Return the seconds a call takes by the wall clock."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+class CudaClock:
+    """Seconds of GPU time by CUDA events, with the L2 cache flushed before each call.
+
+    The flush also keeps the GPU busy while the call is being launched, so that what is timed is
+    the kernels and not Python, as it is inside a CUDA graph or a full queue.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        # Too small a buffer would be filled before the call has been launched.
+        self._flush = torch.empty(max(size, 2**28), dtype=torch.uint8, device=device)
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        """Return the seconds that one call takes on the current stream."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3

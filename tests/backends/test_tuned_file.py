@@ -1,0 +1,248 @@
+"""The cache file of measured choices: shared between processes, whole, and never written over."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from resnet_fused.backends import _tuned_file
+from resnet_fused.backends._tuned_file import Choice, Unusable
+
+CPU = torch.device("cpu")
+X = (torch.bfloat16, torch.Size((1, 3, 4, 4)))
+KEY = ("conv_bn_act", None, (48, 1, 12, 3), X, None, (1, 1), 2, 0.5, "relu")
+CHOICE = Choice("cpu", "default", 12.5, 1.25)
+
+
+def held():
+    return _tuned_file.read(_tuned_file.path(CPU), _tuned_file.conditions(CPU))
+
+
+def in_process(code, *args, **kwargs):
+    lines = ("import sys, torch", "from resnet_fused.backends import _tuned_file as f", code)
+    return subprocess.Popen([sys.executable, "-c", "\n".join(lines), *args], **kwargs)
+
+
+# --- where it is ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "base", "expected"),
+    [
+        ("/tmp/here", "/base", "/tmp/here"),
+        ("~/here", "/base", "/home/me/here"),
+        (None, "/base", "/base/resnet_fused"),
+        (None, "relative", "/home/me/.cache/resnet_fused"),
+        (None, None, "/home/me/.cache/resnet_fused"),
+        ("", "", "/home/me/.cache/resnet_fused"),
+    ],
+)
+def test_directory(asked, base, expected, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name, value in (("RESNET_FUSED_CACHE_DIR", asked), ("XDG_CACHE_HOME", base)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert str(_tuned_file.directory()) == expected
+
+
+def test_other_conditions_are_another_file(cache, monkeypatch):
+    found = _tuned_file.conditions(CPU)
+    assert {"device", "torch", "triton", "cudnn", "capability", "resnet_fused"} <= found.keys()
+    names = {_tuned_file.path(CPU)}
+    for name in found:
+        changed = {**found, name: "another"}
+        monkeypatch.setattr(_tuned_file, "conditions", lambda device, changed=changed: changed)
+        names.add(_tuned_file.path(CPU))
+    assert len(names) == 1 + len(found)
+    assert all(n.parent == cache and n.name.startswith("tuned-") for n in names)
+
+
+# --- what is in it -------------------------------------------------------------------------------
+
+
+def test_round_trip(cache):
+    other = (*KEY[:-1], None)
+    assert _tuned_file.load(CPU) == {}
+    assert _tuned_file.merge(CPU, {KEY: CHOICE}) == _tuned_file.path(CPU)
+    _tuned_file.merge(CPU, {other: Choice("reference", "default", 3.0, None)})
+    assert held() == {KEY: CHOICE, other: Choice("reference", "default", 3.0, None)}
+    _tuned_file.merge(CPU, {KEY: CHOICE._replace(backend="onednn")})
+    assert _tuned_file.load(CPU)[KEY].backend == "onednn"
+    assert len(held()) == 2
+    content = json.loads(_tuned_file.path(CPU).read_text())
+    assert content["conditions"] == _tuned_file.conditions(CPU)
+
+
+def test_a_shipped_table_stands_behind_what_was_measured(cache, monkeypatch):
+    shipped = cache / "shipped"
+    monkeypatch.setattr(_tuned_file, "SHIPPED", shipped)
+    shipped.mkdir()
+    device = _tuned_file.conditions(CPU)["device"]
+    table = {KEY: CHOICE, ("add_relu",): CHOICE}
+    text = _tuned_file._text({"device": device, "torch": "another"}, table)
+    (shipped / f"{_tuned_file._slug(device)}.json").write_text(text)
+    assert _tuned_file.load(CPU) == table
+    measured = CHOICE._replace(backend="onednn")
+    _tuned_file.merge(CPU, {KEY: measured})
+    assert _tuned_file.load(CPU) == {KEY: measured, ("add_relu",): CHOICE}
+    assert held() == {KEY: measured}
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+WRITES = """
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(int(sys.argv[2])):
+    call = ("conv_bn_act", sys.argv[1], i)
+    f.merge(torch.device("cpu"), {call: f.Choice("cpu", "default", float(i), None)})
+"""
+
+
+def test_two_processes_at_once_lose_nothing(cache):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [in_process(WRITES, name, "40", **pipes) for name in ("a", "b")]
+    assert [w.stdout.readline() for w in writers] == ["ready\n"] * 2
+    for writer in writers:  # both have loaded all there is to load
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=120)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert held().keys() == {("conv_bn_act", name, i) for name in "ab" for i in range(40)}
+    left = {p.name for p in cache.iterdir()}
+    name = _tuned_file.path(CPU).name
+    assert left <= {name, f"{name}.lock"}
+
+
+KILLED = """
+import os, signal
+def half(file, text):
+    file.write_text(text[: len(text) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+f._write = half
+f.merge(torch.device("cpu"), {("add_relu",): f.Choice("cpu", "default", 1.0, None)})
+"""
+
+
+def test_a_writer_killed_half_way_leaves_the_old_file_and_no_lock(cache, monkeypatch):
+    monkeypatch.setattr(_tuned_file, "PATIENCE_S", 5.0)
+    _tuned_file.merge(CPU, {KEY: CHOICE})
+    assert in_process(KILLED).wait(60) == -signal.SIGKILL
+    assert held() == {KEY: CHOICE}
+    assert _tuned_file.merge(CPU, {("add_relu",): CHOICE}) is not None
+    assert len(held()) == 2
+
+
+# --- what is wrong with it -----------------------------------------------------------------------
+
+
+def spoiled(change):
+    text = _tuned_file._text(_tuned_file.conditions(CPU), {KEY: CHOICE})
+    if callable(change):
+        return change(text)
+    return json.dumps({**json.loads(text), **change})
+
+
+SPOILED = {
+    "truncated": lambda text: text[:-30],
+    "empty": lambda text: "",
+    "garbage": lambda text: "\x00\x01 not a table",
+    "a list": lambda text: "[1, 2]",
+    "newer": {"schema": _tuned_file.SCHEMA + 1},
+    "foreign": {"conditions": {"device": "another"}},
+    "other versions": lambda text: text.replace(torch.__version__, "1.0"),
+    "a short row": {"choices": [[["add_relu"], "cpu"]]},
+    "no names": {"choices": [[["add_relu"], 1, 2, 3.0, None]]},
+    "no signature": {"choices": [[{"op": "add_relu"}, "cpu", "default", 3.0, None]]},
+    "no choices": {"choices": None},
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+@pytest.mark.parametrize(
+    "by",
+    [_tuned_file.load, lambda device: _tuned_file.merge(device, {KEY: CHOICE})],
+    ids=["load", "merge"],
+)
+def test_an_unusable_file_is_set_aside_with_one_warning(name, by, cache):
+    file, text = _tuned_file.path(CPU), spoiled(SPOILED[name])
+    file.write_text(text)
+    with pytest.raises(Unusable):
+        held()
+    with pytest.warns(RuntimeWarning, match=r"is not used: .*renamed to .*bad-1") as caught:
+        by(CPU)
+    assert len(caught) == 1
+    assert held() == ({} if by is _tuned_file.load else {KEY: CHOICE})
+    _tuned_file.merge(CPU, {KEY: CHOICE})
+    assert _tuned_file.load(CPU) == {KEY: CHOICE}
+    assert file.with_name(f"{file.name}.bad-1").read_text() == text
+
+
+def test_the_second_unusable_file_gets_the_next_number(cache):
+    file = _tuned_file.path(CPU)
+    for number in (1, 2):
+        file.write_text(f"garbage {number}")
+        with pytest.warns(RuntimeWarning, match=f"bad-{number}"):
+            _tuned_file.load(CPU)
+    kept = [file.with_name(f"{file.name}.bad-{number}").read_text() for number in (1, 2)]
+    assert kept == ["garbage 1", "garbage 2"]
+
+
+def once(action, match):
+    with pytest.warns(RuntimeWarning, match=match) as caught:
+        results = [action(), action()]
+    assert not any(results)
+    assert len(caught) == 1
+
+
+def test_a_directory_that_cannot_be_is_one_warning(cache, monkeypatch):
+    (cache / "file").write_text("")
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(cache / "file" / "sub"))
+    once(lambda: _tuned_file.merge(CPU, {KEY: CHOICE}), "cannot be written to: .*in this process")
+    once(lambda: _tuned_file.load(CPU), "cannot be read: Not a directory")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_directory(cache):
+    cache.chmod(0o555)
+    try:
+        once(lambda: _tuned_file.merge(CPU, {KEY: CHOICE}), "cannot be written to")
+    finally:
+        cache.chmod(0o755)
+
+
+@pytest.mark.parametrize("step", ["write_atomically", "_locked"])
+def test_a_write_that_is_refused_is_one_warning(step, cache, monkeypatch):
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(_tuned_file, step, refuse)
+    once(lambda: _tuned_file.merge(CPU, {KEY: CHOICE}), "cannot be written to: Permission denied")
+
+
+def test_a_lock_that_is_never_free_is_one_warning(cache, monkeypatch):
+    monkeypatch.setattr(_tuned_file, "PATIENCE_S", 0.05)
+    with _tuned_file._locked(_tuned_file.path(CPU)):
+        once(lambda: _tuned_file.merge(CPU, {KEY: CHOICE}), "cannot be written to: .*lock")
+
+
+def test_an_unusable_file_that_cannot_be_moved_is_left(cache, monkeypatch):
+    monkeypatch.setattr(_tuned_file, "PATIENCE_S", 0.05)
+    _tuned_file.path(CPU).write_text("garbage")
+    with _tuned_file._locked(_tuned_file.path(CPU)):
+        once(lambda: _tuned_file.load(CPU), "is not used: it is not JSON")
+    assert _tuned_file.path(CPU).read_text() == "garbage"
+
+
+def test_a_good_file_gives_no_warning(cache):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _tuned_file.merge(CPU, {KEY: CHOICE})
+        assert _tuned_file.load(CPU) == {KEY: CHOICE}

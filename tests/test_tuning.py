@@ -1,0 +1,525 @@
+"""Choice by measurement: what is found, checked, timed, chosen and remembered.
+
+There is no GPU here. Backends and clocks are made up where the rule is tested, and the CPU's
+backends are the candidates where the whole is.
+"""
+
+import json
+import types
+
+import pytest
+import torch
+from nets import ConvBnRelu
+from torch import nn
+
+import resnet_fused as rf
+from resnet_fused.backends import ORDER, REFERENCE, _tuned, _tuned_file, choose, cudnn
+from resnet_fused.backends._tuned_file import Choice
+from resnet_fused.models import create_model
+from resnet_fused.ops import OPS
+from resnet_fused.tuning import tune_calls
+from resnet_fused.tuning.calls import draw, harvest
+from resnet_fused.tuning.measure import (
+    FINALISTS,
+    ROUNDS,
+    SHORT_SAMPLE,
+    CudaClock,
+    _Answers,
+    fastest,
+    measure,
+)
+
+CPU = torch.device("cpu")
+
+
+class Ticks:
+    """A clock that gives each run its own time, or the next of its list, and notes who ran."""
+
+    def __init__(self, **seconds):
+        self.seconds = seconds
+        self.ran = []
+
+    def __call__(self, run):
+        name = run()
+        self.ran.append(name)
+        value = self.seconds[name]
+        return value.pop(0) if isinstance(value, list) else value
+
+
+def runs(*names):
+    return {(name, "default"): lambda name=name: name for name in names}
+
+
+# --- timing --------------------------------------------------------------------------------------
+
+
+def test_the_fastest_by_median_wins_and_the_slow_are_dropped_early():
+    ticks = Ticks(a=1.2, b=1.0, slow=1.6)
+    seconds, errors = fastest(runs("a", "b", "slow"), ticks)
+    assert list(seconds.items()) == [(("b", "default"), 1.0), (("a", "default"), 1.2)]
+    assert not errors
+    assert ticks.ran.count("slow") == SHORT_SAMPLE
+    assert ticks.ran.count("a") == SHORT_SAMPLE + ROUNDS
+
+
+def test_one_lucky_call_does_not_win():
+    lucky = [0.5] * SHORT_SAMPLE + [0.5] + [1.5] * (ROUNDS - 1)
+    seconds, _ = fastest(runs("lucky", "steady"), Ticks(lucky=lucky, steady=0.7))
+    assert next(iter(seconds)) == ("steady", "default")
+
+
+def test_the_last_rounds_are_interleaved_each_beginning_with_another():
+    ticks = Ticks(a=1.0, b=1.1, c=1.2)
+    fastest(runs("a", "b", "c"), ticks)
+    last = ticks.ran[3 * SHORT_SAMPLE :]
+    assert ["".join(last[i : i + 3]) for i in (0, 3, 6, 9)] == ["abc", "bca", "cab", "abc"]
+
+
+def test_the_number_of_calls_is_bounded():
+    """Twenty equal candidates cost 96 calls: 23 shapes of a ResNet-50 about 2,200."""
+    names = [f"c{i}" for i in range(20)]
+    ticks = Ticks(**dict.fromkeys(names, 1.0))
+    fastest(runs(*names), ticks)
+    assert len(ticks.ran) == 20 * SHORT_SAMPLE + FINALISTS * ROUNDS == 96
+
+
+@pytest.mark.parametrize("at", [0, SHORT_SAMPLE - 1, SHORT_SAMPLE + 2])
+def test_one_that_raises_is_dropped_and_named(at):
+    """At its first call, within the short sample, and in the rounds."""
+    calls = []
+
+    def dies():
+        calls.append(None)
+        if len(calls) > at:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return "dies"
+
+    ticks = Ticks(dies=0.5, a=1.0)
+    seconds, errors = fastest({("dies", "big"): dies, **runs("a")}, ticks)
+    # Beside the one that died the other was too slow to be a finalist; now it is the best.
+    assert ("dies", "big") not in seconds
+    assert errors == {("dies", "big"): "OutOfMemoryError: CUDA out of memory."}
+    assert list(seconds) == [("a", "default")]
+
+
+def test_nothing_to_time():
+    assert fastest({}, Ticks()) == ({}, {})
+
+
+def test_the_cuda_clock_flushes_then_times_one_call(monkeypatch):
+    """The flush is queued before the start, so it is not timed and hides the launch."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.5
+
+    class Buffer:
+        def zero_(self):
+            log.append("flush")
+
+    sizes = []
+    properties = types.SimpleNamespace(L2_cache_size=2**28)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda size, **kwargs: sizes.append(size) or Buffer())
+    clock = CudaClock(torch.device("cuda", 0))
+    assert clock(lambda: log.append("run")) == 2.5e-3
+    assert log == ["flush", "record", "run", "record", "wait"]
+    assert sizes == [2**29]
+
+
+# --- right answers -------------------------------------------------------------------------------
+
+
+def arguments(batch=3, act="relu", dtype=torch.float32):
+    shapes = (batch, 4, 6, 6), (5, 4, 3, 3), (5,), (5,), (batch, 5, 6, 6)
+    tensors = draw([torch.empty(s, dtype=dtype, device="meta") for s in shapes], CPU)
+    return (*tensors, [1, 1], [1, 1], [1, 1], 1, act)
+
+
+reference = OPS["conv_bn_act"].reference
+
+
+def off_by_a_percent(*args):
+    return reference(*args) * 1.01
+
+
+def last_image_wrong(*args):
+    y = reference(*args)
+    y[-1] += 1
+    return y
+
+
+def nan_dropped(*args):
+    return reference(*args).nan_to_num(0.0)
+
+
+def misshapen(*args):
+    return reference(*args)[:, 1:]
+
+
+def one_image_less(*args):
+    return reference(*args)[1:]
+
+
+def dying(*args):
+    raise RuntimeError("launch failed: too much shared memory\nmore words")
+
+
+def in_float64(*args):
+    return reference(*[a.double() if isinstance(a, torch.Tensor) else a for a in args]).to(
+        args[0].dtype
+    )
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """One made-up backend alone in ORDER; its candidates are what a test puts there."""
+    module = types.ModuleType("made_up")
+    module.ADVICE = "none"
+    module.available = lambda: None
+    module.supports = lambda op, *args: None
+    module.ways = {"default": in_float64}
+    module.candidates = lambda op, *args: module.ways
+    module.conv_bn_act = in_float64
+    monkeypatch.setitem(choose.__globals__, "ORDER", {"made_up": module})
+    return module
+
+
+def tick(run):
+    """Any candidate is faster than the reference."""
+    run()
+    return 2.0 if run.func is reference else 1.0
+
+
+@pytest.mark.parametrize(
+    ("way", "fault"),
+    [
+        (off_by_a_percent, "wrong: error "),
+        (last_image_wrong, "wrong: error "),
+        (nan_dropped, "wrong: does not keep NaN"),
+        (misshapen, "wrong: gives the shape (20, 4, 6, 6)"),
+        (one_image_less, "wrong: gives the shape (19, 5, 6, 6)"),
+        (dying, "RuntimeError: launch failed: too much shared memory"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_wrong_candidate_is_dropped_with_its_reason(way, fault, dtype, backend):
+    """However fast it is. Of 20 images 8 are looked at, the first and the last among them."""
+    if dtype == torch.float16 and way is off_by_a_percent:
+        pytest.skip("within float16's rule")
+    backend.ways = {"right": in_float64, "bad": way}
+    outcome = measure("conv_bn_act", arguments(20, dtype=dtype), tick)
+    assert outcome.faults.keys() == {("made_up", "bad")}
+    assert outcome.faults["made_up", "bad"].startswith(fault)
+    assert list(outcome.seconds) == [("made_up", "right")]
+    assert outcome.tried == 3
+
+
+def test_the_reference_is_a_candidate_and_may_win(backend):
+    outcome = measure("conv_bn_act", arguments(), lambda run: run.func is not reference)
+    assert next(iter(outcome.seconds)) == (REFERENCE, "default")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_can_be_measured(op, cache):
+    """On its own samples: the reference answers rightly, so there is always a choice."""
+    for args in list(OPS[op].samples("cpu", torch.float32))[:6]:
+        if all(a.numel() for a in args if isinstance(a, torch.Tensor)):
+            outcome = measure(op, args, lambda run: 1.0)
+            assert (REFERENCE, "default") not in outcome.faults, outcome.faults
+
+
+# --- a model's calls -----------------------------------------------------------------------------
+
+
+def small_net():
+    """Three convolutions, two of them the same call."""
+    return nn.Sequential(ConvBnRelu(3, 8), ConvBnRelu(8, 8), ConvBnRelu(8, 8)).eval()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_harvest_finds_every_call_once_with_its_count(fused):
+    model = create_model("resnet50").eval()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    x = torch.randn(2, 3, 64, 64)
+    calls = harvest(rf.fuse(model) if fused else model, x)
+    assert sum(call.count for call in calls) == 53
+    assert len(calls) == 24
+    assert str(calls[0]) == "2x3x64x64 7x7 to 64 stride 2 relu"
+    assert {"2x64x16x16 1x1 to 256 add relu", "2x64x16x16 1x1 to 256"} <= set(map(str, calls))
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert rf.fusion_report(model).fused == []
+
+
+def test_harvest_keeps_layout_and_dtype():
+    x = torch.randn(1, 3, 8, 8).bfloat16()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        first = harvest(small_net().bfloat16(), x.contiguous(memory_format=layout))[0]
+        (drawn, *_), strides = draw(first.args, CPU), x.contiguous(memory_format=layout).stride()
+        assert (drawn.stride(), drawn.dtype, drawn.shape) == (strides, torch.bfloat16, x.shape)
+
+
+def test_draw_follows_any_strides():
+    """Gaps and an expanded batch are kept; the values are the same for each draw."""
+    for like in (
+        torch.empty(2, 3, 9, 9)[:, :, ::2, 1::3],
+        torch.empty(1, 3, 4, 4).expand(2, -1, -1, -1),
+    ):
+        first, second = (draw([like.to("meta"), None, [1, 2]], CPU) for _ in range(2))
+        assert first[0].stride() == like.to("meta").stride()
+        assert torch.equal(first[0], second[0])
+        assert first[1:] == (None, [1, 2])
+
+
+def test_harvest_under_autocast_is_what_the_ops_get():
+    """The choice is found by the very call that autocast makes."""
+    model, x, seen = small_net(), torch.randn(1, 3, 8, 8), []
+    with torch.autocast("cpu", torch.bfloat16):
+        calls = harvest(model, x)
+    keys = {_tuned.signature(call.op, draw(call.args, CPU)) for call in calls}
+
+    def spy(op, *args):
+        seen.append(_tuned.signature(op, args))
+
+    patched = pytest.MonkeyPatch()
+    patched.setattr("resnet_fused.ops._register.choose", spy)
+    with patched.context(), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        rf.fuse(model)(x)
+    patched.undo()
+    assert set(seen) == keys
+    assert all(call.args[0].dtype == torch.bfloat16 for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "error", "message"),
+    [
+        (lambda: "net", torch.randn(1, 3, 8, 8), TypeError, "model must be an nn.Module, got str"),
+        (small_net, torch.ones(1, 3, 8, 8, dtype=torch.int64), TypeError, "got torch.int64"),
+        (small_net, None, TypeError, "got NoneType"),
+        (small_net, torch.randn(1, 5, 8, 8), ValueError, "failed on an example_input of shape"),
+        (lambda: small_net().train(), torch.randn(1, 3, 8, 8), ValueError, "makes no fused call"),
+        (lambda: nn.ReLU(), torch.randn(1, 3, 8, 8), ValueError, "has no Conv2d"),
+        (
+            lambda: rf.freeze(small_net(), torch.randn(1, 3, 8, 8)),
+            torch.randn(1, 3, 8, 8),
+            ValueError,
+            "is frozen: tune the original",
+        ),
+    ],
+)
+def test_bad_input(model, x, error, message):
+    with pytest.raises(error, match=message):
+        rf.tune(model(), x)
+
+
+# --- the choice ----------------------------------------------------------------------------------
+
+
+def held():
+    return _tuned_file.read(_tuned_file.path(CPU), _tuned_file.conditions(CPU))
+
+
+def test_the_fastest_backend_runs_from_then_on(cache):
+    """On the CPU's own backends with a clock that prefers each in turn."""
+    model, x = small_net(), torch.randn(2, 3, 8, 8)
+    calls = harvest(model, x)
+    args = draw(calls[1].args, CPU)
+    usual = rf.explain("conv_bn_act", *args).chosen
+    names = [b.name for b in rf.backends() if b.available]
+    functions = {n: reference if n == REFERENCE else ORDER[n].conv_bn_act for n in names}
+    for name, function in functions.items():
+        prefers = lambda run, function=function: 1.0 if run.func is function else 1.4  # noqa: E731
+        report = tune_calls(calls, CPU, force=True, clock=prefers)
+        assert {row.choice.backend for row in report.rows} == {name}
+        assert report.rows[0].choice == (name, "default", 1e6, pytest.approx(1.4))
+        assert choose("conv_bn_act", *args) is (None if name == REFERENCE else function)
+        explained = rf.explain("conv_bn_act", *args)
+        assert explained.chosen == name
+        assert all(v.chosen == (not v.reason) for v in explained)
+        with rf.use_backend(usual):
+            assert choose("conv_bn_act", *args) is functions[usual]
+    assert rf.explain("conv_bn_act", *draw(harvest(model, x[:1])[1].args, CPU)).chosen == usual
+
+
+def test_a_candidate_of_a_backend_is_what_runs(cache, backend):
+    """The very function the backend listed, as long as it is listed and the call is supported."""
+    big = lambda *args: in_float64(*args)  # noqa: E731
+    backend.ways = {"default": in_float64, "big tile": big}
+    calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
+    tune_calls(calls, CPU, clock=lambda run: 1.0 if run.func is big else 1.4)
+    args = draw(calls[0].args, CPU)
+    assert choose("conv_bn_act", *args) is big
+    backend.ways = {}
+    assert choose("conv_bn_act", *args) is big, "the candidates were listed again"
+    backend.supports = lambda op, *args: "not today"
+    assert choose("conv_bn_act", *args) is None
+
+
+@pytest.mark.parametrize("name", [("made_up", "gone"), ("no such backend", "default")])
+def test_a_choice_that_no_longer_exists_leaves_the_order(name, cache, backend):
+    args = arguments()
+    key = _tuned.signature("conv_bn_act", args)
+    _tuned.remember(CPU, {key: Choice(*name, 1.0, None)})
+    assert choose("conv_bn_act", *args) is in_float64
+    assert rf.explain("conv_bn_act", *args).chosen == "made_up"
+
+
+def test_what_is_known_is_not_measured_again_unless_forced(cache, backend):
+    calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
+    first = tune_calls(calls, CPU, clock=tick)
+    assert first.ok
+    assert first.cache == _tuned_file.path(CPU)
+    assert len(held()) == len(first.rows) == 2
+    _tuned.forget()
+
+    def never(run):
+        pytest.fail("measured again")
+
+    again = tune_calls(calls, CPU, clock=never)
+    assert [row.choice for row in again.rows] == [row.choice for row in first.rows]
+    assert all(row.known for row in again.rows)
+    assert not any(row.known for row in tune_calls(calls, CPU, force=True, clock=tick).rows)
+
+
+def test_an_interrupted_run_keeps_what_it_has(cache, backend):
+    calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
+
+    def interrupt(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_calls(calls, CPU, clock=tick, on_row=interrupt)
+    assert len(held()) == 1
+
+
+def test_a_call_that_nobody_answers_rightly_has_no_choice(cache, backend, monkeypatch):
+    monkeypatch.setattr(_Answers, "fault", lambda self, run: "wrong: all of them")
+    calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
+    report = tune_calls(calls, CPU, clock=tick)
+    assert not report.ok
+    assert held() == {}
+    assert "none was right" in str(report)
+    assert choose("conv_bn_act", *draw(calls[0].args, CPU)) is in_float64
+
+
+def test_without_a_cache_file_the_choices_hold_in_the_process(cache, backend, monkeypatch):
+    (cache / "file").write_text("")
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(cache / "file"))
+    backend.ways = {"other": lambda *args: in_float64(*args)}
+    calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
+    with pytest.warns(RuntimeWarning) as caught:
+        report = tune_calls(calls, CPU, clock=tick)
+    words = [str(w.message) for w in caught]
+    assert sum("cannot be written to" in w for w in words) == 1
+    assert report.cache is None
+    assert "kept in this process only" in str(report)
+    assert choose("conv_bn_act", *draw(calls[0].args, CPU)) is backend.ways["other"]
+
+
+def test_the_report_is_a_table(cache, backend):
+    backend.ways = {"right": in_float64, "bad": dying}
+    report = tune_calls(harvest(small_net(), torch.randn(2, 3, 8, 8)), CPU, clock=tick)
+    lines = [" ".join(line.split()) for line in str(report).splitlines()]
+    assert lines[0].split() == ["call", "times", "winner", "us", "next", "of", "dropped"]
+    assert lines[1] == "2x3x8x8 3x3 to 8 relu 1 made_up/right 1000000.0 - 3 1"
+    assert lines[2] == "2x8x8x8 3x3 to 8 relu 2 made_up/right 1000000.0 - 3 1"
+    assert lines[3].startswith("dropped: made_up/bad in 2 of 2 calls: RuntimeError: launch failed")
+    assert lines[-1] == f"kept in {report.cache}"
+    assert "known" in str(
+        tune_calls(harvest(small_net(), torch.randn(2, 3, 8, 8)), CPU, clock=tick)
+    )
+
+
+def test_tune_end_to_end_on_the_cpu(cache):
+    """Really timed; whatever was chosen, fused and frozen models are right, the model untouched."""
+    model, x = small_net(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    report = rf.tune(model, x)
+    assert report.ok
+    assert all(row.choice.microseconds > 0 for row in report.rows)
+    for name in (b.name for b in rf.backends() if b.available):
+        table = {key: Choice(name, "default", 1.0, None) for key in _tuned._tables[CPU]}
+        _tuned.remember(CPU, table)
+        torch.testing.assert_close(rf.fuse(model)(x), expected)
+        torch.testing.assert_close(rf.freeze(model, x)(x), expected)
+    assert type(model) is nn.Sequential
+    assert json.loads(report.cache.read_text())["choices"]
+
+
+# --- who reads the cache -------------------------------------------------------------------------
+
+
+def test_on_the_cpu_choices_hold_only_where_tune_was_called(cache):
+    """A process that did not keeps its order; one that does measures nothing again."""
+    calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
+    args = draw(calls[0].args, CPU)
+    usual = choose("conv_bn_act", *args)
+    assert usual is not None
+    tune_calls(calls, CPU, clock=lambda run: 1.0 if run.func is reference else 2.0)
+    assert choose("conv_bn_act", *args) is None
+    _tuned.forget()  # what a new process knows
+    assert choose("conv_bn_act", *args) is usual
+    tune_calls(calls, CPU, clock=lambda run: pytest.fail("measured again"))
+    assert choose("conv_bn_act", *args) is None
+
+
+def fake_cuda(args):
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        return tuple(
+            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda:0")
+            if isinstance(a, torch.Tensor)
+            else a
+            for a in args
+        )
+
+
+def test_on_a_gpu_the_file_is_read_at_the_first_call_and_once(cache, monkeypatch):
+    args = fake_cuda(arguments())
+    key = _tuned.signature("conv_bn_act", args)
+    reads = []
+
+    def load(device):
+        reads.append(device)
+        return {key: Choice("cudnn", "fused", 1.0, None)}
+
+    monkeypatch.setattr(_tuned_file, "load", load)
+    monkeypatch.setattr(cudnn, "available", lambda: None)
+    for _ in range(2):
+        assert choose("conv_bn_act", *args) is cudnn.fused_conv_bn_act
+    assert choose("conv_bn_act", *arguments()) is not cudnn.fused_conv_bn_act
+    assert reads == [torch.device("cuda", 0)]
+    x = arguments()[0].contiguous(memory_format=torch.channels_last)
+    others = fake_cuda((x, *arguments()[1:]))
+    assert choose("conv_bn_act", *others) is cudnn.conv_bn_act, "another layout is another call"
+
+
+def test_whether_tf32_is_allowed_is_part_of_a_gpu_call(monkeypatch):
+    found = types.SimpleNamespace(fp32_precision="tf32")
+    monkeypatch.setattr(torch.backends.cudnn, "conv", found)
+    args = fake_cuda(arguments())
+    key = _tuned.signature("conv_bn_act", args)
+    found.fp32_precision = "ieee"
+    assert _tuned.signature("conv_bn_act", args) != key
+    half = fake_cuda(arguments(dtype=torch.float16))
+    key = _tuned.signature("conv_bn_act", half)
+    found.fp32_precision = "tf32"
+    assert _tuned.signature("conv_bn_act", half) == key
+
+
+def test_importing_and_calling_tunes_nothing(cache, monkeypatch):
+    monkeypatch.setattr("resnet_fused.tuning.measure", lambda *args: pytest.fail("measured"))
+    rf.fuse(small_net())(torch.randn(2, 3, 8, 8))
+    assert list(cache.iterdir()) == []
