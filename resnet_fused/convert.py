@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from resnet_fused.backends import trains
 from resnet_fused.nn.fused import class_of, install, program_of, remove
 from resnet_fused.nn.match import match
 from resnet_fused.nn.program import Program, build
 from resnet_fused.nn.trace import Chains, TraceError, has_children, trace
+from resnet_fused.ops._checks import FLOAT_DTYPES
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -58,6 +60,10 @@ def fuse(
         with torch.inference_mode(False):
             model = copy.deepcopy(model)
     unfuse(model)
+    # Asked now, as torch.compile cannot ask while it traces.
+    for device in {p.device for p in model.parameters()}:
+        for dtype in FLOAT_DTYPES:
+            trains(device, dtype)
     shared = _shared(model)
     for module, program in _units(model, shared, filter_fn or _any):
         install(module, program)

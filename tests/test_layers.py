@@ -23,7 +23,7 @@ LAYERS = {
     "nn": {"functional", "ops", "backends"},
     "models": set(),
     "testing": set(),
-    "convert": {"nn"},
+    "convert": {"nn", "ops", "backends"},
     "engine": {"nn", "ops", "backends"},
     "freeze": {"engine", "convert", "nn", "ops", "functional", "backends"},
     "flops": {"ops", "models"},

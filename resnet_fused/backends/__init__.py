@@ -199,17 +199,26 @@ def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:
     return None
 
 
-def trains(x: torch.Tensor) -> bool:
-    """Return whether the ops of training run fast on tensors like ``x``.
+#: What :func:`trains` has found, by requested backend, kind of device, and dtype.
+_trains: dict[tuple[str, str, torch.dtype], bool] = {}
+
+
+def trains(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a backend has kernels for the ops of training.
 
     The reference runs them everywhere, slower than torch's own modules, so it counts only where it
-    was asked for by name.
+    was asked for by name. While torch.compile traces, nothing can be probed: what was not asked
+    before counts as no.
     """
-    name = requested()
-    if name == REFERENCE:
-        return True
-    modules = ORDER.values() if name == AUTO else (ORDER[name],)
-    return any(_reason(module, "bn_act", (x,)) is None for module in modules)
+    key = (requested(), device.type, dtype)
+    known = _trains.get(key)
+    if known is not None or torch.compiler.is_compiling():
+        return bool(known)
+    name, probe = key[0], torch.empty((1, 1, 1, 1), dtype=dtype, device=device)
+    modules = ORDER.values() if name == AUTO else [ORDER[name]] if name in ORDER else []
+    found = any(_reason(module, "bn_act", (probe,)) is None for module in modules)
+    _trains[key] = name == REFERENCE or found
+    return _trains[key]
 
 
 def explain(op: str, *args: Any) -> Explanation:

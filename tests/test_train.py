@@ -1,0 +1,336 @@
+"""Fused models in training mode: torch's gradients, buffers and loss curves, with less kept."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import ConvBnRelu, Residual, SmallNet, image
+from torch import Tensor, nn
+
+import resnet_fused as rf
+from resnet_fused.testing import gradient_metrics, max_error
+
+X = image(4, 3, 32, 32)
+TARGET = torch.tensor([0, 1, 2, 3])
+#: Calls of the fused ops of training in one forward of SmallNet, by op.
+CALLS = {"conv_bn_stats": 4, "bn_act_conv_bn_stats": 2, "bn_act_max_pool": 1, "bn_act": 1,
+         "dual_bn_act": 1, "bn_update_stats": 6}  # fmt: skip
+
+
+@pytest.fixture(params=["auto", "reference"], autouse=True)
+def _backend(request):
+    with rf.use_backend(request.param):
+        yield
+
+
+def small_net(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return SmallNet(**options).train()
+
+
+def ops_called(model: nn.Module, x: Tensor) -> dict[str, int]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(x)
+    events = {e.key.removeprefix("resnet_fused::"): e.count for e in profile.key_averages()}
+    return {name: events[name] for name in CALLS if name in events}
+
+
+def step(model: nn.Module, x: Tensor, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        loss = F.cross_entropy(model(x).float(), TARGET[: len(x)])
+    loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return max_error(a, b) / max(float(b.abs().max()), 1e-12)
+
+
+def test_which_ops_run():
+    """Between two convolutions of a block nothing is written, nor in front of the pool."""
+    assert ops_called(rf.fuse(small_net()), X) == CALLS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gradients_and_buffers(dtype, layout):
+    model = small_net().to(dtype)
+    x = X.to(dtype).contiguous(memory_format=layout)
+    fused, oracle = rf.fuse(model), copy.deepcopy(model).double()
+    ours, eager, exact = (step(m, t) for m, t in ((fused, x), (model, x), (oracle, x.double())))
+    assert ours.keys() == exact.keys()
+    assert all(grad.dtype == dtype for grad in ours.values())
+    turns = [
+        [1 - gradient_metrics(grads[n], exact[n]).cosine for n in exact] for grads in (ours, eager)
+    ]
+    # Over all parameters: a flip at ReLU's kink turns single gradients by more than rounding does.
+    assert sum(turns[0]) <= 2 * sum(turns[1]) + 1e-6, (turns, list(exact))
+    for (name, a), b, c in zip(
+        fused.named_buffers(), model.buffers(), oracle.buffers(), strict=True
+    ):
+        assert a.dtype == b.dtype
+        assert relative(a, c) <= 2 * relative(b, c) + 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """Statistics stay float32; gradients are as near to float32's as eager torch's are."""
+    if dtype == torch.float16 and rf.backends()[0].available:
+        pytest.skip("fused training in float16 is for GPUs")
+    model = small_net()
+    fused, exact = rf.fuse(model), copy.deepcopy(model)
+    ours, eager, oracle = step(fused, X, dtype), step(model, X, dtype), step(exact, X)
+    for name, grad in ours.items():
+        assert grad.dtype == torch.float32
+        assert relative(grad, oracle[name]) <= 3 * relative(eager[name], oracle[name]) + 2e-2, name
+    assert fused.bn1.running_var.dtype == torch.float32
+    assert relative(fused.bn1.running_var, exact.bn1.running_var) < 2e-2
+
+
+def train_steps(model: nn.Module, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    generator, losses = torch.Generator().manual_seed(5), []
+    for _ in range(steps):
+        x = torch.randn(8, 3, 32, 32, generator=generator)
+        target = torch.randint(5, (8,), generator=generator)
+        loss = F.cross_entropy(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_twenty_steps_stay_as_close_as_two_eager_runs_do():
+    """The yardstick is eager in the other layout, which sums in another order."""
+    model = small_net()
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    fused, exact = rf.fuse(model), copy.deepcopy(model).double()
+    ours, eager, rival = (train_steps(m, 20) for m in (fused, model, other))
+    spread = max(abs(a - b) for a, b in zip(eager, rival, strict=True))
+    assert max(abs(a - b) for a, b in zip(ours, eager, strict=True)) <= 10 * spread + 1e-4
+    assert ours[-1] == pytest.approx(eager[-1], abs=1e-3)
+    del exact
+    for (name, a), b in zip(fused.state_dict().items(), model.state_dict().values(), strict=True):
+        assert relative(a.double(), b.double()) < 1e-2, name
+
+
+def test_the_same_seed_gives_the_same_bits():
+    runs = []
+    for _ in range(2):
+        model = rf.fuse(small_net())
+        train_steps(model, 3)
+        runs.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(r.values() for r in runs), strict=True))
+
+
+# --- BatchNorm's options -------------------------------------------------------------------------
+
+
+def assert_trains_alike(model: nn.Module, x: Tensor = X) -> None:
+    model.train()
+    fused = rf.fuse(model)
+    for m in (fused, model):
+        m.zero_grad()
+        y = m(x)
+        (y * image(*y.shape)).sum().backward()
+    for (name, a), b in zip(fused.named_parameters(), model.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        assert a.grad is None or relative(a.grad, b.grad) < 1e-3, name
+    for (name, a), b in zip(fused.named_buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def one_block(**options) -> nn.Module:
+    conv, bn = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6, **options)
+    return nn.Sequential(conv, bn, nn.ReLU(), nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 0.1}],
+    ids=str,
+)
+def test_options(options):
+    assert_trains_alike(one_block(**options))
+
+
+def test_convolutions_with_bias_are_left_to_torch():
+    assert_trains_alike(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_blocks(stride):
+    assert_trains_alike(nn.Sequential(ConvBnRelu(3, 8), Residual(8, 12, stride), Residual(12, 12)))
+
+
+@pytest.mark.parametrize("pool", [
+    nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d((3, 2), (2, 1), (1, 0)),
+    nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(2),
+])  # fmt: skip
+def test_pools_behind_a_group(pool):
+    assert_trains_alike(nn.Sequential(*ConvBnRelu(3, 8), pool, *ConvBnRelu(8, 4)))
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("options", [
+    {}, {"stride": 2}, {"padding": 1}, {"dilation": 2, "padding": 2}, {"groups": 3},
+    {"padding": "valid"},
+])  # fmt: skip
+def test_geometries(kernel, options):
+    first = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+    second = nn.Conv2d(6, 9, kernel, bias=False, **options)
+    norms = nn.BatchNorm2d(6), nn.BatchNorm2d(9)
+    assert_trains_alike(nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1], nn.ReLU()))
+
+
+def test_one_value_per_channel_is_refused_before_anything_changes():
+    model = rf.fuse(one_block().train())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="more than 1 value per channel when training"):
+        model(torch.randn(1, 3, 3, 3))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_train_and_eval_in_turns():
+    model = small_net()
+    fused = rf.fuse(model)
+    for mode in (True, False, True, True, False):
+        fused.train(mode)
+        model.train(mode)
+        a, b = fused(X), model(X)
+        assert relative(a, b) < 1e-4
+    for a, b in zip(fused.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_frozen_norm_among_live_ones():
+    model = small_net()
+    model.layer1[0].bn1.eval()
+    fused = rf.fuse(model)
+    ours, eager = step(fused, X), step(model, X)
+    assert all(relative(g, eager[n]) < 1e-3 for n, g in ours.items())
+    assert int(fused.layer1[0].bn1.num_batches_tracked) == 0
+
+
+# --- the ways people train -----------------------------------------------------------------------
+
+
+def test_parts_without_gradients():
+    model = small_net()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layer1.1" in name or "fc" in name)
+    fused = rf.fuse(model)
+    ours, eager = step(fused, X), step(model, X)
+    assert ours.keys() == eager.keys()
+    assert all(relative(g, eager[n]) < 1e-3 for n, g in ours.items())
+
+
+def test_no_grad_calibrates():
+    model = small_net()
+    fused = rf.fuse(model)
+    with torch.no_grad():
+        assert relative(fused(X), model(X)) < 1e-4
+    for a, b in zip(fused.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradient_accumulation():
+    model = small_net()
+    fused = rf.fuse(model)
+    for m in (fused, model):
+        for part in X.split(2):
+            step(m, part)
+    for a, b in zip(fused.parameters(), model.parameters(), strict=True):
+        assert relative(a.grad, b.grad) < 1e-3
+
+
+def test_activation_checkpointing():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self, block: nn.Module):
+            super().__init__()
+            self.stem, self.block = ConvBnRelu(3, 8), block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, self.stem(x), use_reentrant=False)
+
+    torch.manual_seed(0)
+    assert_trains_alike(Checkpointed(Residual(8, 8)))
+
+
+def test_hooks_fire_in_training():
+    model, seen = small_net(), []
+    fused = rf.fuse(model)
+    handle = fused.layer1[0].conv2.register_forward_hook(lambda *_: seen.append("conv2"))
+    ours, eager = step(fused, X), step(model, X)
+    assert seen == ["conv2"]
+    assert all(relative(g, eager[n]) < 1e-3 for n, g in ours.items())
+    handle.remove()
+
+
+def test_double_backward_is_refused():
+    model = rf.fuse(small_net())
+    x = X.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite(value):
+    x = X.clone()
+    x[0, 1, 3, 4] = value
+    model = small_net()
+    fused = rf.fuse(model)
+    a, b = fused(x), model(x)
+    assert torch.equal(a.isnan(), b.isnan())
+    for p, q in zip(fused.buffers(), model.buffers(), strict=True):
+        assert torch.equal(p.isnan(), q.isnan())
+
+
+def test_compile_without_a_break_inside_blocks():
+    torch._dynamo.reset()
+    model = nn.Sequential(ConvBnRelu(3, 8), Residual(8, 8)).train()
+    fused = rf.fuse(model)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    for m in (compiled, model):
+        m(X).square().mean().backward()
+    for a, b in zip(fused.parameters(), model.parameters(), strict=True):
+        assert relative(a.grad, b.grad) < 1e-3
+    for a, b in zip(fused.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def saved_bytes(model: nn.Module):
+    """Count the unique storages saved for backward, parameters and buffers left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield found
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_fifth_less_is_kept_for_backward(name):
+    model = rf.models.create_model(name).train()
+    x, kept = torch.randn(2, 3, 64, 64), []
+    for m in (model, rf.fuse(model)):
+        with saved_bytes(m) as found:
+            loss = m(x).sum()
+        kept.append(sum(found.values()))
+        del loss
+    assert kept[1] <= 0.80 * kept[0], f"{kept[1] / kept[0]:.3f} of eager"
