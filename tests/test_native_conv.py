@@ -59,7 +59,8 @@ def native(
     ow = (wd + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
     xs, w = nhwc(x), w.contiguous()
     _keep, packed = aligned(_C.conv_bn_act_packed_bytes(name, algorithm, o, cg, kh, kw, groups))
-    _C.conv_bn_act_pack(w.data_ptr(), packed, name, algorithm, o, cg, kh, kw, groups)
+    along = (cg * kh * kw, kh * kw, 1)
+    _C.conv_bn_act_pack(w.data_ptr(), packed, name, algorithm, o, cg, kh, kw, groups, *along)
     size = _C.conv_bn_act_scratch_bytes(name, algorithm, *shape, threads or torch.get_num_threads())
     keep2, scratch = aligned(size)
     r = None if residual is None else nhwc(residual)

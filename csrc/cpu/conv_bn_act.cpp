@@ -96,14 +96,22 @@ size_t packed_bytes(const std::string& dtype, const std::string& algorithm, int6
 }
 
 void pack(uintptr_t weight, uintptr_t packed, const std::string& dtype, const std::string& algorithm,
-          int64_t o, int64_t cg, int64_t kh, int64_t kw, int64_t groups, bool turned) {
+          int64_t o, int64_t cg, int64_t kh, int64_t kw, int64_t groups, int64_t along_o,
+          int64_t along_c, int64_t along_tap, bool turned) {
   const ConvShape s = weight_shape(dtype, o, cg, kh, kw, groups);
   const cpu::ConvAlgorithm& a = find(s, algorithm);
   need_pointer("weight", weight);
-  if (turned && groups != 1) fail("turned: takes one group");
+  need("along_o", along_o, 0, int64_t(1) << 40);
+  need("along_c", along_c, 0, int64_t(1) << 40);
+  need("along_tap", along_tap, 0, int64_t(1) << 40);
+  const char* data = pointer<const char>(weight);
+  if (turned) {
+    data += (kh * kw - 1) * along_tap * int64_t(itemsize(s.dtype));
+    along_tap = -along_tap;
+  }
   if (!packed || packed % 64) fail("packed: must be 64-byte aligned");
   py::gil_scoped_release release;
-  a.pack(s, {pointer<const void>(weight), turned}, pointer<void>(packed));
+  a.pack(s, {data, along_o, along_c, along_tap}, pointer<void>(packed));
 }
 
 size_t scratch_bytes(const std::string& dtype, const std::string& algorithm, int64_t n, int64_t h,
@@ -153,10 +161,11 @@ void register_conv_bn_act(py::module_& m) {
   m.def("conv_bn_act_packed_bytes", &packed_bytes, py::arg("dtype"), py::arg("algorithm"), RF_WEIGHT,
         "Bytes of the packed weights. They depend on the algorithm and the instruction set too.");
   m.def("conv_bn_act_pack", &pack, py::arg("weight"), py::arg("packed"), py::arg("dtype"),
-        py::arg("algorithm"), RF_WEIGHT, py::arg("turned") = false,
-        "Packs a contiguous (o, c_per_group, kh, kw) weight into a 64-byte aligned buffer.\n\n"
-        "turned: the weight lies as (c, o, kh, kw) and is read with its axes exchanged and its\n"
-        "kernels turned by half a turn, so that the convolution gives an input's gradient.");
+        py::arg("algorithm"), RF_WEIGHT, py::arg("along_o"), py::arg("along_c"),
+        py::arg("along_tap"), py::arg("turned") = false,
+        "Packs a weight into a 64-byte aligned buffer. along_* are the elements from one output\n"
+        "channel, input channel or tap to the next. turned: each kernel is read from its last tap to\n"
+        "its first; with along_o and along_c exchanged the convolution gives an input's gradient.");
   m.def("conv_bn_act_scratch_bytes", &scratch_bytes, py::arg("dtype"), py::arg("algorithm"), RF_SHAPE,
         py::arg("threads"), "Bytes of scratch a call wants to run on that many threads.");
   m.def("conv_bn_act", &conv_bn_act, py::arg("x"), py::arg("packed"), py::arg("scale"),

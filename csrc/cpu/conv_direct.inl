@@ -91,8 +91,8 @@ struct Direct {
     const int64_t nr = p.nv * E::W, cg = s.cg(), og = s.og(), kk = s.kh * s.kw;
     // The elements of a run are channels, or all of (kw, channel).
     const int64_t runs = NARROW ? s.kh : kk, length = NARROW ? s.kw * cg : cg;
-    const int64_t steps = ceil_div(length, E::KU), along_o = weight.along_o(s);
-    const int64_t along_c = weight.along_c(s);
+    const int64_t steps = ceil_div(length, E::KU);
+    const int64_t along_o = weight.along_o, along_c = weight.along_c;
 #pragma omp parallel for
     for (int64_t q = 0; q < s.groups * p.panels; ++q) {
       T* out = static_cast<T*>(packed) + q * p.panel;
@@ -101,7 +101,7 @@ struct Direct {
       if (valid < nr || length % E::KU) memset(out, 0, p.panel * sizeof(T));
       for (int64_t t = 0; t < runs; ++t, out += steps * nr * E::KU)
         for (int64_t x = 0; x < kk / runs; ++x) {
-          const T* from = w + weight.tap(s, t * (kk / runs) + x);
+          const T* from = w + (t * (kk / runs) + x) * weight.along_tap;
           const auto copy = [&](int64_t j, int64_t c) {
             const int64_t e = x * cg + c;
             out[(e / E::KU * nr + j) * E::KU + e % E::KU] = from[j * along_o + c * along_c];

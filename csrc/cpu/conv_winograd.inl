@@ -122,19 +122,18 @@ struct Winograd {
     typedef double D __attribute__((vector_size(8 * L)));
     typedef float V __attribute__((vector_size(4 * L)));
     const int64_t panels = ceil_div(s.o, NR), op = round_up(s.o, W);
-    const int64_t along_o = weight.along_o(s), along_c = weight.along_c(s);
     float* u = static_cast<float*>(packed);
     float* plain = u + panels * P * s.c * NR;
 #pragma omp parallel for
     for (int64_t part = 0; part < panels * (NR / L); ++part) {
       const int64_t q = part / (NR / L), j = part % (NR / L) * L, o = q * NR + j;
       const int lanes = (int)min64(L, max64(0, s.o - o));
-      const T* w = static_cast<const T*>(weight.data) + o * along_o;
+      const T* w = static_cast<const T*>(weight.data) + o * weight.along_o;
       for (int64_t c = 0; c < s.c; ++c) {
         D g[9] = {}, half[3 * IN], full[P];
         for (int l = 0; l < lanes; ++l)
           for (int t = 0; t < 9; ++t)
-            g[t][l] = to_float(w[l * along_o + c * along_c + weight.tap(s, t)]);
+            g[t][l] = to_float(w[l * weight.along_o + c * weight.along_c + t * weight.along_tap]);
         for (int i = 0; i < 3; ++i) F::weights(g + i, 3, half + i, 3);
         for (int i = 0; i < IN; ++i) F::weights(half + i * 3, 1, full + i * IN, 1);
         for (int t = 0; t < P; ++t) {

@@ -19,17 +19,11 @@ struct ConvArgs {
   bool relu;
 };
 
-// A weight as it lies in memory: (o, c / groups, kh, kw), or turned, for the gradient of the input:
-// (c, o, kh, kw), read with its two axes exchanged and each kernel turned by half a turn.
+// A weight as it lies in memory: the element of output channel o, input channel c (of one group)
+// and tap t is at data + o * along_o + c * along_c + t * along_tap.
 struct Weight {
   const void* data;
-  bool turned;
-
-  // The element of output channel o, input channel c (of one group) and tap t is at
-  // o * along_o + c * along_c + tap(t).
-  int64_t along_o(const ConvShape& s) const { return turned ? s.kh * s.kw : s.cg() * s.kh * s.kw; }
-  int64_t along_c(const ConvShape& s) const { return turned ? s.o * s.kh * s.kw : s.kh * s.kw; }
-  int64_t tap(const ConvShape& s, int64_t t) const { return turned ? s.kh * s.kw - 1 - t : t; }
+  int64_t along_o, along_c, along_tap;
 };
 
 // An algorithm is four functions of the shape. Scratch is shared + threads * per_thread bytes.

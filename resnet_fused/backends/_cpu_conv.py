@@ -151,10 +151,19 @@ def _pack(
 ) -> Tensor:
     if packed is None:
         packed = torch.empty(plan.packed_bytes, dtype=torch.uint8)
-    source = weight.detach().contiguous()
+    along_o, along_c, along_row, along_tap = weight.stride()
+    if weight.shape[2] > 1 and along_row != weight.shape[3] * along_tap:
+        # Neither contiguous nor channels_last: the taps are not evenly spaced.
+        weight = weight.detach().contiguous()
+        along_o, along_c, _, along_tap = weight.stride()
+    if weight.shape[3] == 1:
+        along_tap = along_row if weight.shape[2] > 1 else 0
+    if turned:
+        along_o, along_c = along_c, along_o
     loaded().conv_bn_act_pack(
-        source.data_ptr(), packed.data_ptr(), plan.dtype, plan.algorithm, *plan.layout, turned
-    )
+        weight.data_ptr(), packed.data_ptr(), plan.dtype, plan.algorithm, *plan.layout,
+        along_o, along_c, along_tap, turned,
+    )  # fmt: skip
     return packed
 
 

@@ -203,13 +203,19 @@ def conv_backward_weight(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool,
 ) -> Tensor:
     """Run the op by torch's oneDNN."""
     weight = grad.new_empty(()).expand(tuple(weight_size))
     geometry = (stride, padding, dilation, False, [0, 0], groups)
-    return torch.ops.aten.convolution_backward(
+    grad_weight = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *geometry, [False, True, False]
-    )[1].contiguous()
+    )[1]
+    o, c, kh, kw = weight_size
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    strides = (c * kh * kw, 1, kw * c, c) if channels_last else (c * kh * kw, kh * kw, kw, 1)
+    # To the letter: sides of length one may have any stride.
+    return grad_weight.contiguous(memory_format=layout).as_strided((o, c, kh, kw), strides)
 
 
 def bn_apply(

@@ -23,6 +23,7 @@ def check(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool,
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
     _checks.check_feature_map(NAME, grad, "grad")
@@ -44,13 +45,22 @@ def reference(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool,
 ) -> Tensor:
-    """Compute the op in plain torch; the result is contiguous."""
+    """Compute the op in plain torch, the result in the weight's own layout."""
     weight = grad.new_empty(()).expand(tuple(weight_size))
-    return torch.ops.aten.convolution_backward(
+    grad_weight = torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
         [False, True, False],
-    )[1].contiguous()  # fmt: skip
+    )[1]  # fmt: skip
+    return empty_like_weight(grad, weight_size, channels_last).copy_(grad_weight)
+
+
+def empty_like_weight(grad: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
+    """Return an empty weight, channels_last to the letter or contiguous."""
+    if channels_last:
+        return _checks.empty_channels_last(grad, size)
+    return grad.new_empty(tuple(size))
 
 
 def fake(
@@ -61,10 +71,11 @@ def fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool,
 ) -> Tensor:
-    """Return an empty contiguous tensor of the weight's shape."""
-    check(grad, x, weight_size, stride, padding, dilation, groups)
-    return grad.new_empty(tuple(weight_size))
+    """Return an empty tensor of the weight's shape and layout."""
+    check(grad, x, weight_size, stride, padding, dilation, groups, channels_last)
+    return empty_like_weight(grad, weight_size, channels_last)
 
 
 def flops(
@@ -88,6 +99,7 @@ def nbytes(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool,
 ) -> int:
     """Grad and x read once, the weight's gradient written once."""
     return grad.nbytes + x.nbytes + torch.Size(weight_size).numel() * grad.element_size()
@@ -96,17 +108,18 @@ def nbytes(
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield over the convolutions of conv_bn_stats."""
     generator = torch.Generator().manual_seed(3)
-    for x, weight, stride, padding, dilation, groups in conv_bn_stats.samples(device, dtype):
+    convolutions = enumerate(conv_bn_stats.samples(device, dtype))
+    for i, (x, weight, stride, padding, dilation, groups) in convolutions:
         shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
         grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
-        yield grad, x, list(weight.shape), stride, padding, dilation, groups
+        yield grad, x, list(weight.shape), stride, padding, dilation, groups, bool(i % 2)
 
 
 OP = Op(
     name=NAME,
     schema=(
         "(Tensor grad, Tensor x, SymInt[] weight_size, SymInt[2] stride, SymInt[2] padding, "
-        "SymInt[2] dilation, SymInt groups) -> Tensor"
+        "SymInt[2] dilation, SymInt groups, bool channels_last) -> Tensor"
     ),
     check=check,
     reference=reference,

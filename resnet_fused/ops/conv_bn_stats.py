@@ -85,7 +85,9 @@ def convolution_gradients(
     grad_x = ops.conv_backward_data(grad, weight, x.shape, *ctx.geometry) if need_x else None
     grad_weight = None
     if need_weight:
-        grad_weight = ops.conv_backward_weight(grad, x, weight.shape, *ctx.geometry)
+        # In the weight's own layout, or the accumulation would copy it.
+        channels_last = not weight.is_contiguous()
+        grad_weight = ops.conv_backward_weight(grad, x, weight.shape, *ctx.geometry, channels_last)
     return grad_x, grad_weight
 
 
