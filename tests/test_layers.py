@@ -26,7 +26,8 @@ LAYERS = {
     "verify": {"freeze", "convert", "nn", "ops", "functional", "backends", "testing", "flops"},
     "env": {PACKAGE, "backends"},
     "bench": {PACKAGE, "models", "flops", "verify", "testing", "env", "backends"},
-    "cli": {PACKAGE, "bench", "models", "flops", "verify", "env", "backends"},
+    "inspection": {PACKAGE, "bench", "models", "backends"},
+    "cli": {PACKAGE, "bench", "inspection", "models", "flops", "verify", "env", "backends"},
     "__main__": {"cli"},
     "__init__": {"functional", "backends", "convert", "freeze", "models", "flops", "verify"},
 }
