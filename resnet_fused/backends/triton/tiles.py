@@ -63,7 +63,7 @@ def _legal(problem: Problem, precision: str, capability: int) -> Iterator[Config
             config = Config(block_m, block_n, block_k, num_warps, num_stages, tma=tma)
             if num_stages > max(2, problem.steps(block_k) + 1):
                 continue
-            if not _fits_registers(problem, precision, config):
+            if not _fits_registers(problem, precision, config, capability):
                 continue
             if tma and not takes_tma(problem, precision, config, capability):
                 continue
@@ -90,27 +90,33 @@ def _block_k(problem: Problem, precision: str) -> int:
     if precision == "fp32":  # Operands of multiply-adds without tensor cores sit in registers.
         return 16
     widest = 128 // ITEMSIZE[precision]
-    if problem.flat:
-        return min(32, max(16, power(problem.taps * problem.c)))
+    if problem.flat:  # the one that leaves less of the last block unused
+        return min((32, 16), key=lambda k: problem.steps(k) * k)
     if problem.c % widest == 0 or problem.taps == 1:
         return min(widest, max(16, power(problem.c)))
     divides = [k for k in (32, 16) if k < widest and problem.c % k == 0]
     return divides[0] if divides else min(widest, power(problem.c))
 
 
-def _fits_registers(problem: Problem, precision: str, config: Config) -> bool:
+def _fits_registers(problem: Problem, precision: str, config: Config, capability: int) -> bool:
     """Return whether a thread's sums and what it loads leave nothing to spill.
 
     The limits are from compiling every candidate for ResNet-50's convolutions.
     """
     threads = 32 * config.num_warps
     sums = config.block_m * config.block_n / threads
-    most = 32 if precision == "fp32" else 128  # operands of products without tensor cores
-    if precision == "tf32" and problem.residual and not config.tma:
-        most = 64  # the residual, as wide as the sums
     if problem.flat and config.block_m * config.block_k > 16 * threads:
         return False  # elements loaded one by one
-    return sums <= most and (sums >= 16 or config.num_warps == 4)
+    if config.num_warps == 8 and sums < 8:
+        return False
+    beside = problem.residual and not config.tma
+    if precision == "fp32":
+        return sums <= 32  # operands of products without tensor cores
+    if not asynchronous(precision, capability):
+        # Operands of mma and a row's addresses and masks leave room for few pixels a thread.
+        most = 128 if config.block_n == 256 and not beside else 64
+        return sums <= most and config.block_m <= threads
+    return sums <= (64 if precision == "tf32" and beside else 128)
 
 
 def _splits(problem: Problem, config: Config, arch: Arch) -> Iterator[Config]:
