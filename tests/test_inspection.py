@@ -35,7 +35,7 @@ def test_a_model_has_a_row_per_distinct_convolution():
     rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith("1x")]
     distinct = convolutions("cifar_resnet20", 1, torch.bfloat16)
     assert len(rows) == len(distinct)
-    assert rows[0][:4] == ["1x3x32x32", "3x3", "16", "1"]
+    assert rows[0][:4] == ["1x3x224x224", "3x3", "16", "1"]
 
 
 def test_parse_shape():

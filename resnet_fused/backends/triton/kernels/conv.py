@@ -51,13 +51,12 @@ def conv_fwd_kernel(
     BLOCKS: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
     STEPS: tl.constexpr = (KH * KW * IN + BLOCK_K - 1) // BLOCK_K if FLAT else KH * KW * BLOCKS
     PART: tl.constexpr = (STEPS + SPLIT_K - 1) // SPLIT_K
-    begin, end = 0, STEPS
-    if SPLIT_K > 1:
-        begin = tl.program_id(1) * PART
-        end = min(begin + PART, STEPS)
-
+    UNEVEN: tl.constexpr = STEPS % SPLIT_K > 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for step in range(begin, end):
+    for index in range(PART):
+        step = index
+        if SPLIT_K > 1:
+            step += tl.program_id(1) * PART
         if FLAT:
             k = step * BLOCK_K + ks
             down, right = k // IN // KW * DIL_H, k // IN % KW * DIL_W
@@ -81,6 +80,9 @@ def conv_fwd_kernel(
             if IN % BLOCK_K != 0:
                 inside &= (first + ks < IN)[None, :]
                 known &= (first + ks < IN)[None, :]
+            if UNEVEN:  # the last part is shorter
+                inside &= step < STEPS
+                known &= step < STEPS
             a = tl.load(x_rows[:, None] + offsets[None, :], mask=inside, other=0.0)
         b = tl.load(w_rows[:, None] + k[None, :], mask=known, other=0.0)
         acc = multiply(b, a.T, acc, PRECISION)
