@@ -49,8 +49,7 @@ class Compiled:
 def compile_conv(
     problem: Problem, dtype: torch.dtype, config: Config, capability: int, act: str | None = "relu"
 ) -> list[Compiled]:
-    """Compile the kernels of one conv_bn_act, with scale, shift and, if the problem has one,
-    residual.
+    """Compile the kernels of one conv_bn_act with scale and shift, and the problem's residual.
 
     Args:
         problem: the convolution.
