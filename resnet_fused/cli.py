@@ -1,4 +1,4 @@
-"""The command `resnet-fused`: bench, flops, roofline, verify, tune, doctor.
+"""The command `resnet-fused`: bench, flops, roofline, verify, tune, inspect, doctor.
 
 Imports are inside the commands, so that `--help` waits for nothing it does not show.
 """
@@ -260,6 +260,35 @@ def tune(
         )  # fmt: skip
         typer.echo(str(report))
         raise typer.Exit(0 if report.ok else 1)
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Every distinct convolution of a model.")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="One convolution instead.", metavar="N,C,H,W,O,K,STRIDE")
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", "-b", help="Images, with --model.")] = "256",
+    dtype: Annotated[str, typer.Option("--dtype", "-d", help="bf16, fp16 or fp32.")] = "bf16",
+    arch: Annotated[
+        str, typer.Option(help="80 (A100), 90 (H100, H200) or 100 (B200); none need be here.")
+    ] = "90",
+) -> None:
+    """Compile the Triton kernels for a GPU that need not be here: `inspect -m resnet50`.
+
+    Spilled registers, narrow loads or products without tensor cores (those are
+    wgmma, tcgen05, mma.sync) tell a bad tile before it runs; a spill exits with 1.
+    """
+    with _one_line_errors():
+        from resnet_fused import inspection
+
+        clean = inspection.show(
+            _console(), _console(stderr=True),
+            model=model, batch=batch, dtype=dtype, arch=arch, shape=shape,
+        )  # fmt: skip
+        raise typer.Exit(0 if clean else 1)
 
 
 @app.command()

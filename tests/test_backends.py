@@ -4,10 +4,11 @@ import threading
 
 import pytest
 import torch
+from devices import device_of, moved
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.backends import ORDER, _derived, choose, requested
+from resnet_fused.backends import ORDER, _derived, _requested, choose, requested
 from resnet_fused.ops import OPS
 
 X, WEIGHT = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3)
@@ -55,7 +56,7 @@ def test_use_backend_holds_for_other_threads():
 
 
 def test_the_environment_is_asked_last(monkeypatch):
-    monkeypatch.setitem(choose.__globals__, "_requested", None)
+    monkeypatch.setattr(_requested, "_name", None)
     monkeypatch.setenv("RESNET_FUSED_BACKEND", "reference")
     assert requested() == "reference"
     monkeypatch.setenv("RESNET_FUSED_BACKEND", "nonsense")
@@ -104,8 +105,9 @@ def test_onednn_switched_off():
 
 @pytest.mark.parametrize("name", [b.name for b in rf.backends() if b.available])
 def test_explain_names_the_one_that_runs(name):
+    x, weight = moved((X, WEIGHT), device_of(name))
     with rf.use_backend(name):
-        verdicts = rf.explain("conv_bn_act", X, WEIGHT)
+        verdicts = rf.explain("conv_bn_act", x, weight)
     assert verdicts.chosen == name
     assert [v.name for v in verdicts] == NAMES
     assert all(v.chosen == (not v.reason) for v in verdicts)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from devices import device_of
 from nets import ConvBnRelu, Residual, SmallNet, assert_same_model, fused_calls, image, small_net
 from torch import nn
 
@@ -204,7 +205,8 @@ def test_a_model_without_convolution():
 
 @pytest.mark.parametrize("backend", [b.name for b in rf.backends() if b.available])
 def test_every_backend(backend):
-    model = small_net()
+    device = device_of(backend)
+    model = small_net().to(device)
     fused = rf.fuse(model)
     with rf.use_backend(backend):
-        assert_same_model(fused, model, X, reduced=144)
+        assert_same_model(fused, model, X.to(device), reduced=144)

@@ -10,19 +10,23 @@ own file.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
-from resnet_fused.backends import _tuned, cpu, cudnn, onednn
+from resnet_fused.backends import _requested, _tuned, cpu, cudnn, onednn, triton
+from resnet_fused.backends._requested import AUTO
 
 #: Tried in this order by "auto"; the reference runs what none of them takes.
-ORDER: dict[str, ModuleType] = {"cpu": cpu, "onednn": onednn, "cudnn": cudnn}
+ORDER: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "onednn": onednn,
+    "triton": triton,
+    "cudnn": cudnn,
+}
 REFERENCE = "reference"
-AUTO = "auto"
 
 
 class Backend(NamedTuple):
@@ -71,14 +75,10 @@ def _check_name(name: str, source: str) -> str:
     raise ValueError(f"{source}: unknown backend {name!r}{hint}; accepted: {', '.join(_names())}")
 
 
-_requested: str | None = None
-
-
 def requested() -> str:
     """Return the backend asked for: :class:`use_backend`, else RESNET_FUSED_BACKEND, else auto."""
-    if _requested is not None:
-        return _requested
-    return _check_name(os.environ.get("RESNET_FUSED_BACKEND", AUTO), "RESNET_FUSED_BACKEND")
+    name = _requested.name()
+    return name if _requested.is_set() else _check_name(name, "RESNET_FUSED_BACKEND")
 
 
 class use_backend:
@@ -95,13 +95,12 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global _requested
         _check_name(name, "use_backend")
         if name in ORDER and (reason := ORDER[name].available()):
             raise RuntimeError(
                 f"use_backend: backend {name!r} is not available: {reason}. {ORDER[name].ADVICE}"
             )
-        self._previous, _requested = _requested, name
+        self._previous = _requested.swap(name)
 
     def __enter__(self) -> use_backend:
         """Keep the backend that the constructor set."""
@@ -114,8 +113,7 @@ class use_backend:
         trace: TracebackType | None,
     ) -> None:
         """Return to what was asked for before."""
-        global _requested
-        _requested = self._previous
+        _requested.swap(self._previous)
 
 
 def backends() -> list[Backend]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from devices import device_of
 from torch import Tensor
 
 import resnet_fused as rf
@@ -112,7 +113,7 @@ def declined(op: str, backend: str, args: tuple) -> str:
 
 def samples(op: str, dtype: torch.dtype, backend: str | None = None) -> list[tuple]:
     """The op's samples in ``dtype``, those that ``backend`` runs."""
-    drawn = OPS[op].samples("cpu", dtype)
+    drawn = OPS[op].samples(device_of(backend), dtype)
     return [args for args in drawn if backend is None or not declined(op, backend, args)]
 
 

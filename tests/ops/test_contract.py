@@ -82,7 +82,7 @@ def test_result(op, backend, dtype):
 
 def sliced(t: Tensor) -> Tensor:
     """Every other element of a larger tensor, not from its start."""
-    big = torch.full([2 * n + 1 for n in t.shape], torch.nan, dtype=t.dtype)
+    big = torch.full([2 * n + 1 for n in t.shape], torch.nan, dtype=t.dtype, device=t.device)
     part = big[tuple(slice(1, None, 2) for _ in t.shape)]
     return part.copy_(t)
 
@@ -163,7 +163,7 @@ def test_gradients(op, backend, dtype):
         out = call(op, args)
         # The op's own: a flip at the kink or of a maximum is the forward's error, not this one's.
         choices = own_choices(op, args, out)
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         ours = gradients(functools.partial(call, op), args, grad)
         plain, oracle = (
             gradients(functools.partial(eager, op, choices=choices), a, grad)

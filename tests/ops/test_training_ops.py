@@ -289,7 +289,7 @@ BAD = {
     "stride": ("conv_bn_stats", (X, WEIGHT, [0, 1], [1, 1], [1, 1], 1), "stride must"),
     "integer": ("conv_bn_stats", (X.long(), WEIGHT.long(), *SAME), "x must be one of"),
     "grad's shape": ("conv_backward_data", (X, WEIGHT, [2, 3, 4, 4], *SAME), "do not belong"),
-    "x's shape": ("conv_backward_weight", (X, X[..., :2], [3, 3, 3, 3], *SAME, False), "do not belong"),
+    "x's shape": ("conv_backward_weight", (X, X[..., :2], [3, 3, 3, 3], *SAME, False), "belong"),
     "one value": ("bn_update_stats", (VECTOR, VECTOR, None, VECTOR, VECTOR, 1, 0.1), "count must"),
     "no count": ("bn_update_stats", (VECTOR, VECTOR, None, VECTOR, VECTOR, 2, None), "batches"),
     "window": ("bn_act_max_pool", (X, VECTOR, VECTOR, None, None, 0.1, None, *LARGE),

@@ -1,0 +1,138 @@
+"""The Triton kernels: every op on NVIDIA GPUs from sm_80, in float32, bfloat16 and float16.
+
+This module does not import triton; what does (``run``, ``launch``, ``kernels``) is loaded by the
+first call. With TRITON_INTERPRET=1 set before that, Triton's interpreter runs the same kernels on
+CPU tensors, slowly: so only for a call that asked for this backend by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import _requested
+
+ADVICE = (
+    "Use an NVIDIA GPU from Ampere on (sm_80) with a CUDA build of torch, which brings triton; "
+    "or set TRITON_INTERPRET=1 before the first call to try the kernels on CPU tensors."
+)
+LEAST_CAPABILITY = (8, 0)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Return whether kernels are interpreted; settled once, as Triton settles it on loading."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _load_error() -> str | None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:  # a folder of that name on the path has no origin
+        return "triton is not installed"
+    if not interpreted() and (reason := _device_error()):
+        return reason
+    try:
+        import triton.language  # noqa: F401
+    except ImportError as error:
+        return f"triton does not load: {error}"
+    return None
+
+
+def _device_error() -> str | None:
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "there is no CUDA GPU, and TRITON_INTERPRET=1 is not set"
+    devices = range(torch.cuda.device_count())
+    if all(torch.cuda.get_device_capability(i) < LEAST_CAPABILITY for i in devices):
+        return f"needs a GPU of sm_80 or later, {_name(0)}"
+    return None
+
+
+@functools.cache
+def _name(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda:{device} is a {torch.cuda.get_device_name(device)} of sm_{major}{minor}"
+
+
+@functools.cache
+def _too_old(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) < LEAST_CAPABILITY
+
+
+def available() -> str | None:
+    """Return why Triton kernels cannot be used here, or None."""
+    return _load_error()
+
+
+def supports(op: str, x: Tensor, *args: object) -> str | None:
+    """Return why the kernels do not take this call, or None."""
+    if x.dtype not in _DTYPES:
+        return f"takes float32, bfloat16 and float16, x is {x.dtype}"
+    if interpreted():
+        if _requested.name() != "triton":
+            return "its interpreter (TRITON_INTERPRET=1) runs only what asks for triton by name"
+    elif x.device.type != "cuda":
+        return f"runs on CUDA GPUs, x is on {x.device}"
+    elif _too_old(x.device.index):
+        return f"needs a GPU of sm_80 or later, {_name(x.device.index)}"
+    return None
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+) -> Tensor:
+    """Run the op; the packed weights are kept until the weight changes."""
+    from resnet_fused.backends.triton import run
+
+    return run.conv_bn_act(
+        x, weight, scale, shift, residual, stride, padding, dilation, groups, act
+    )  # fmt: skip
+
+
+def bn_apply(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str | None
+) -> Tensor:
+    """Run the op in one pass, in float32, rounded once."""
+    from resnet_fused.backends.triton import run
+
+    return run.bn_apply(x, scale, shift, residual, act)
+
+
+def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    """Run the op in one pass."""
+    from resnet_fused.backends.triton import run
+
+    return run.bn_apply(x, None, None, residual, "relu")
+
+
+def candidates(op: str, *args: object) -> dict[str, Callable[..., Tensor]]:
+    """Return the ways to run this call that are worth measuring, the most promising first.
+
+    Args:
+        op: an op's name.
+        args: its arguments, a call that :func:`supports` takes.
+
+    Returns:
+        By a name that stays the same, functions of the op's arguments.
+    """
+    from resnet_fused.backends.triton import run
+
+    if op == "conv_bn_act":
+        return run.conv_candidates(*args)  # type: ignore[arg-type]
+    alone: dict[str, Callable[..., Tensor]] = {"bn_apply": bn_apply, "add_relu": add_relu}
+    return {"default": alone[op]}

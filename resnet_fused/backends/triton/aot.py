@@ -1,0 +1,137 @@
+"""Compilation without a GPU: what a kernel costs on an architecture that need not be here.
+
+The binder and the options are those of Triton's own launcher, so that a kernel is specialised as
+at its launch. Not to be used where kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from resnet_fused.backends.triton import launch, tiles
+from resnet_fused.backends.triton.launch import Launch
+from resnet_fused.backends.triton.shapes import Config, Problem
+
+#: Registers of a thread, beyond which values are spilled to memory.
+MOST_REGISTERS = 255
+_MMA = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
+_TMA = "cp.async.bulk.tensor"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one kernel."""
+
+    kernel: str
+    #: Per thread.
+    registers: int
+    #: Bytes of stack per thread: these kernels have none but for spilled registers.
+    spilled: int
+    #: Bytes of shared memory per block.
+    shared: int
+    #: "wgmma", "tcgen05", "mma.sync", or "fma" without tensor cores.
+    instruction: str
+    #: How often each width of load is written: "tma", "async 16", "load 4", ..., in bytes.
+    loads: dict[str, int]
+
+
+def compile_conv(
+    problem: Problem, dtype: torch.dtype, config: Config, capability: int, act: str | None = "relu"
+) -> list[Compiled]:
+    """Compile the kernels of one conv_bn_act with scale and shift, and the problem's residual.
+
+    Args:
+        problem: the convolution.
+        dtype: float32, bfloat16 or float16.
+        config: how it is cut.
+        capability: of the device, such as 90.
+        act: None or "relu".
+
+    Raises:
+        ValueError: the config does not fit the problem.
+        RuntimeError: kernels are interpreted in this process.
+    """
+
+    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    outputs = problem.o * problem.groups
+    x = meta(problem.n, problem.c * problem.groups, problem.h, problem.w)
+    weight = meta(outputs, problem.c, *problem.kernel)
+    vector = meta(outputs, dtype=torch.float32)
+    y = meta(problem.n, outputs, *problem.out_size)
+    residual = y if problem.residual else None
+    steps = launch.conv(
+        x, weight, vector, vector, residual, y, problem, config, act, capability
+    )  # fmt: skip
+    return [compile_launch(step, capability) for step in steps]
+
+
+def compile_launch(step: Launch, capability: int) -> Compiled:
+    """Compile one launch for an architecture.
+
+    Raises:
+        RuntimeError: kernels are interpreted in this process.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    given = {"num_warps": step.num_warps, "num_stages": step.num_stages}
+    bind = create_function_from_signature(step.kernel.signature, step.kernel.params, backend)
+    bound, specialization, rest = bind(**step.arguments, **given)
+    options, signature, constants, attributes = step.kernel._pack_args(
+        backend, given, bound, specialization, rest
+    )
+    source = ASTSource(step.kernel, signature, constants, attributes)
+    kernel = triton.compile(source, target=target, options=options.__dict__)
+    registers, spilled = _usage(kernel.asm["cubin"])
+    ptx = kernel.asm["ptx"]
+    instruction = next((name for name, text in _MMA.items() if text in ptx), "fma")
+    return Compiled(
+        step.kernel.fn.__name__,
+        registers,
+        spilled,
+        kernel.metadata.shared,
+        instruction,
+        _loads(ptx),
+    )
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Return registers and bytes of stack, as the cuobjdump that comes with Triton reads them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"cuobjdump -res-usage wrote nothing about registers: {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _loads(ptx: str) -> dict[str, int]:
+    """Count the loads of global memory by their width in bytes."""
+    found = Counter({"tma": len(re.findall(rf"{re.escape(_TMA)}[^;]*global[^;]*mbarrier", ptx))})
+    for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (?:0x)?(\d+)[,;]", ptx):
+        found[f"async {int(width, 16)}"] += 1
+    for vector, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bus](\d+)\b", ptx):
+        found[f"load {int(vector or 1) * int(bits) // 8}"] += 1
+    return {name: count for name, count in sorted(found.items()) if count}
+
+
+def best(problem: Problem, dtype: torch.dtype, capability: int) -> Config:
+    """Return the config that is used where none was measured."""
+    return tiles.heuristic(problem, launch.precision(dtype), capability)

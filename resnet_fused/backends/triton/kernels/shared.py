@@ -1,0 +1,42 @@
+"""What the kernels share: the order of tiles, the multiply-accumulate, the epilogue."""
+
+import triton
+import triton.language as tl
+
+#: Whether kernels are interpreted: Triton decides when it decorates them.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Return row and column of a tile: in turn through bands of GROUP_M rows, which stay in L2."""
+    band = GROUP_M * tiles_n
+    first = index // band * GROUP_M
+    rows = min(tiles_m - first, GROUP_M)
+    return first + index % band % rows, index % band // rows
+
+
+@triton.jit
+def multiply(a, b, acc, PRECISION: tl.constexpr):
+    """Return acc + a · b, summed in float32."""
+    if INTERPRETED:  # The interpreter would multiply the bits of bfloat16 as integers.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def affine(acc, scale_ptr, shift_ptr, channels, inside):
+    """Return acc · scale + shift; row i of ``acc`` is channel ``channels[i]``."""
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + channels, mask=inside, other=0.0).to(tl.float32)[:, None]
+    if shift_ptr is not None:
+        acc += tl.load(shift_ptr + channels, mask=inside, other=0.0).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
+def activate(value, RELU: tl.constexpr):
+    """Return relu(value), which keeps NaN, or value."""
+    if RELU:
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return value

@@ -1,0 +1,217 @@
+"""From an op's arguments to kernel launches: packed weights, descriptors, grids, specialisations.
+
+Tensors on the meta device give the same launches, to be compiled where no GPU is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from resnet_fused.backends._derived import derived
+from resnet_fused.backends.triton import tiles
+from resnet_fused.backends.triton.cost import occupancy
+from resnet_fused.backends.triton.kernels.conv import conv_fwd_kernel
+from resnet_fused.backends.triton.kernels.depthwise import depthwise_fwd_kernel
+from resnet_fused.backends.triton.kernels.pointwise import affine_kernel
+from resnet_fused.backends.triton.kernels.tma import conv_tma_fwd_kernel
+from resnet_fused.backends.triton.shapes import Config, Problem, box, count
+
+#: From this many elements on, offsets take 64 bits.
+WIDE_FROM = 2**31
+#: What vector loads and descriptors want of an address.
+ALIGNMENT = 16
+_BLOCK = 1024
+
+
+class Launch(NamedTuple):
+    """A kernel with everything it is launched with."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def run(self) -> None:
+        """Launch on the current device and stream."""
+        self.kernel[self.grid](
+            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return the precision of :mod:`tiles`; torch's flag for convolutions decides on TF32.
+
+    ``torch.backends.cudnn.allow_tf32`` writes the same flag; reading that one fails where the new
+    names were used.
+    """
+    if dtype != torch.float32:
+        return {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    flag: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if flag == "tf32" else "fp32"
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """Return ``t`` dense in channels_last order at an aligned address; itself if it is."""
+    t = t.contiguous(memory_format=torch.channels_last)
+    return t.clone() if t.data_ptr() % ALIGNMENT else t
+
+
+def _vector(t: Tensor | None) -> Tensor | None:
+    if t is None:
+        return None
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % ALIGNMENT else t
+
+
+def pack(weight: Tensor, groups: int) -> Tensor:
+    """Return the weight as the kernels read it.
+
+    Rows (O, KH · KW · C/groups), each padded with zeros to 16 bytes, which for a weight in
+    channels_last memory is that memory; for a depthwise convolution (KH · KW, O).
+    """
+    rows = weight.detach().permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+    if weight.shape[1] == 1 and groups > 1:
+        rows = rows.t()
+    elif over := -rows.shape[1] % (ALIGNMENT // weight.element_size()):
+        rows = F.pad(rows, (0, over))
+    rows = rows.contiguous()
+    return rows.clone() if rows.data_ptr() % ALIGNMENT else rows
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    problem: Problem,
+    config: Config,
+    act: str | None,
+    capability: int,
+) -> list[Launch]:
+    """Return the launches of one conv_bn_act, all maps from :func:`channels_last`.
+
+    Raises:
+        ValueError: the config does not fit the problem.
+    """
+    kind = precision(x.dtype)
+    if config.tma and not tiles.takes_tma(problem, kind, config, capability):
+        raise ValueError(f"config {config} fetches tiles in a way that {problem} does not allow")
+    packed = derived((weight,), ("triton", problem.groups), lambda: pack(weight, problem.groups))
+    vectors = {"scale_ptr": _vector(scale), "shift_ptr": _vector(shift)}
+    relu = act == "relu"
+    if config.tma:
+        return [_tma(x, packed, vectors, residual, y, problem, config, relu, capability)]
+    tensors = {"x_ptr": x, "w_ptr": packed, "y_ptr": y, **vectors, "residual_ptr": residual}
+    elements = max(x.numel(), y.numel() * config.split_k)
+    common = {
+        **_geometry(problem), "m": problem.m, "h": problem.h, "w": problem.w,
+        "OUT": problem.o, "GROUPS": problem.groups, "RELU": relu, "WIDE": elements >= WIDE_FROM,
+        "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+    }  # fmt: skip
+    rows = math.ceil(problem.m / config.block_m)
+    if problem.depthwise:
+        grid = (rows * math.ceil(problem.o * problem.groups / config.block_n), 1, 1)
+        return [Launch(depthwise_fwd_kernel, grid, {**tensors, **common}, config.num_warps)]
+    arguments = {
+        **tensors, **common, "partial_ptr": None, "IN": problem.c, "PITCH": packed.shape[1],
+        "PRECISION": _dot_precision(kind), "FLAT": problem.flat, "SPLIT_K": config.split_k,
+        "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+    }  # fmt: skip
+    grid = (rows * math.ceil(problem.o / config.block_n), config.split_k, problem.groups)
+    launch = Launch(conv_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
+    if config.split_k == 1:
+        return [launch]
+    partial = torch.empty((config.split_k, y.numel()), dtype=torch.float32, device=y.device)
+    nothing = dict.fromkeys(("scale_ptr", "shift_ptr", "residual_ptr"))
+    launch.arguments.update(nothing, partial_ptr=partial, RELU=False)
+    return [launch, affine(partial, scale, shift, residual, y, act, parts=config.split_k)]
+
+
+def _geometry(problem: Problem) -> dict[str, int]:
+    (kh, kw), (pad_h, pad_w), (dil_h, dil_w) = problem.kernel, problem.padding, problem.dilation
+    oh, ow = problem.out_size
+    return {
+        "oh": oh, "ow": ow, "KH": kh, "KW": kw, "PAD_H": pad_h, "PAD_W": pad_w,
+        "DIL_H": dil_h, "DIL_W": dil_w,
+    }  # fmt: skip
+
+
+def _dot_precision(kind: str) -> str:
+    return "tf32" if kind == "tf32" else "ieee"
+
+
+def _tma(
+    x: Tensor,
+    packed: Tensor,
+    vectors: dict[str, Tensor | None],
+    residual: Tensor | None,
+    y: Tensor,
+    problem: Problem,
+    config: Config,
+    relu: bool,
+    capability: int,
+) -> Launch:
+    box_n, box_h, box_w = box(problem, config.block_m)
+    s, kind = problem.stride[0], precision(x.dtype)
+    n, oh, ow = (problem.n, *problem.out_size)
+    shape = (n, problem.h // s, s, problem.w // s, s * problem.c)
+    if problem.pointwise:
+        n, oh, ow, shape = 1, 1, problem.m, (1, 1, 1, problem.m, problem.c)
+    out = (n, oh, ow, problem.o)
+    out_box = (box_n, box_h, box_w, config.block_n)
+    arguments = {
+        "x_desc": _descriptor(x, shape, (box_n, box_h, 1, box_w, config.block_k)),
+        "w_desc": _descriptor(packed, packed.shape, (config.block_n, config.block_k)),
+        "y_desc": _descriptor(y, out, out_box),
+        "residual_desc": None if residual is None else _descriptor(residual, out, out_box),
+        **vectors, **_geometry(problem), "images": n, "oh": oh, "ow": ow,
+        "IN": problem.c, "OUT": problem.o, "STRIDE": s, "RELU": relu,
+        "PRECISION": _dot_precision(kind), "BOX_N": box_n, "BOX_H": box_h, "BOX_W": box_w,
+        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+    }  # fmt: skip
+    resident = occupancy(problem, kind, config, capability)
+    grid = (min(count(problem, config), processors(x.device) * resident), 1, 1)
+    return Launch(conv_tma_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
+
+
+def _descriptor(t: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return TensorDescriptor(t, list(shape), strides, list(block))
+
+
+@functools.lru_cache
+def processors(device: torch.device) -> int:
+    """Return a GPU's multiprocessors; elsewhere two, so that blocks stay for several tiles."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def affine(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    act: str | None,
+    parts: int = 1,
+) -> Launch:
+    """Return the launch of y = relu(Σ x · scale + shift + residual) over ``parts`` of ``x``."""
+    elements = y.numel()
+    arguments = {
+        "x_ptr": x, "y_ptr": y, "scale_ptr": _vector(scale), "shift_ptr": _vector(shift),
+        "residual_ptr": residual, "elements": elements, "CHANNELS": y.shape[1], "PARTS": parts,
+        "RELU": act == "relu", "WIDE": elements >= WIDE_FROM, "BLOCK": _BLOCK,
+    }  # fmt: skip
+    return Launch(affine_kernel, (math.ceil(elements / _BLOCK), 1, 1), arguments)

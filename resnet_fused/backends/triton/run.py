@@ -1,0 +1,97 @@
+"""The ops on Triton kernels, each with the config of its choice: imports triton."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends.triton import launch, tiles
+from resnet_fused.backends.triton.shapes import Config, Problem
+
+#: What the interpreter stands for: the newest device with every path.
+INTERPRETED_CAPABILITY = 90
+
+
+@functools.lru_cache
+def capability(device: torch.device) -> int:
+    """Return a device's compute capability, such as 90."""
+    if device.type != "cuda":
+        return INTERPRETED_CAPABILITY
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    config: Config | None = None,
+) -> Tensor:
+    """Run the op with ``config``, by default that of :func:`tiles.heuristic`."""
+    shape = (x.shape, weight.shape, stride, padding, dilation, groups, residual is not None)
+    problem = Problem.of(*shape)
+    y = _empty(x, (problem.n, problem.o * groups, *problem.out_size))
+    if y.numel() == 0:
+        return y
+    arch = capability(x.device)
+    if config is None:
+        config = tiles.heuristic(problem, launch.precision(x.dtype), arch)
+    with torch.cuda.device_of(x):
+        x, residual = launch.channels_last(x), _map(residual)
+        for step in launch.conv(
+            x, weight, scale, shift, residual, y, problem, config, act, arch
+        ):  # fmt: skip
+            step.run()
+    return y
+
+
+def bn_apply(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, act: str | None
+) -> Tensor:
+    """Run the op, and add_relu as the case without scale and shift."""
+    y = _empty(x, x.shape)
+    if y.numel():
+        with torch.cuda.device_of(x):
+            x, residual = launch.channels_last(x), _map(residual)
+            launch.affine(x, scale, shift, residual, y, act).run()
+    return y
+
+
+def conv_candidates(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+) -> dict[str, Callable[..., Tensor]]:
+    """Return the op with every config worth measuring, by the config's name."""
+    problem = Problem.of(
+        x.shape, weight.shape, stride, padding, dilation, groups, residual is not None
+    )
+    configs = tiles.candidates(problem, launch.precision(x.dtype), capability(x.device))
+    return {str(c): functools.partial(conv_bn_act, config=c) for c in configs}
+
+
+def _map(t: Tensor | None) -> Tensor | None:
+    return None if t is None else launch.channels_last(t)
+
+
+def _empty(x: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(
+        tuple(shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )

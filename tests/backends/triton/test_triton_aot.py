@@ -1,0 +1,119 @@
+"""What the kernels compile to on GPUs that are not here: nothing spilled, wide loads, tensor cores.
+
+Every case is the config that is used where none was measured. The cases: all convolutions of
+ResNet-50 at batch 256 in bfloat16 on sm_90, for that is what the tables are made for; on the other
+architectures, precisions and sizes a handful, each for one path of the kernels.
+"""
+
+import pytest
+import torch
+from compiling import compiled, compilers
+
+from resnet_fused.backends.triton import tiles
+from resnet_fused.backends.triton.cost import arch_of
+from resnet_fused.backends.triton.shapes import Config, Problem
+from resnet_fused.inspection import convolutions
+
+pytest.importorskip("triton")
+
+DTYPES = {
+    "fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32
+}  # fmt: skip
+PRODUCTS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+
+
+def problem(n, c, size, o, k, stride=1, groups=1, residual=False) -> Problem:
+    pairs = ((stride, stride), (k // 2, k // 2), (1, 1))
+    return Problem.of((n, c, size, size), (o, c // groups, k, k), *pairs, groups, residual)
+
+
+STEM = problem(256, 3, 224, 64, 7, 2)
+BASIC = problem(64, 128, 28, 128, 3, residual=True)
+STRIDED = problem(64, 128, 56, 128, 3, 2)
+EXPAND = problem(64, 256, 14, 1024, 1, residual=True)
+SMALL = problem(1, 512, 7, 512, 3)
+GROUPED = problem(32, 128, 56, 128, 3, groups=32)
+DEPTHWISE = problem(32, 64, 56, 64, 3, groups=64)
+OTHERS = [
+    *((p, "fp16", 80) for p in (STEM, BASIC, STRIDED, EXPAND, SMALL, DEPTHWISE)),
+    *((p, "tf32", 90) for p in (STEM, BASIC, EXPAND)),
+    *((p, "fp32", 80) for p in (STEM, BASIC, EXPAND)),
+    *((p, "bf16", 100) for p in (BASIC, STRIDED, EXPAND)),
+    *((p, "bf16", 90) for p in (SMALL, GROUPED)),
+]
+
+
+def named(p: Problem, precision: str, capability: int) -> str:
+    return (
+        f"{p.n}x{p.c * p.groups}x{p.h}-{p.o}k{p.kernel[0]}s{p.stride[0]}-{precision}-{capability}"
+    )
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> dict:
+    """The kernels of every case, compiled two at a time."""
+    cases = [(p, "bf16", 90) for p in convolutions("resnet50", 256, torch.bfloat16)] + OTHERS
+    with compilers(tmp_path_factory.mktemp("triton")) as pool:
+        running = {}
+        for p, precision, capability in cases:
+            config = tiles.heuristic(p, precision, capability)
+            task = (p, DTYPES[precision], config, capability, precision)
+            running[p, precision, capability] = pool.submit(compiled, *task)
+        return {case: (tiles.heuristic(*case), f.result()) for case, f in running.items()}
+
+
+def check(case, config: Config, made: list) -> None:
+    p, precision, capability = case
+    name = f"{named(*case)} {config}"
+    main = made[0]
+    assert len(made) == (2 if config.split_k > 1 else 1), name
+    for kernel in made:
+        assert kernel.spilled == 0, f"{name}: {kernel}"
+        assert kernel.registers <= 255, f"{name}: {kernel}"
+        assert kernel.shared <= arch_of(capability).block_shared, f"{name}: {kernel}"
+    if p.depthwise:
+        return
+    tensor_cores = PRODUCTS[capability] if p.o >= 64 else "mma.sync"
+    assert main.instruction == ("fma" if precision == "fp32" else tensor_cores), f"{name}: {main}"
+    assert ("tma" in main.loads) == config.tma, f"{name}: {main}"
+    if not p.flat:  # the tiles themselves, not the scale and shift, which are "load"
+        asynchronous = {width for width in main.loads if width.startswith("async")}
+        assert config.tma or asynchronous == {"async 16"}, f"{name}: {main}"
+
+
+def test_the_convolutions_of_resnet50(kernels):
+    cases = [case for case in kernels if case not in OTHERS]
+    assert len(cases) == 24
+    for case in cases:
+        check(case, *kernels[case])
+    # Everything but the stem, whose pixels are 6 bytes wide, is fetched by TMA.
+    assert [case[0].c for case in cases if not kernels[case][0].tma] == [3]
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: named(*case))
+def test_other_architectures_and_precisions(kernels, case):
+    check(case, *kernels[case])
+
+
+def test_the_model_of_shared_memory_is_no_lower_than_triton_s(kernels):
+    from resnet_fused.backends.triton.cost import shared_bytes
+
+    for (p, precision, capability), (config, made) in kernels.items():
+        if not p.depthwise:
+            estimate = shared_bytes(p, precision, config, capability)
+            assert made[0].shared <= estimate, named(p, precision, capability)
+
+
+def test_split_k_ends_with_wide_loads(kernels):
+    config, (first, second) = kernels[SMALL, "bf16", 90]
+    assert config.split_k > 1
+    assert (first.kernel, second.kernel) == ("conv_fwd_kernel", "affine_kernel")
+    assert second.loads == {"load 16": second.loads["load 16"]}
+
+
+def test_interpreted_kernels_are_not_compiled(monkeypatch):
+    from resnet_fused.backends.triton import aot
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="interpreted kernels cannot be compiled"):
+        aot.compile_conv(SMALL, torch.bfloat16, tiles.heuristic(SMALL, "bf16", 90), 90)

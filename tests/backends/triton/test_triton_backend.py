@@ -1,0 +1,107 @@
+"""What the backend says about calls it does not take, and that "auto" never interprets."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import resnet_fused as rf
+from resnet_fused.backends import ORDER, _requested, triton
+
+X = torch.randn(1, 4, 6, 6)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    """Nothing is remembered from before, and nothing after."""
+    kept = (triton.interpreted, triton._load_error, triton._name, triton._too_old)
+    for function in kept:
+        function.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    yield
+    for function in kept:
+        function.cache_clear()
+
+
+def gpu(monkeypatch, capability: tuple[int, int]) -> None:
+    """Make believe that there is one GPU."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+
+class OnGpu:
+    """As much of a CUDA tensor as `supports` asks for."""
+
+    def __init__(self, dtype: torch.dtype = torch.float16) -> None:
+        self.dtype, self.device = dtype, torch.device("cuda", 0)
+
+
+def test_the_order():
+    names = list(ORDER)
+    assert names.index("triton") > names.index("onednn")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu():
+    assert triton.available() == "there is no CUDA GPU, and TRITON_INTERPRET=1 is not set"
+    with pytest.raises(RuntimeError, match=r"'triton' is not available: there is no.*sm_80"):
+        rf.use_backend("triton")
+
+
+def test_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import resnet_fused as rf\n"
+        "(found,) = [b for b in rf.backends() if b.name == 'triton']\n"
+        "assert found.reason == 'triton is not installed', found\n"
+        "assert 'brings triton' in found.advice\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_broken_triton(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    assert triton.available().startswith("triton does not load: ")
+
+
+def test_a_gpu_that_is_too_old(monkeypatch):
+    gpu(monkeypatch, (7, 0))
+    expected = "needs a GPU of sm_80 or later, cuda:0 is a Tesla V100 of sm_70"
+    if triton.available() != "triton is not installed":
+        assert triton.available() == expected
+    assert triton.supports("add_relu", OnGpu()) == expected
+
+
+def test_a_gpu_that_will_do(monkeypatch):
+    gpu(monkeypatch, (8, 6))
+    assert triton.available() in (None, "triton is not installed")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert triton.supports("add_relu", OnGpu(dtype)) is None
+    reason = triton.supports("add_relu", OnGpu(torch.float64))
+    assert reason == "takes float32, bfloat16 and float16, x is torch.float64"
+    assert triton.supports("add_relu", X) == "runs on CUDA GPUs, x is on cpu"
+
+
+def test_the_interpreter_runs_only_what_asks_for_it_by_name(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "only what asks for triton by name" in triton.supports("add_relu", X)
+    monkeypatch.setattr(_requested, "_name", "triton")
+    assert triton.supports("add_relu", X) is None
+    assert "x is torch.float64" in triton.supports("add_relu", X.double())
+
+
+def test_auto_does_not_choose_the_interpreter(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # Half precision has no kernel of ours on the CPU: the reference runs it.
+    verdicts = rf.explain("add_relu", X.half(), X.half())
+    assert verdicts.chosen == "reference"
+    assert {v.name: v.reason for v in verdicts}["triton"].startswith("its interpreter")

@@ -1,0 +1,61 @@
+"""The paths of the kernels on a GPU, where there is one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import resnet_fused as rf
+from resnet_fused.backends import triton
+
+sys.path.append(str(Path(__file__).parents[2] / "ops"))  # formulas
+from paths import PATHS, arguments, assert_right, each_dtype, each_path
+
+from resnet_fused.backends.triton.shapes import Config
+
+if triton.available() or triton.interpreted():
+    pytest.skip(triton.available() or "kernels are interpreted", allow_module_level=True)
+
+
+def config_of(name: str) -> Config:
+    config = Config.parse(name)
+    if config.tma and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no tensor memory accelerator before sm_90")
+    return config
+
+
+@each_path
+@each_dtype
+def test_path(path, dtype):
+    from resnet_fused.backends.triton import run
+
+    shape, name = PATHS[path]
+    args = arguments(*shape, dtype=dtype, residual=dtype != torch.bfloat16, device="cuda")
+    out = run.conv_bn_act(*args, config=config_of(name))
+    assert_right(args, out)
+    assert torch.equal(run.conv_bn_act(*args, config=config_of(name)), out), "not repeatable"
+
+
+def test_every_candidate_of_a_layer():
+    args = arguments((2, 64, 14, 14), 64, 3, 1, 1, dtype=torch.bfloat16, device="cuda")
+    for function in triton.candidates("conv_bn_act", *args).values():
+        assert_right(args, function(*args))
+
+
+def test_a_stream_that_is_not_the_default_one():
+    args = arguments((2, 64, 14, 14), 64, 3, 1, 1, dtype=torch.float16, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), rf.use_backend("triton"):
+        out = triton.conv_bn_act(*args)
+    stream.synchronize()
+    assert_right(args, out)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one():
+    args = arguments((2, 64, 14, 14), 64, 3, 1, 1, dtype=torch.float16, device="cuda:1")
+    out = triton.conv_bn_act(*args)
+    assert out.device == torch.device("cuda", 1)
+    assert_right(args, out)
