@@ -160,14 +160,11 @@ def flops(
     Nothing is computed: the models are built on meta tensors.
     """
     with _one_line_errors():
-        from resnet_fused.bench import options
-        from resnet_fused.flops import format_paper_table
+        from resnet_fused.bench import counts, options
 
         names = options.usable_models("--model", options.split(model))
-        if not names:
-            typer.echo(format_paper_table())
-            return
-        _count(names, input_size, stride_in, layers)
+        for line in counts.lines(names, input_size=input_size, stride_in=stride_in, layers=layers):
+            typer.echo(line)
 
 
 @app.command()
@@ -378,26 +375,3 @@ def _compare(paths: tuple[Path, Path], threshold: float | None) -> None:
     if worse:
         typer.echo(f"resnet-fused: {len(worse)} of {len(found)} slower or wrong in B", err=True)
         raise typer.Exit(1)
-
-
-def _count(names: tuple[str, ...], input_size: str, stride_in: str, layers: bool) -> None:
-    import torch
-
-    from resnet_fused import flops as counting
-    from resnet_fused.bench import options
-    from resnet_fused.models import create_model
-
-    size = options.input_size("--input-size", input_size)
-    options.one_of("--stride-in", stride_in, ("1x1", "3x3"))
-    for name in names:
-        try:
-            with torch.device("meta"):
-                model = create_model(name, stride_in=stride_in)
-            report = counting.count(model, size)
-        except ValueError as error:
-            # A model without that option, or an image too small for it: the message says so.
-            _refuse(str(error))
-        total = f"{report.macs / 1e9:.3f} GMACs, {report.params / 1e6:.2f} M parameters"
-        typer.echo(f"{name}: {total}")
-        if layers:
-            typer.echo(f"{report}\n")
