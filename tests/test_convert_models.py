@@ -9,7 +9,7 @@ from nets import assert_same_model, calibrate, image
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.testing import gradient_metrics
+from resnet_fused.testing import gradient_metrics, two_x_rule
 
 #: How many groups of each pattern a network has: conv+bn, with ReLU, with add and ReLU. But for
 #: the first two, stages of one and two blocks stand for the published depths: float64 is slow.
@@ -74,18 +74,27 @@ def test_network(network):
 
 
 def _assert_trains_alike(fused: nn.Module, model: nn.Module) -> None:
-    """Outputs and running statistics to the bit, gradients but for the order of sums."""
-    outputs = []
-    for m in (fused, model):
+    """Outputs, running statistics and gradients as near to float64 as eager torch's are."""
+    oracle = copy.deepcopy(model).double()
+    outputs, gradients = [], []
+    for m in (fused, model, oracle):
         m.train()
         torch.manual_seed(3)
-        y = m(X)
+        y = m(X.to(next(m.parameters()).dtype))
         y = getattr(y, "logits", y)
         y.square().mean().backward()
-        outputs.append([y, *m.state_dict().values()])
-    assert all(map(torch.equal, *outputs))
-    for a, b in zip(fused.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+        outputs.append([y, *(b for b in m.buffers() if b.is_floating_point())])
+        gradients.append([p.grad for p in m.parameters()])
+    for ours, eager, exact in zip(*outputs, strict=True):
+        check = two_x_rule(ours, eager, exact, FEATURES)
+        # With few values per channel, statistics make much of each rounding.
+        assert check.error <= 4 * check.allowed, check
+    ours_turn, eager_turn = (
+        sum(1 - gradient_metrics(g, o).cosine for g, o in zip(grads, gradients[2], strict=True))
+        for grads in gradients[:2]
+    )
+    # A value at ReLU's kink turns the gradients of all layers before it, eager's as well.
+    assert ours_turn <= 4 * eager_turn + 1e-3 * len(gradients[0]), (ours_turn, eager_turn)
 
 
 def test_resnet50_has_the_issue_s_counts(torchvision):

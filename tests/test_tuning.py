@@ -16,7 +16,7 @@ import resnet_fused as rf
 from resnet_fused.backends import ORDER, REFERENCE, _tuned, _tuned_file, choose, cudnn
 from resnet_fused.backends._tuned_file import Choice
 from resnet_fused.models import create_model
-from resnet_fused.ops import OPS
+from resnet_fused.ops import INFERENCE, OPS
 from resnet_fused.tuning import tune_calls
 from resnet_fused.tuning.calls import draw, harvest
 from resnet_fused.tuning.measure import (
@@ -231,7 +231,7 @@ def test_the_reference_is_a_candidate_and_may_win(backend):
     assert next(iter(outcome.seconds)) == (REFERENCE, "default")
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", INFERENCE)
 def test_every_op_can_be_measured(op, cache):
     """On its own samples: the reference answers rightly, so there is always a choice."""
     for args in list(OPS[op].samples("cpu", torch.float32))[:6]:

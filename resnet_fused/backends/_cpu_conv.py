@@ -151,13 +151,10 @@ def _pack(
 ) -> Tensor:
     if packed is None:
         packed = torch.empty(plan.packed_bytes, dtype=torch.uint8)
-    along_o, along_c, along_row, along_tap = weight.stride()
-    if weight.shape[2] > 1 and along_row != weight.shape[3] * along_tap:
-        # Neither contiguous nor channels_last: the taps are not evenly spaced.
+    if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
         weight = weight.detach().contiguous()
-        along_o, along_c, _, along_tap = weight.stride()
-    if weight.shape[3] == 1:
-        along_tap = along_row if weight.shape[2] > 1 else 0
+    along_o, along_c, along_row, along_column = weight.stride()
+    along_tap = along_column if weight.shape[3] > 1 else along_row
     if turned:
         along_o, along_c = along_c, along_o
     loaded().conv_bn_act_pack(
