@@ -71,6 +71,13 @@ def empty_channels_last(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(block, 0, (n, c, h, w), strides)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Return ``x`` as channels_last to the letter: sides of length one may have any stride."""
+    _, c, h, w = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x.as_strided(x.shape, (c * h * w, 1, w * c, c))
+
+
 _local = threading.local()
 
 

@@ -22,6 +22,7 @@ from resnet_fused.backends._cpu_bn import dual_bn_act_backward_apply as dual_bn_
 from resnet_fused.backends._cpu_bn import dual_bn_act_backward_reduce as dual_bn_act_backward_reduce
 from resnet_fused.backends._cpu_bn import max_pool_backward as max_pool_backward
 from resnet_fused.backends._cpu_conv import Call, Convolution, convolve_once
+from resnet_fused.backends._outputs import channels_last as as_channels_last
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends.native import DTYPE_NAMES, as_vector
 
@@ -145,12 +146,14 @@ def conv_bn_stats(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the op; the weights are packed anew, as a training step has changed them."""
-    if declines(x) is None and x.numel():
+    """Run the op; the convolution is torch's own where packing the weights anew would not pay."""
+    y = None
+    if declines(x) is None:
         y = convolve_once(x, weight, stride, padding, dilation, groups)
-    else:
+    if y is None:
+        x = x.contiguous(memory_format=torch.channels_last)
         geometry = (list(stride), list(padding), list(dilation), groups)
-        y = F.conv2d(x, weight, None, *geometry).contiguous(memory_format=torch.channels_last)
+        y = as_channels_last(F.conv2d(x, weight, None, *geometry))
     return y, *_cpu_training.bn_stats(y)
 
 
@@ -182,17 +185,20 @@ def conv_backward_data(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Run the op: with stride 1 a convolution of grad with turned kernels, else torch's own."""
+    """Run the op: a convolution of grad with turned kernels, or torch's own."""
     sizes = zip(weight.shape[2:], padding, dilation, strict=True)
     outer = [d * (k - 1) - p for k, p, d in sizes]
-    if groups == 1 and max(stride) == 1 and min(outer) >= 0 and declines(grad) is None:
-        return convolve_once(grad, weight, stride, outer, dilation, groups, turned=True)
-    x = grad.new_empty(()).expand(tuple(x_size))
+    if min(outer) >= 0 and declines(grad) is None:
+        own = convolve_once(grad, weight, stride, outer, dilation, groups, turned=True)
+        if own is not None:
+            return own
+    # Not read; an expanded scalar would be copied to its full size.
+    x = empty_channels_last(x_size, grad.dtype)
     geometry = (stride, padding, dilation, False, [0, 0], groups)
     grad_x = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *geometry, [True, False, False]
     )[0]
-    return grad_x.contiguous(memory_format=torch.channels_last)
+    return as_channels_last(grad_x)
 
 
 def conv_backward_weight(
@@ -206,16 +212,15 @@ def conv_backward_weight(
     channels_last: bool,
 ) -> Tensor:
     """Run the op by torch's oneDNN."""
-    weight = grad.new_empty(()).expand(tuple(weight_size))
+    weight = empty_channels_last(weight_size, grad.dtype)
     geometry = (stride, padding, dilation, False, [0, 0], groups)
     grad_weight = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *geometry, [False, True, False]
     )[1]
-    o, c, kh, kw = weight_size
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    strides = (c * kh * kw, 1, kw * c, c) if channels_last else (c * kh * kw, kh * kw, kw, 1)
-    # To the letter: sides of length one may have any stride.
-    return grad_weight.contiguous(memory_format=layout).as_strided((o, c, kh, kw), strides)
+    if channels_last:
+        return as_channels_last(grad_weight)
+    _, c, kh, kw = weight_size
+    return grad_weight.contiguous().as_strided(weight_size, (c * kh * kw, kh * kw, kw, 1))
 
 
 def bn_apply(
