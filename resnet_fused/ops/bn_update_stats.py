@@ -61,8 +61,10 @@ def reference(
         if momentum is None:
             share = num_batches_tracked.reciprocal()
     for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-        moved = running.to(mean.dtype) * (1 - share) + batch * share
-        running.copy_(moved)
+        if running.dtype == batch.dtype and isinstance(share, float):
+            running.mul_(1 - share).add_(batch, alpha=share)
+        else:
+            running.copy_(running.to(batch.dtype) * (1 - share) + batch * share)
 
 
 def fake(
