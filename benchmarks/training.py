@@ -1,0 +1,121 @@
+"""A training step, fused beside eager, in interleaved rounds: ``python -m benchmarks.training``.
+
+Both train the same network by SGD with momentum; bfloat16 is under autocast. The gradients of the
+first step are held against each other's float32 before anything is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import resnet_fused as rf
+from resnet_fused import env
+from resnet_fused.bench import options
+from resnet_fused.bench.timing import Rounds, interleave, paired_ratio, spread
+from resnet_fused.testing import gradient_metrics
+
+#: The least cosine between the two gradients of the whole network.
+LEAST_COSINE = {torch.float32: 0.999, torch.bfloat16: 0.8}
+
+
+class Trainer:
+    """One network with its optimizer; a call is a step."""
+
+    def __init__(self, model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype) -> None:
+        self.model, self._x, self._target, self._dtype = model, x, target, dtype
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def loss(self) -> Tensor:
+        """Run forward."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            return F.cross_entropy(self.model(self._x), self._target)
+
+    def __call__(self) -> None:
+        """Run forward, backward and update."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self.loss().backward()
+        self._optimizer.step()
+
+    def gradient(self) -> Tensor:
+        """Return the gradient of all parameters as one vector."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self.loss().backward()
+        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+
+    def saved_mib(self) -> float:
+        """Return MiB of unique storages kept for backward, parameters and buffers left out."""
+        own = {
+            t.untyped_storage().data_ptr()
+            for t in (*self.model.parameters(), *self.model.buffers(), self._x)
+        }
+        found: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = self.loss()
+        kept = sum(nbytes for address, nbytes in found.items() if address not in own)
+        del loss
+        return kept / 2**20
+
+
+def measure(name: str, dtype: torch.dtype, batch: int, rounds: int) -> list[str]:
+    """Return a row of the table: speeds, paired ratio, memory kept."""
+    torch.manual_seed(0)
+    model = rf.models.create_model(name).to(memory_format=torch.channels_last).train()
+    x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    target = torch.randint(1000, (batch,))
+    runs = {
+        kind: Trainer(m, x, target, dtype)
+        for kind, m in (("eager", model), ("fused", rf.fuse(copy.deepcopy(model))))
+    }
+    cosine = gradient_metrics(runs["fused"].gradient(), runs["eager"].gradient()).cosine
+    if cosine < LEAST_COSINE[dtype]:
+        return [name, str(dtype), "WRONG", f"cosine {cosine:.4f}", "-", "-"]
+    saved = [runs[kind].saved_mib() for kind in ("fused", "eager")]
+    calls: dict[str, Callable[[], object]] = dict(runs)
+    seconds = interleave(calls, Rounds(least=rounds, most=rounds))
+    speeds = [spread([batch / s for s in seconds[kind]]).median for kind in ("eager", "fused")]
+    ratio = paired_ratio(seconds["eager"], seconds["fused"])
+    return [
+        name,
+        str(dtype).removeprefix("torch."),
+        *(f"{speed:.2f}" for speed in speeds),
+        f"{ratio.median:.2f}x ({ratio.p20:.2f}-{ratio.p80:.2f})",
+        f"{saved[0] / saved[1]:.2f}",
+    ]
+
+
+def main(
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Models.")] = None,
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds per row.")] = 7,
+) -> None:
+    """Time training steps, fused beside eager channels_last."""
+    console = Console(width=110)
+    table = Table("model", "dtype", "eager img/s", "fused img/s", "ratio (p20-p80)", "kept")
+    for name in options.usable_models("--model", options.split(model)) or options.MODELS:
+        for dtype in (torch.float32, torch.bfloat16):
+            with console.status(f"{name} {dtype}"):
+                table.add_row(*measure(name, dtype, batch, rounds))
+    console.print(table)
+    found = env.collect()
+    console.print(
+        f"{found['cpu']}, {torch.get_num_threads()} threads, torch {found['torch']}, "
+        f"commit {found['commit']}, batch {batch}; kept: bytes saved for backward, fused over eager"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
