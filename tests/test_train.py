@@ -19,7 +19,10 @@ CALLS = {"conv_bn_stats": 4, "bn_act_conv_bn_stats": 2, "bn_act_max_pool": 1, "b
          "dual_bn_act": 1, "bn_update_stats": 6}  # fmt: skip
 
 
-@pytest.fixture(params=["auto", "reference"], autouse=True)
+KINDS = ["auto", "cpu", "reference"] if rf.backends()[0].available else ["auto", "reference"]
+
+
+@pytest.fixture(params=KINDS, autouse=True)
 def _backend(request):
     with rf.use_backend(request.param):
         yield
@@ -51,6 +54,19 @@ def relative(a: Tensor, b: Tensor) -> float:
 def test_which_ops_run():
     """Between two convolutions of a block nothing is written, nor in front of the pool."""
     assert ops_called(rf.fuse(small_net()), X) == CALLS
+
+
+@pytest.mark.skipif("cpu" not in KINDS, reason="about the native kernels")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_on_the_cpu_runs_fused_only_by_name(autocast):
+    """It saves memory there, but no time."""
+    model = rf.fuse(small_net() if autocast else small_net().bfloat16())
+    x = X if autocast else X.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with rf.use_backend("auto"):
+            assert ops_called(model, x) == {}
+        with rf.use_backend("cpu"):
+            assert ops_called(model, x).keys() == CALLS.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

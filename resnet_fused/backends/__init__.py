@@ -202,11 +202,10 @@ _trains: dict[tuple[str, str, torch.dtype], bool] = {}
 
 
 def trains(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether a backend has kernels for the ops of training.
+    """Return whether a backend has kernels for the ops of training that make a step faster.
 
-    The reference runs them everywhere, slower than torch's own modules, so it counts only where it
-    was asked for by name. While torch.compile traces, nothing can be probed: what was not asked
-    before counts as no.
+    One asked for by name, the reference included, need not be faster: it saves memory. While
+    torch.compile traces, nothing can be probed: what was not asked before counts as no.
     """
     key = (requested(), device.type, dtype)
     known = _trains.get(key)
@@ -214,7 +213,11 @@ def trains(device: torch.device, dtype: torch.dtype) -> bool:
         return bool(known)
     name, probe = key[0], torch.empty((1, 1, 1, 1), dtype=dtype, device=device)
     modules = ORDER.values() if name == AUTO else [ORDER[name]] if name in ORDER else []
-    found = any(_reason(module, "bn_act", (probe,)) is None for module in modules)
+    found = any(
+        _reason(module, "bn_act", (probe,)) is None
+        and (name != AUTO or dtype in module.FASTER_IN_TRAINING)
+        for module in modules
+    )
     _trains[key] = name == REFERENCE or found
     return _trains[key]
 

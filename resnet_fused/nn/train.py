@@ -51,7 +51,7 @@ def applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
     if conv.padding_mode != "zeros" or conv.padding == "same" or conv.bias is not None:
         return False
     raw = x.x if isinstance(x, Pending) else x
-    return uses_batch_statistics(bn) and raw.dim() == 4 and trains(raw.device, raw.dtype)
+    return uses_batch_statistics(bn) and raw.dim() == 4 and trains(raw.device, result_dtype(raw))
 
 
 def run(
