@@ -107,12 +107,14 @@ def _finish(result: Pending, residual: Tensor | Pending) -> Tensor:
 
 
 def pool(module: nn.Module, x: Pending) -> Tensor:
-    """Return ``module`` of a pending result: one op for torch's own max pool, else two calls."""
+    """Return ``module`` of a pending result: one op for a square max pool, else two calls."""
     plain = type(module) is nn.MaxPool2d and not (module.return_indices or module.ceil_mode)
     if not plain or _pair(module.dilation) != (1, 1):
         return module(value(x))
-    *vectors, eps, act = x
     sizes = [_pair(v) for v in (module.kernel_size, module.stride, module.padding)]
+    if any(first != second for first, second in sizes):
+        return module(value(x))
+    *vectors, eps, act = x
     y, _ = torch.ops.resnet_fused.bn_act_max_pool(*vectors, eps, act, *sizes)
     return y
 
