@@ -186,6 +186,7 @@ def test_blocks(stride):
 @pytest.mark.parametrize("pool", [
     nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2), nn.MaxPool2d((3, 2), (2, 1), (1, 0)),
     nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(2),
+    nn.MaxPool2d(20, 1),
 ])  # fmt: skip
 def test_pools_behind_a_group(pool):
     assert_trains_alike(nn.Sequential(*ConvBnRelu(3, 8), pool, *ConvBnRelu(8, 4)))

@@ -304,8 +304,7 @@ def _run(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     if step.kind == "module":
         module = bound[step.target]
         if args and isinstance(args[0], Pending):
-            pools = len(args) == 1 and not kwargs and not has_hooks(module)
-            if pools:
+            if len(args) == 1 and not kwargs and not has_hooks(module):
                 return train.pool(module, args[0])
             args[0] = train.value(args[0])
         return module(*args, **kwargs)

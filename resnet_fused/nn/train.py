@@ -8,7 +8,7 @@ ever sees one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from resnet_fused.nn.bn import uses_batch_statistics
 from resnet_fused.ops import _bn
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
 from resnet_fused.ops.conv_bn_act import output_shape
+
+#: The largest side of a pool's window that every backend's byte index can name.
+LARGEST_POOL = 16
 
 
 class Pending(NamedTuple):
@@ -112,14 +115,14 @@ def pool(module: nn.Module, x: Pending) -> Tensor:
     if not plain or _pair(module.dilation) != (1, 1):
         return module(value(x))
     sizes = [_pair(v) for v in (module.kernel_size, module.stride, module.padding)]
-    if any(first != second for first, second in sizes):
+    if any(first != second for first, second in sizes) or max(sizes[0]) > LARGEST_POOL:
         return module(value(x))
     *vectors, eps, act = x
     y, _ = torch.ops.resnet_fused.bn_act_max_pool(*vectors, eps, act, *sizes)
     return y
 
 
-def _pair(value: object) -> tuple[object, ...]:
+def _pair(value: Any) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value, value)
 
 
