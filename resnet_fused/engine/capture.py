@@ -60,8 +60,13 @@ class Captured:
     #: One entry per leaf of the model's result: a Ref, or what it is every time.
     outputs: tuple[Any, ...]
     spec: pytree.TreeSpec
-    #: How many values there are, the input included.
-    size: int
+    #: What each value is like, the input's first: a tensor of its shape and device without data.
+    examples: tuple[Any, ...]
+
+    @property
+    def size(self) -> int:
+        """How many values there are, the input included."""
+        return len(self.examples)
 
 
 def capture(model: nn.Module, x: Tensor) -> Captured:
@@ -93,10 +98,10 @@ def capture(model: nn.Module, x: Tensor) -> Captured:
         raise ValueError(f"freeze: the model's forward changes its own {', '.join(changed)}: "
                          "an engine holds constants")  # fmt: skip
     leaves, spec = results[-1]
-    calls, tensors, size = _Recorder(module).record()
+    calls, tensors, examples = _Recorder(module).record()
     found = iter(tensors)
     outputs = tuple(next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    return Captured(calls, outputs, spec, size)
+    return Captured(calls, outputs, spec, examples)
 
 
 def _prepare(model: nn.Module) -> None:
@@ -124,14 +129,14 @@ class _Recorder:
         self._module = module
         self._refs: dict[fx.Node, Any] = {}
         self._calls: list[Call] = []
-        self._size = 0
+        self._examples: list[Any] = []
         nodes = module.graph.nodes
         self._unfolded = _rewritten(module.graph)
         # Under autocast an operator does not do now what it did then.
         self._folds = not any(n.target is torch.amp.autocast_mode._enter_autocast for n in nodes)
 
-    def record(self) -> tuple[tuple[Call, ...], tuple[Any, ...], int]:
-        """Return the calls, the model's tensors, and how many values there are."""
+    def record(self) -> tuple[tuple[Call, ...], tuple[Any, ...], tuple[Any, ...]]:
+        """Return the calls, the model's tensors, and what each value is like."""
         tensors: tuple[Any, ...] = ()
         for node in self._module.graph.nodes:
             if node.op == "output":
@@ -139,17 +144,17 @@ class _Recorder:
             elif node.op == "get_attr":
                 self._refs[node] = operator.attrgetter(str(node.target))(self._module)
             elif node.op == "placeholder":
-                self._refs[node] = self._new()
+                self._refs[node] = self._new(node)
             elif node.target is not torch._C._set_grad_enabled:
                 self._refs[node] = self._call(node)
-        return tuple(self._calls), tensors, self._size
+        return tuple(self._calls), tensors, tuple(self._examples)
 
     def _operands(self, args: Any) -> Any:
         return fx.node.map_arg(args, lambda node: self._refs[node])
 
-    def _new(self) -> Ref:
-        self._size += 1
-        return Ref(self._size - 1)
+    def _new(self, node: fx.Node) -> Ref:
+        self._examples.append(node.meta.get("val"))
+        return Ref(len(self._examples) - 1)
 
     def _call(self, node: fx.Node) -> Any:
         args, kwargs = self._operands(node.args), self._operands(dict(node.kwargs))
@@ -164,7 +169,7 @@ class _Recorder:
                 "freeze: the model's forward has a shape that depends on values "
                 f"(by {node.target}), which no fixed plan can follow"
             )
-        ref = self._new()
+        ref = self._new(node)
         self._calls.append(Call(node.target, args, kwargs, ref.index))
         return ref
 

@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from resnet_fused.engine import arena
 from resnet_fused.engine.capture import Call, Captured, Ref, fill
-from resnet_fused.engine.kernels import Kernel, Native, merge_heads
+from resnet_fused.engine.kernels import Kernel, Native
 from resnet_fused.engine.layout import CONSTANT, Layout, Segment
+from resnet_fused.engine.merge import merge
 
 Step = Callable[[], Any]
 
@@ -33,7 +34,7 @@ class Plan:
         self._lock = threading.Lock()
         #: Grows with every run, over all plans: the plan with the least was run longest ago.
         self.last_use = next(_uses)
-        captured = merge_heads(captured)
+        captured = merge(captured)
         self._outputs, self._spec = captured.outputs, captured.spec
         self._returned = {leaf.index for leaf in self._outputs if isinstance(leaf, Ref)}
         self._values: list[Any] = [None] * captured.size

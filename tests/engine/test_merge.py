@@ -9,7 +9,7 @@ from torch import nn
 import resnet_fused as rf
 from resnet_fused.backends import ORDER
 from resnet_fused.engine.capture import capture
-from resnet_fused.engine.kernels import merge_heads
+from resnet_fused.engine.merge import merge
 
 X = image(2, 3, 16, 16)
 HEAD = torch.ops.resnet_fused.avg_pool_linear.default
@@ -32,7 +32,7 @@ class Head(nn.Module):
 
 def targets(model: nn.Module) -> list:
     with torch.no_grad():
-        return [call.target for call in merge_heads(capture(rf.fuse(model.eval()), X)).calls]
+        return [call.target for call in merge(capture(rf.fuse(model.eval()), X)).calls]
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,0 +1,123 @@
+"""Which calls of a captured pass become one call of an op: one function per pattern.
+
+The calls of a pattern follow each other directly, and nobody else reads what lies between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import ORDER, choose, cpu, onednn, requested
+from resnet_fused.engine.capture import Call, Captured, Ref, fill, refs
+from resnet_fused.engine.kernels import CONV, HEAD, MAX_POOL, pool_arguments
+from resnet_fused.ops._checks import FLOAT_DTYPES
+
+_STEM = torch.ops.resnet_fused.conv_bn_act_max_pool.default
+_AVG_POOL = torch.ops.aten.adaptive_avg_pool2d.default
+_FLATTEN = torch.ops.aten.flatten.using_ints
+_LINEAR = torch.ops.aten.linear.default
+
+
+def merge(captured: Captured) -> Captured:
+    """Write every pattern that occurs as one call."""
+    return merge_stems(merge_heads(captured))
+
+
+def merge_heads(captured: Captured) -> Captured:
+    """Write each average pool → flatten → linear as one call of avg_pool_linear.
+
+    Only where the op takes the weights. A backend asked for by name was not asked for an op that
+    the model does not call.
+    """
+    if requested() in ORDER and not hasattr(ORDER[requested()], "avg_pool_linear"):
+        return captured
+    merged = []
+    for pool, flatten, linear in _chains(captured, (_AVG_POOL, _FLATTEN, _LINEAR)):
+        if flatten.args[1:] == (1,) and list(pool.args[1]) == [1, 1]:
+            weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
+            if _is_classifier(weight, bias):
+                merged.append(Call(HEAD, (pool.args[0], weight, bias), {}, linear.out))
+    return _written(captured, merged, 3)
+
+
+def _is_classifier(weight: Any, bias: Any) -> bool:
+    """Return whether avg_pool_linear takes the weights of a linear layer behind a pool.
+
+    With one input feature the pooled map may have been one without a batch, (C, H, W).
+    """
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] < 2:
+        return False
+    if weight.dtype not in FLOAT_DTYPES:
+        return False
+    if bias is None:
+        return True
+    return (
+        isinstance(bias, Tensor) and bias.shape == weight.shape[:1] and bias.dtype == weight.dtype
+    )
+
+
+def merge_stems(captured: Captured) -> Captured:
+    """Write each conv_bn_act without residual → max pool as one call of conv_bn_act_max_pool."""
+    merged = []
+    for conv, pool in _chains(captured, (CONV, MAX_POOL)):
+        size, stride, padding, dilation, ceil_mode = pool_arguments(*pool.args[1:])
+        if conv.args[4] is not None or ceil_mode or any(d != 1 for d in dilation):
+            continue
+        pairs = (tuple(_pair(value)) for value in (size, stride, padding))
+        args = (*conv.args[:4], *conv.args[5:], *pairs)
+        if _in_one_kernel("conv_bn_act_max_pool", fill(args, list(captured.examples))):
+            merged.append(Call(_STEM, args, {}, pool.out))
+    return _written(captured, merged, 2)
+
+
+def _pair(value: list[int]) -> list[int]:
+    return value if len(value) == 2 else value * 2
+
+
+def _in_one_kernel(op: str, args: tuple[Any, ...]) -> bool:
+    """Return whether what runs ``op`` here keeps on chip what a merged call no longer writes.
+
+    On the CPU nothing does: there the parts are kernels of their own, which the engine runs over
+    planned buffers, in chunks of images that stay in cache. Neither does the reference.
+    """
+    try:
+        run = choose(op, *args)
+    except RuntimeError:  # A backend asked for by name was not asked for this op.
+        return False
+    return run is not None and all(run is not getattr(b, op, None) for b in (cpu, onednn))
+
+
+def _chains(captured: Captured, targets: tuple[Any, ...]) -> Iterator[tuple[Call, ...]]:
+    """Yield calls of ``targets`` in a row, each the only reader of the one before it.
+
+    Nothing runs between them that might write what they read or switch autocast.
+    """
+    values = [*(ref for call in captured.calls for ref in refs(call)), *captured.outputs]
+    readers = Counter(value.index for value in values if isinstance(value, Ref))
+    for start in range(len(captured.calls) - len(targets) + 1):
+        chain = captured.calls[start : start + len(targets)]
+        if tuple(call.target for call in chain) != targets or any(call.kwargs for call in chain):
+            continue
+        if all(
+            after.args[0] == Ref(before.out) and readers[before.out] == 1
+            for before, after in itertools.pairwise(chain)
+        ):
+            yield chain
+
+
+def _written(captured: Captured, merged: list[Call], length: int) -> Captured:
+    """Return the pass with each merged call in place of ``length`` calls, its own the last."""
+    by_out = {call.out: call for call in merged}
+    calls: list[Call] = []
+    for call in captured.calls:
+        calls.append(by_out.get(call.out, call))
+        if call.out in by_out:
+            del calls[-length:-1]
+    return dataclasses.replace(captured, calls=tuple(calls))
