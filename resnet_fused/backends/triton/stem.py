@@ -171,9 +171,9 @@ def _legal(stem: Stem, precision: str, capability: int) -> Iterator[StemConfig]:
     least_n = min(64, most_n) if asynchronous(precision, capability) else 16
     bands = [band for band in (1, 2, 4, 7, 8, 14, 16, 28) if band <= height]
     for block_m, block_n, band in itertools.product((16, 32, 64), (16, 32, 64), bands):
-        if block_m <= most_m and least_n <= block_n <= most_n:
-            if num_warps := _warps(precision, block_m * block_n):
-                yield StemConfig(block_m, block_n, block_k, num_warps, band)
+        num_warps = _warps(precision, block_m * block_n)
+        if num_warps and block_m <= most_m and least_n <= block_n <= most_n:
+            yield StemConfig(block_m, block_n, block_k, num_warps, band)
 
 
 def _warps(precision: str, sums: int) -> int:
