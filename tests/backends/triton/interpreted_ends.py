@@ -41,10 +41,8 @@ def test_stem(path):
 
 @each_dtype
 def test_stem_in_each_dtype(dtype):
-    args, config = stem("the stem", dtype=dtype)
-    out = run.conv_bn_act_max_pool(*args, config=config)
-    assert_right(args, out, STEM)
-    assert torch.equal(run.conv_bn_act_max_pool(*args, config=config), out)
+    args, config = stem("16-byte rows", dtype=dtype)
+    assert_right(args, run.conv_bn_act_max_pool(*args, config=config), STEM)
 
 
 @pytest.mark.parametrize("path", ["16-byte rows", "windows apart", "several tiles"])
@@ -91,7 +89,7 @@ def test_every_candidate_of_a_stem():
 
 
 def test_addresses_and_layouts_of_a_stem():
-    args = stem("windows apart")[0]
+    args = stem("one pixel, the rest padding")[0]
     expected = run.conv_bn_act_max_pool(*args)
     odd = [torch.empty(a.numel() + 1)[1:].view(a.shape).copy_(a) for a in args[:4]]
     assert all(t.data_ptr() % launch.ALIGNMENT for t in odd)
@@ -182,30 +180,9 @@ class Net(nn.Module):
         return self.fc(torch.flatten(y, 1))
 
 
-def names(model: nn.Module, size: int) -> list[str]:
-    with torch.no_grad():
-        captured = merge(capture(rf.fuse(model.eval()), image(1, 3, size, size)))
-    return [call.target.name().split("::")[1] for call in captured.calls]
-
-
 def test_a_frozen_network_runs_its_ends_as_one_call_each():
     model, x = Net().eval(), image(1, 3, 2, 2)
-    assert names(model, 2) == [STEM, HEAD]
+    with torch.no_grad():
+        calls = merge(capture(rf.fuse(model), x)).calls
+    assert [call.target.name().split("::")[1] for call in calls] == [STEM, HEAD]
     assert_same_model(rf.freeze(model, x), model, x, reduced=8 * 9)
-
-
-KEPT = {
-    "the map is returned too": lambda m, x: (lambda y: (m.pool(y), y))(m.stem(x)),
-    "the pool rounds up": lambda m, x: nn.functional.max_pool2d(m.stem(x), 2, 2, ceil_mode=True),
-    "the pool is dilated": lambda m, x: nn.functional.max_pool2d(m.stem(x), 2, 2, dilation=2),
-    "something between": lambda m, x: m.pool(m.stem(x) * 2),
-}
-
-
-@pytest.mark.parametrize("rule", KEPT)
-def test_what_keeps_a_stem_apart(rule):
-    class Other(Net):
-        def forward(self, x):
-            return KEPT[rule](self, x)
-
-    assert STEM not in names(Other(), 3)
