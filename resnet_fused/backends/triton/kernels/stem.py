@@ -78,7 +78,7 @@ def stem_fwd_kernel(
     pitch = tl.multiple_of(w * IN, ALIGN)
     tile, first = tl.program_id(0), tl.program_id(1) * band
     if WIDE:
-        tile = tile.to(tl.int64)
+        tile, first = tile.to(tl.int64), first.to(tl.int64)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     image, column = rows // pairs, rows % pairs * 2
     channels = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
