@@ -1,5 +1,7 @@
 # make bench   the main job: ResNet-34, -50 and -152, reference against fused and frozen
 # make test    lint, format and type checks, then the tests
+# make gpu-test       correctness on an NVIDIA GPU; fails where there is none
+# make gpu-sanitize   the Triton kernels under compute-sanitizer: memcheck, racecheck, initcheck
 # VENV=0       use the current interpreter as it is and install nothing (torch 2.10 or later there)
 
 PYTHON ?= python3
@@ -16,7 +18,7 @@ READY := .venv/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test check build clean
+.PHONY: help bench test gpu-test gpu-sanitize gpu check build clean
 
 help:
 	@sed -n 's/^# \(make .*\|VENV.*\)/\1/p' Makefile
@@ -45,6 +47,27 @@ check: $(READY)
 
 test: build check
 	$(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses 2) $(ARGS)
+
+gpu: $(READY)
+	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
+	    f"nothing was tested: torch {torch.__version__} sees no CUDA GPU")'
+
+# The contract of every op on the backends that need a GPU, then what is only for GPUs.
+gpu-test: gpu build
+	$(PY) -m pytest tests/ops/test_contract.py -k 'triton or cudnn' $(ARGS)
+	$(PY) -m pytest tests/backends/triton/test_triton_gpu.py tests/gpu $(ARGS)
+
+SANITIZER = $(shell PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
+
+# Every path of the kernels; each tensor in an allocation of its own, or what is past its end is
+# another's. Graphs are left out: torch cannot record any without its caching allocator.
+gpu-sanitize: gpu build
+	@test -n "$(SANITIZER)" || { echo 'nothing was tested: compute-sanitizer is neither on PATH nor' \
+	    'in $$CUDA_HOME/bin; it comes with the CUDA toolkit' >&2; exit 1; }
+	for tool in memcheck racecheck initcheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
+	        $(PY) -m pytest tests/backends/triton/test_triton_gpu.py $(ARGS) || exit 1; \
+	done
 
 clean:
 	rm -rf .venv build out *.egg-info resnet_fused/_C*.so

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from resnet_fused.convert import fuse
 from resnet_fused.engine.capture import capture
+from resnet_fused.engine.graph import graphs_on
 from resnet_fused.engine.plan import Plan
 from resnet_fused.nn.bn import BATCH_NORMS
 from resnet_fused.nn.fused import program_of
@@ -37,6 +38,12 @@ def freeze(
     An input of another batch or image size gets a plan of its own on first sight (the last
     ``MAX_PLANS`` shapes are kept). Results are the caller's own. Calls from several threads are
     right, one after another per shape.
+
+    On a CUDA GPU each plan is recorded as a CUDA graph, and its calls are replays on the caller's
+    current stream, one after another on the device whatever the streams are. What cannot be
+    recorded runs call by call; ``print(engine)`` says why. So it does inside a graph of the
+    caller's, for shapes that were called before: that graph needs the engine to live on. While a
+    plan is made, no other thread may synchronise the device or draw its random numbers.
 
     Args:
         model: a module in eval mode that takes one (N, C, H, W) tensor.
@@ -110,6 +117,7 @@ class FrozenModule(nn.Module):
 
     def _reset(self) -> None:
         self._plans: dict[tuple[int, ...], Plan] = {}
+        self._graphs = graphs_on(self._device)
         # Not where the function stands: it loads the compiler, and importing is free.
         self._run_uncompiled = torch.compiler.disable(self._run)
 
@@ -119,7 +127,8 @@ class FrozenModule(nn.Module):
         Raises:
             TypeError: ``x`` is not a tensor of a dtype the engine was frozen for.
             ValueError: ``x`` has another rank, channel count or device.
-            RuntimeError: torch is tracing or exporting, which cannot see the kernels.
+            RuntimeError: torch is tracing or exporting, which cannot see the kernels; or the
+                caller is recording a CUDA graph, and there is no plan yet for x's shape.
         """
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise RuntimeError(
@@ -132,6 +141,8 @@ class FrozenModule(nn.Module):
     @torch.no_grad()
     def _run(self, x: Tensor) -> Any:
         with torch.autocast(self._device.type, enabled=False):
+            if self._graphs is not None and self._graphs.capturing():
+                return self._plan_for_a_graph(x).run_steps(x)
             return self.plan(x).run(x)
 
     def _check(self, x: Tensor) -> None:
@@ -155,9 +166,26 @@ class FrozenModule(nn.Module):
             with _planning:
                 plan = self._plans.get(shape) or self._make_plan(x)
                 self._plans[shape] = plan
-                while len(self._plans) > MAX_PLANS:
-                    del self._plans[min(self._plans, key=lambda s: self._plans[s].last_use)]
+                self._drop_plans()
         return plan
+
+    def _drop_plans(self) -> None:
+        idle = [shape for shape, plan in self._plans.items() if not plan.pinned]
+        idle.sort(key=lambda shape: self._plans[shape].last_use, reverse=True)
+        for shape in idle[MAX_PLANS:]:
+            del self._plans[shape]
+
+    def _plan_for_a_graph(self, x: Tensor) -> Plan:
+        """Return a plan whose calls the caller is recording; its constants stay from now on."""
+        with _planning:
+            plan = self._plans.get(tuple(x.shape))
+            if plan is None:
+                raise RuntimeError(
+                    f"frozen module: has no plan for x of shape {tuple(x.shape)}, and none can be "
+                    "made while a CUDA graph is being recorded: call it once before, as a warm-up"
+                )
+            plan.pinned = True
+            return plan
 
     def _make_plan(self, x: Tensor) -> Plan:
         devices = [] if x.device.type == "cpu" else [x.device]
@@ -172,13 +200,19 @@ class FrozenModule(nn.Module):
                 x.shape, dtype=self._dtypes[0], device=x.device, memory_format=torch.channels_last
             )
             example.copy_(x)
-            return Plan(capture(self.__dict__["_source"], example), example)
+            return Plan(capture(self.__dict__["_source"], example), example, self._graphs)
 
     def extra_repr(self) -> str:
         """Return what the engine was frozen for and what it keeps."""
-        shapes = ", ".join(str(shape) for shape in list(self._plans))
-        kept = sum(plan.nbytes for plan in list(self._plans.values())) / 2**20
-        return f"{self._dtypes[0]}, planned for {shapes}: {kept:.1f} MiB of buffers"
+        plans = dict(self._plans)
+        shapes = ", ".join(map(str, plans))
+        kept = sum(plan.nbytes for plan in plans.values()) / 2**20
+        text = f"{self._dtypes[0]}, planned for {shapes}: {kept:.1f} MiB of buffers"
+        if self._graphs is None:
+            return text
+        reasons = [f"{shape}: {p.ungraphed}" for shape, p in plans.items() if p.ungraphed]
+        text += f", CUDA graphs: {len(plans) - len(reasons)}"
+        return "\n".join([text, *(f"no CUDA graph for {reason}" for reason in reasons)])
 
     def train(self, mode: bool = True) -> FrozenModule:
         """Refuse training mode: BatchNorm is a constant here."""
@@ -193,7 +227,7 @@ class FrozenModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the plans: they are made again on first use."""
-        made = ("_plans", "_run_uncompiled")
+        made = ("_plans", "_graphs", "_run_uncompiled")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -31,10 +31,14 @@ class Segment:
 
 
 class Layout:
-    """Facts about the values of a captured pass, found by running it once on an example."""
+    """Facts about the values of a captured pass, found by running it once on an example.
 
-    def __init__(self, captured: Captured, x: Tensor) -> None:
+    ``plans_input`` says whether the input has planned memory too, or is new for every call.
+    """
+
+    def __init__(self, captured: Captured, x: Tensor, *, plans_input: bool) -> None:
         self.batch = x.shape[0]
+        self._plans_input = plans_input
         #: The call that reads each value last; outputs are read after all calls.
         self.last_read = _last_reads(captured)
         #: The values in whose memory each value lives: its own, or those that it is a view of.
@@ -47,7 +51,7 @@ class Layout:
         self.segments = self._split(captured)
         #: Images that a planned value holds: the batch, or a chunk if only its segment reads it.
         self.images = self._count_images(captured)
-        #: Planned memory: the input's and the native calls' values.
+        #: Planned memory: the native calls' values and, where it is planned, the input's.
         self.buffers = self._plan(captured)
 
     def _explore(self, captured: Captured, x: Tensor) -> None:
@@ -113,7 +117,7 @@ class Layout:
         return images
 
     def _plan(self, captured: Captured) -> dict[int, arena.Buffer]:
-        buffers = {0: self._buffer(0, 0)}
+        buffers = {0: self._buffer(0, 0)} if self._plans_input else {}
         for segment in self.segments:
             for call in segment.calls:
                 if call.out in self.native:

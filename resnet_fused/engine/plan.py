@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from resnet_fused.engine import arena
 from resnet_fused.engine.capture import Call, Captured, Ref, fill
+from resnet_fused.engine.graph import Graphs
 from resnet_fused.engine.kernels import Kernel, Native
 from resnet_fused.engine.layout import CONSTANT, Layout, Segment
 from resnet_fused.engine.merge import merge
@@ -28,9 +29,13 @@ class Plan:
     Calls that native kernels take write into buffers planned ahead, chunk of images by chunk of
     images; every other call runs as torch runs it. A plan serves one call at a time; a second
     thread waits.
+
+    With ``graphs``, on a GPU, the steps are recorded and replayed as one CUDA graph. Where that
+    cannot be, and while the caller records a graph of his own, they run one by one on memory that
+    is new for every call, so that calls on several streams never meet.
     """
 
-    def __init__(self, captured: Captured, x: Tensor) -> None:
+    def __init__(self, captured: Captured, x: Tensor, graphs: Graphs | None = None) -> None:
         self._lock = threading.Lock()
         #: Grows with every run, over all plans: the plan with the least was run longest ago.
         self.last_use = next(_uses)
@@ -38,7 +43,7 @@ class Plan:
         self._outputs, self._spec = captured.outputs, captured.spec
         self._returned = {leaf.index for leaf in self._outputs if isinstance(leaf, Ref)}
         self._values: list[Any] = [None] * captured.size
-        layout = Layout(captured, x)
+        layout = Layout(captured, x, plans_input=graphs is None)
         kernels = {
             call.out: layout.native[call.out].make(segment.images)
             for segment in layout.segments
@@ -53,7 +58,8 @@ class Plan:
         self._scratch = self._block[planned:]
         for index in layout.buffers:
             self._values[index] = layout.view(self._block, index)
-        self._input: Tensor = self._values[0]
+        self._input: Tensor | None = self._values[0]
+        self._example = torch.empty_like(x, device="meta")
         own = {CONSTANT, *layout.buffers}
         #: Values that live in the engine's memory and must be copied before they leave it.
         self._kept = {i for i, roots in layout.roots.items() if roots & own}
@@ -62,6 +68,10 @@ class Plan:
         self._steps = [
             s for segment in layout.segments for s in self._bind(segment, layout, kernels)
         ]
+        #: Whether a graph of the caller's reads the plan's constants: it has to stay.
+        self.pinned = False
+        #: All steps as one launch; None where there is none, for the reason beside it.
+        self._graph, self.ungraphed = graphs.record(self._compute, x) if graphs else (None, "")
 
     def _bind(self, segment: Segment, layout: Layout, kernels: dict[int, Kernel]) -> Iterator[Step]:
         if not segment.images:
@@ -102,23 +112,41 @@ class Plan:
 
     def run(self, x: Tensor) -> Any:
         """Run the plan on ``x``; the result is the caller's own."""
+        if self._graph is None:
+            return self.run_steps(x)
+        self.last_use = next(_uses)
+        return self._result(self._graph.replay(x))
+
+    def run_steps(self, x: Tensor) -> Any:
+        """Run the plan as :meth:`run` does, but never replay a graph."""
         self.last_use = next(_uses)
         with self._lock:
-            self._input.copy_(x)
-            for step in self._steps:
-                step()
-            # One tensor per value, also where the model returns it twice.
-            results = {i: self._hand_out(i) for i in self._returned}
-            for index in self._passing:
-                self._values[index] = None
+            memory = self._input
+            if memory is None:
+                memory = torch.empty_like(self._example, device=x.device)
+            values = self._compute(memory.copy_(x))
+            values = {i: v.clone() if i in self._kept else v for i, v in values.items()}
+        return self._result(values)
+
+    def _compute(self, x: Tensor) -> dict[int, Any]:
+        """Return the values that are returned, some of them in the engine's memory.
+
+        One tensor per value, also where the model returns it twice. What is not planned, ``x``
+        with it, is dropped.
+        """
+        self._values[0] = x
+        for step in self._steps:
+            step()
+        results = {i: self._values[i] for i in self._returned}
+        for index in self._passing:
+            self._values[index] = None
+        return results
+
+    def _result(self, values: dict[int, Any]) -> Any:
         leaves = [
-            results[leaf.index] if isinstance(leaf, Ref)
+            values[leaf.index] if isinstance(leaf, Ref)
             else leaf.clone() if isinstance(leaf, Tensor)
             else leaf
             for leaf in self._outputs
         ]  # fmt: skip
         return pytree.tree_unflatten(leaves, self._spec)
-
-    def _hand_out(self, index: int) -> Any:
-        value = self._values[index]
-        return value.clone() if index in self._kept else value

@@ -51,9 +51,20 @@ def _kernel(op: Op) -> Callable[..., Any]:
         op.check(*args)
         # An op that writes its arguments is a few sums over vectors: no backend has its own.
         run = None if op.mutates else choose(op.name, *args)
-        return (run or op.reference)(*args)
+        try:
+            return (run or op.reference)(*args)
+        except torch.OutOfMemoryError as error:
+            # Whatever was to be allocated: an output, partial sums, a copy in another layout.
+            raise torch.OutOfMemoryError(f"{op.name} on {_in_words(op, args)}: {error}") from error
 
     return kernel
+
+
+def _in_words(op: Op, args: tuple[Any, ...]) -> str:
+    """Return an op's tensors in words, such as ``x (8, 64, 56, 56) in torch.float16 on cuda:0``."""
+    named = zip(inspect.signature(op.check).parameters, args, strict=True)
+    words = [f"{n} {tuple(a.shape)}" for n, a in named if isinstance(a, torch.Tensor)]
+    return f"{', '.join(words)} in {args[0].dtype} on {args[0].device}"
 
 
 def _autocast(op: Op, handle: Any, device: str) -> Callable[..., Any]:

@@ -167,3 +167,19 @@ def test_explain_checks_too():
     filled = arguments("conv_bn_act", {"weight": (8, 4, 3)})
     with pytest.raises(ValueError, match="weight must have 4 dimensions"):
         rf.explain("conv_bn_act", filled["x"], filled["weight"])
+
+
+@pytest.mark.parametrize("op", INFERENCE)
+def test_no_memory_left(op, monkeypatch):
+    """The error says for which call; it stays the one that torch's users catch."""
+
+    def run_out(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(_register, "choose", lambda *args: run_out)
+    with pytest.raises(torch.OutOfMemoryError, match=rf"^{op} on x \(2, 4, 6, 5\)") as caught:
+        run(op, arguments(op, {}))
+    assert "in torch.float32 on cpu: CUDA out of memory. Tried" in str(caught.value)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    if "weight" in GOOD[op]:
+        assert f"weight {GOOD[op]['weight']}" in str(caught.value)

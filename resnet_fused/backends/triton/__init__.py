@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ ADVICE = (
     "or set TRITON_INTERPRET=1 before the first call to try the kernels on CPU tensors."
 )
 LEAST_CAPABILITY = (8, 0)
+#: What CUDA takes as the third side of a grid.
+MOST_GROUPS = 65535
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -70,7 +73,7 @@ def available() -> str | None:
     return _load_error()
 
 
-def supports(op: str, x: Tensor, *args: object) -> str | None:
+def supports(op: str, x: Tensor, *args: Any) -> str | None:
     """Return why the kernels do not take this call, or None."""
     if x.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, x is {x.dtype}"
@@ -83,6 +86,13 @@ def supports(op: str, x: Tensor, *args: object) -> str | None:
         return f"needs a GPU of sm_80 or later, {_name(x.device.index)}"
     if op == "conv_bn_act_max_pool" and (groups := args[6]) != 1:
         return f"takes this op with groups of 1, got {groups}"
+    return _declines_groups(*args) if op == "conv_bn_act" else None
+
+
+def _declines_groups(weight: Tensor, *args: Any) -> str | None:
+    groups = args[-2]
+    if groups > MOST_GROUPS and weight.shape[1] > 1:  # depthwise kernels have one grid for all
+        return f"takes {MOST_GROUPS} groups at most, groups={groups}"
     return None
 
 

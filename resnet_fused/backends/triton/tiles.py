@@ -144,6 +144,8 @@ def takes_tma(problem: Problem, precision: str, config: Config, capability: int)
         return False
     if problem.stride[1] != stride or problem.h % stride or problem.w % stride:
         return False
+    if problem.m + config.block_m >= 2**31:
+        return False  # coordinates have 32 bits
     # A block of channels that runs over the end meets zeros only where nothing lies behind it.
     whole = problem.c % config.block_k == 0
     return whole or (problem.taps == 1 and stride == 1)

@@ -90,12 +90,34 @@ def test_pointwise_ops_with_64_bit_offsets(elements, dtype, monkeypatch):
     assert torch.equal(run.bn_apply(x, scale, shift, residual, "relu"), narrow)
 
 
-def test_addresses_that_are_not_aligned():
-    args = arguments((1, 16, 5, 5), 16, 3, 1, 1, residual=True)
+each_way = pytest.mark.parametrize("name", ["m16n16k16w4s2x1g8", "m16n16k16w4s2x1g8-tma"])
+
+
+@each_way
+def test_addresses_that_are_not_aligned(name):
+    args, config = arguments((1, 16, 5, 5), 16, 3, 1, 1, residual=True), Config.parse(name)
     odd = [torch.empty(a.numel() + 1)[1:].view(a.shape).copy_(a) for a in args[:5]]
     assert all(t.data_ptr() % launch.ALIGNMENT for t in odd)
-    out = run.conv_bn_act(*odd, *args[5:])
-    assert torch.equal(out, run.conv_bn_act(*args))
+    out = run.conv_bn_act(*odd, *args[5:], config=config)
+    assert torch.equal(out, run.conv_bn_act(*args, config=config))
+
+
+@each_way
+def test_storage_that_overlaps(name):
+    """Images, channels and pixels that share memory are read as what they are."""
+    x, weight, scale, shift, residual, *rest = arguments((3, 16, 5, 5), 16, 3, 1, 1, residual=True)
+    overlapping = (
+        x[:1].expand_as(x),
+        weight[:, :1].expand_as(weight),
+        scale[:1].expand_as(scale),
+        torch.arange(40.0).as_strided(shift.shape, (2,)),
+        residual[:, :, :1].expand_as(residual),
+    )
+    plain = [t.contiguous() for t in overlapping]
+    config = Config.parse(name)
+    out = run.conv_bn_act(*overlapping, *rest, config=config)
+    assert torch.equal(out, run.conv_bn_act(*plain, *rest, config=config))
+    assert_right((*plain, *rest), out)
 
 
 def test_weights_are_packed_again_when_they_change():

@@ -1,5 +1,6 @@
 """What the backend says about calls it does not take, and that "auto" never interprets."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 
 import resnet_fused as rf
 from resnet_fused.backends import ORDER, _requested, triton
+from resnet_fused.backends.triton.shapes import Config
 
 X = torch.randn(1, 4, 6, 6)
 
@@ -88,6 +90,47 @@ def test_a_gpu_that_will_do(monkeypatch):
     reason = triton.supports("add_relu", OnGpu(torch.float64))
     assert reason == "takes float32, bfloat16 and float16, x is torch.float64"
     assert triton.supports("add_relu", X) == "runs on CUDA GPUs, x is on cpu"
+
+
+def test_groups_that_no_grid_holds(monkeypatch):
+    gpu(monkeypatch, (9, 0))
+    geometry = ((1, 1), (1, 1), (1, 1))
+
+    def declined(per_group: int, groups: int) -> str | None:
+        weight = torch.empty(groups, per_group, 3, 3, device="meta")
+        rest = (weight, None, None, None, *geometry, groups, "relu")
+        return triton.supports("conv_bn_act", OnGpu(), *rest)
+
+    assert declined(2, 65535) is None
+    assert declined(2, 65536) == "takes 65535 groups at most, groups=65536"
+    assert declined(1, 2**20) is None
+
+
+def test_kernels_are_launched_on_the_device_of_x(monkeypatch):
+    """Triton launches on the current device, whatever its arguments' is."""
+    pytest.importorskip("triton")
+    from resnet_fused.backends.triton import launch, run
+
+    current: list[torch.device] = []
+    launched: list[str] = []
+
+    @contextlib.contextmanager
+    def device_of(x):
+        current.append(x.device)
+        yield
+        current.pop()
+
+    def launch_on(step) -> None:
+        assert current == [torch.device("meta")]
+        launched.append(step.kernel.__name__)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(launch.Launch, "run", launch_on)
+    x, weight = torch.empty(1, 512, 7, 7, device="meta"), torch.empty(64, 512, 3, 3, device="meta")
+    rest = (None, None, None, (1, 1), (1, 1), (1, 1), 1, "relu")
+    run.conv_bn_act(x, weight, *rest, config=Config.parse("m16n64k64w4s2x4g8"))
+    run.bn_apply(x, None, None, x, "relu")
+    assert launched == ["conv_fwd_kernel", "affine_kernel", "affine_kernel"]
 
 
 def test_the_interpreter_runs_only_what_asks_for_it_by_name(monkeypatch):

@@ -102,6 +102,8 @@ def test_tma_where_descriptors_can_say_it():
     assert not taken((8, 64, 14, 14), (12, 64, 1, 1))  # rows of 24 bytes
     assert not taken((8, 64, 14, 14), (64, 32, 1, 1), groups=2)
     assert not taken((8, 64, 14, 14), (64, 64, 1, 1), precision="fp32")
+    assert taken((2**11, 16, 1000, 1000), (8, 16, 1, 1))
+    assert not taken((2**11, 16, 1024, 1024), (8, 16, 1, 1))  # 2³¹ rows: coordinates have 32 bits
 
 
 @pytest.mark.parametrize("capability", [81, 87, 103, 121])

@@ -1,0 +1,86 @@
+"""What GPUs are predicted to do, before anybody has measured: the first table of ``NOTES.md``.
+
+``python -m benchmarks.predicted`` prints it; ``--save`` writes it into the notes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from resnet_fused.backends.triton import tiles
+from resnet_fused.backends.triton.cost import arch_of, cost
+from resnet_fused.bench.tables import Grid
+from resnet_fused.inspection import convolutions
+from resnet_fused.roofline import DEVICES, Device, Report, roofline_by_name
+
+NOTES = Path(__file__).with_name("NOTES.md")
+BEGIN, END = "<!-- predicted -->", "<!-- end of predicted -->"
+MODELS, BATCHES = ("resnet34", "resnet50", "resnet152"), (256, 1)
+DEVICE, CAPABILITY, DTYPE, PRECISION = "h200", 90, torch.bfloat16, "bf16"
+COLUMNS = (
+    "model", "batch", "layer by layer", "stem in one kernel", "and 3x3 with its 1x1",
+    "arithmetic alone", "Triton's tiles", "MB an image",
+)  # fmt: skip
+
+
+def section() -> str:
+    """Return the table as Markdown."""
+    device = DEVICES[DEVICE]
+    rows = [_row(name, batch, device) for batch in BATCHES for name in MODELS]
+    title = f"Images a second, {device.name}, {PRECISION}, 224x224"
+    return Grid(title, COLUMNS, rows, left=("model",)).markdown()
+
+
+def _row(name: str, batch: int, device: Device) -> list[str]:
+    report = roofline_by_name(name, (batch, 3, 224, 224), device, DTYPE)
+    speeds = (
+        report.layerwise.images_per_second,
+        report.stem_joined.images_per_second,
+        report.across.images_per_second,
+        report.layerwise.images_per_second_of_arithmetic,
+        batch / _seconds_of_tiles(name, batch, device, report),
+    )
+    megabytes = report.layerwise.nbytes_per_image / 1e6
+    return [name, str(batch), *map(_rounded, speeds), f"{megabytes:.1f}"]
+
+
+def _seconds_of_tiles(name: str, batch: int, device: Device, report: Report) -> float:
+    """Return the cost model's time for the convolutions, and the roofline's for what is left.
+
+    The model counts clocks; here they pass at the rate at which its tensor cores reach the
+    device's figure.
+    """
+    arch = arch_of(CAPABILITY)
+    rate = device.flops[DTYPE] / (arch.processors * arch.tensor_flops)
+    clocks = sum(
+        count * cost(p, PRECISION, tiles.heuristic(p, PRECISION, CAPABILITY), CAPABILITY)
+        for p, count in convolutions(name, batch, DTYPE).items()
+    )
+    left = sum(layer.time for layer in report.layerwise.layers if "conv" not in layer.op)
+    return clocks / rate + left
+
+
+def _rounded(speed: float) -> str:
+    return f"{float(f'{speed:.3g}'):,.0f}"
+
+
+def main(
+    save: Annotated[bool, typer.Option("--save", help="Write the table into NOTES.md.")] = False,
+) -> None:
+    """Print the table of predictions; nothing is measured."""
+    if not save:
+        print(section())
+        return
+    before, begin, rest = NOTES.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{NOTES}: has no {BEGIN} followed by {END}")
+    NOTES.write_text(f"{before}{BEGIN}\n{section()}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

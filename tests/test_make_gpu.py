@@ -1,0 +1,68 @@
+"""`make gpu-test` and `make gpu-sanitize`: what they run, and that no GPU is no success."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def make(target: str, python: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["make", "--no-print-directory", target, "VENV=0", f"PYTHON={python}"],
+        cwd=ROOT, env={**os.environ, "CUDA_HOME": "/nonexistent", **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("target", ["gpu-test", "gpu-sanitize"])
+def test_without_a_gpu(target):
+    done = make(target, sys.executable)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    line, by_make = done.stderr.splitlines()
+    assert line == f"nothing was tested: torch {torch.__version__} sees no CUDA GPU"
+    assert by_make.startswith("make: ***")
+
+
+def test_without_the_sanitizer(tmp_path):
+    done = make("gpu-sanitize", script(tmp_path / "python", "exit 0"))
+    assert done.returncode != 0
+    line, _ = done.stderr.splitlines()
+    assert line.startswith("nothing was tested: compute-sanitizer is neither on PATH nor")
+
+
+@pytest.mark.parametrize("fails", ["", "racecheck"])
+def test_the_sanitizer_s_tools(tmp_path, fails):
+    """A finding of one tool is a failure, and is not hidden by the next one's success."""
+    log = tmp_path / "log"
+    (tmp_path / "bin").mkdir()
+    script(
+        tmp_path / "bin" / "compute-sanitizer",
+        f'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >> {log}; test "$2" != "{fails}"',
+    )
+    python = script(tmp_path / "python", "exit 0")
+    done = make("gpu-sanitize", python, CUDA_HOME=str(tmp_path))
+    assert (done.returncode == 0) == (not fails), done.stderr
+    calls = log.read_text().splitlines()
+    tools = ["memcheck", "racecheck", "initcheck"][: 2 if fails else 3]
+    assert [call.split()[:3] for call in calls] == [["1", "--tool", tool] for tool in tools]
+    assert all(f"--error-exitcode 1 {python} -m pytest tests/" in call for call in calls)
+
+
+def test_a_test_that_fails_is_a_failure(tmp_path):
+    python = script(tmp_path / "python", 'test "$1 $2" != "-m pytest"')
+    assert make("gpu-test", python).returncode != 0
+    assert make("gpu-test", script(tmp_path / "good", "exit 0")).returncode == 0
