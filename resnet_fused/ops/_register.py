@@ -47,11 +47,13 @@ def _refuse(op: Op) -> Callable[..., Any]:
 
 
 def _kernel(op: Op) -> Callable[..., Any]:
+    otherwise = op.decomposition or op.reference
+
     def kernel(*args: Any) -> Any:
         op.check(*args)
         # An op that writes its arguments is a few sums over vectors: no backend has its own.
         run = None if op.mutates else choose(op.name, *args)
-        return (run or op.reference)(*args)
+        return (run or otherwise)(*args)
 
     return kernel
 
