@@ -177,24 +177,19 @@ def conv_bn_act_conv_bn_act(
     act: str | None = None,
     act2: str | None = None,
 ) -> Tensor:
-    r"""A convolution and the 1x1 convolution behind it, both as :func:`conv_bn_act`, in one op.
+    r"""A convolution and the 1x1 convolution behind it, each as :func:`conv_bn_act`, in one op.
 
-    .. math:: z = \mathrm{act}(\mathrm{conv}(x, W) \cdot \mathrm{scale} + \mathrm{shift})
-
-    .. math:: y = \mathrm{act}_2(\mathrm{conv}_{1 \times 1}(z, W_2) \cdot \mathrm{scale}_2
-              + \mathrm{shift}_2 + r)
+    .. math:: y = \mathrm{act}_2(\mathrm{conv}_{1 \times 1}(\mathrm{act}(\mathrm{conv}(x, W) \cdot
+              \mathrm{scale} + \mathrm{shift}), W_2) \cdot \mathrm{scale}_2 + \mathrm{shift}_2 + r)
 
     The last two convolutions and the shortcut of a bottleneck, He et al. (arXiv 1512.03385),
-    figure 5, right. A kernel that runs both need not write z, which between the 3x3 and the 1x1 of
-    a ResNet has as many bytes as x, or a quarter of them where the 3x3 is strided.
+    figure 5, right. A kernel for both need not write z, the map between them.
 
-    Equivalent to::
+    Equivalent to, and run as, where no backend has the op whole::
 
-        z = conv_bn_act(x, weight, scale, shift, stride=stride, padding=padding,
+        z = conv_bn_act(x, weight, scale, shift, None, stride=stride, padding=padding,
                         dilation=dilation, act=act)
         y = conv_bn_act(z, weight2, scale2, shift2, residual, act=act2)
-
-    which is also what runs where no backend has the op whole.
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64; channels_last is fastest.
@@ -208,16 +203,14 @@ def conv_bn_act_conv_bn_act(
         stride: of the first convolution, one or two integers of at least 1.
         padding: of the first, one or two integers of at least 0; zeros are padded.
         dilation: of the first, one or two integers of at least 1.
-        act: None or "relu", behind the first. NaN passes through, as in ``torch.relu``.
+        act: None or "relu", behind the first. NaN passes through.
         act2: None or "relu", behind the second.
 
     Returns:
-        (N, O, OH, OW) in x's dtype, channels_last. Products are accumulated in float32 (float64 for
-        float64), and scale, shift and add applied there; z is rounded to x's dtype, y likewise.
+        (N, O, OH, OW) in x's dtype, channels_last; z is rounded to x's dtype, too.
 
-    Differentiable in all tensors. Saved for backward: x, the weights and vectors, and y if ``act2``
-    is "relu"; z is computed again. Under autocast x, the weights and residual are cast, the vectors
-    not.
+    Differentiable in all tensors. Saved for backward: x, weights, vectors, and y if ``act2`` is
+    "relu"; z is computed again. Under autocast x, weights and residual are cast, the vectors not.
 
     Raises:
         ValueError: shapes, devices, geometry or an act do not fit; nothing has run.

@@ -11,11 +11,13 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resnet_fused.backends import _requested
+from resnet_fused.backends.triton import pair_tiles
 
 ADVICE = (
     "Use an NVIDIA GPU from Ampere on (sm_80) with a CUDA build of torch, which brings triton; "
@@ -70,7 +72,7 @@ def available() -> str | None:
     return _load_error()
 
 
-def supports(op: str, x: Tensor, *args: object) -> str | None:
+def supports(op: str, x: Tensor, *args: Any) -> str | None:
     """Return why the kernels do not take this call, or None."""
     if x.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, x is {x.dtype}"
@@ -81,7 +83,32 @@ def supports(op: str, x: Tensor, *args: object) -> str | None:
         return f"runs on CUDA GPUs, x is on {x.device}"
     elif _too_old(x.device.index):
         return f"needs a GPU of sm_80 or later, {_name(x.device.index)}"
+    if op == "conv_bn_act_conv_bn_act":
+        return _declines_pair(x, *args)
     return None
+
+
+def _declines_pair(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight2: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str | None,
+    act2: str | None,
+) -> str | None:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes both convolutions in one kernel in bfloat16 and float16, x is {x.dtype}"
+    shapes = (x.shape, weight.shape, weight2.shape)
+    return pair_tiles.declines(
+        pair_tiles.Pair.of(*shapes, stride, padding, dilation, residual is not None)
+    )
 
 
 def conv_bn_act(
@@ -104,6 +131,30 @@ def conv_bn_act(
     )  # fmt: skip
 
 
+def conv_bn_act_conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight2: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str | None,
+    act2: str | None,
+) -> Tensor:
+    """Run the op as one kernel; the map between the convolutions is never written."""
+    from resnet_fused.backends.triton import run
+
+    return run.conv_bn_act_conv_bn_act(
+        x, weight, scale, shift, weight2, scale2, shift2, residual,
+        stride, padding, dilation, act, act2,
+    )  # fmt: skip
+
+
 def bn_apply(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str | None
 ) -> Tensor:
@@ -120,7 +171,7 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     return run.bn_apply(x, None, None, residual, "relu")
 
 
-def candidates(op: str, *args: object) -> dict[str, Callable[..., Tensor]]:
+def candidates(op: str, *args: Any) -> dict[str, Callable[..., Tensor]]:
     """Return the ways to run this call that are worth measuring, the most promising first.
 
     Args:
@@ -133,6 +184,8 @@ def candidates(op: str, *args: object) -> dict[str, Callable[..., Tensor]]:
     from resnet_fused.backends.triton import run
 
     if op == "conv_bn_act":
-        return run.conv_candidates(*args)  # type: ignore[arg-type]
+        return run.conv_candidates(*args)
+    if op == "conv_bn_act_conv_bn_act":
+        return run.pair_candidates(*args)
     alone: dict[str, Callable[..., Tensor]] = {"bn_apply": bn_apply, "add_relu": add_relu}
     return {"default": alone[op]}

@@ -6,6 +6,7 @@ at its launch. Not to be used where kernels are interpreted.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -14,13 +15,13 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from resnet_fused.backends.triton import launch, tiles
 from resnet_fused.backends.triton.launch import Launch
+from resnet_fused.backends.triton.pair_tiles import Pair
 from resnet_fused.backends.triton.shapes import Config, Problem
 
 #: Registers of a thread, beyond which values are spilled to memory.
@@ -40,7 +41,8 @@ class Compiled:
     spilled: int
     #: Bytes of shared memory per block.
     shared: int
-    #: "wgmma", "tcgen05", "mma.sync", or "fma" without tensor cores.
+    #: "wgmma", "tcgen05", "mma.sync", several if it has products of several kinds, or "fma" without
+    #: tensor cores.
     instruction: str
     #: How often each width of load is written: "tma", "async 16", "load 4", ..., in bytes.
     loads: dict[str, int]
@@ -62,20 +64,36 @@ def compile_conv(
         ValueError: the config does not fit the problem.
         RuntimeError: kernels are interpreted in this process.
     """
-
-    def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+    meta = functools.partial(torch.empty, dtype=dtype, device="meta")
     outputs = problem.o * problem.groups
-    x = meta(problem.n, problem.c * problem.groups, problem.h, problem.w)
-    weight = meta(outputs, problem.c, *problem.kernel)
+    x = meta((problem.n, problem.c * problem.groups, problem.h, problem.w))
+    weight = meta((outputs, problem.c, *problem.kernel))
     vector = meta(outputs, dtype=torch.float32)
-    y = meta(problem.n, outputs, *problem.out_size)
+    y = meta((problem.n, outputs, *problem.out_size))
     residual = y if problem.residual else None
     steps = launch.conv(
         x, weight, vector, vector, residual, y, problem, config, act, capability
     )  # fmt: skip
     return [compile_launch(step, capability) for step in steps]
+
+
+def compile_pair(
+    problem: Pair, dtype: torch.dtype, config: Config, capability: int, act: str | None = "relu"
+) -> Compiled:
+    """Compile the kernel of one conv_bn_act_conv_bn_act, likewise.
+
+    Raises:
+        RuntimeError: kernels are interpreted in this process.
+    """
+    meta = functools.partial(torch.empty, dtype=dtype, device="meta")
+    first, o = problem.first, problem.o
+    x, y = meta((first.n, first.c, first.h, first.w)), meta((first.n, o, *first.out_size))
+    weight, weight2 = meta((first.o, first.c, *first.kernel)), meta((o, first.o, 1, 1))
+    vector, vector2 = (meta(n, dtype=torch.float32) for n in (first.o, o))
+    vectors = (vector, vector, weight2, vector2, vector2)
+    residual = y if problem.residual else None
+    step = launch.pair(x, weight, *vectors, residual, y, problem, config, act, act)
+    return compile_launch(step, capability)
 
 
 def compile_launch(step: Launch, capability: int) -> Compiled:
@@ -98,7 +116,7 @@ def compile_launch(step: Launch, capability: int) -> Compiled:
     kernel = triton.compile(source, target=target, options=options.__dict__)
     registers, spilled = _usage(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
-    instruction = next((name for name, text in _MMA.items() if text in ptx), "fma")
+    instruction = ", ".join(name for name, text in _MMA.items() if text in ptx) or "fma"
     return Compiled(
         step.kernel.fn.__name__,
         registers,

@@ -40,11 +40,11 @@ def arguments(
     return (draw(*x), weight, *vectors, added, stride, padding, dilation, groups, "relu")
 
 
-def assert_right(args: tuple, out: torch.Tensor) -> None:
-    oracle, plain = eager("conv_bn_act", to_float64(args)), eager("conv_bn_act", args)
+def assert_right(args: tuple, out: torch.Tensor, op: str = "conv_bn_act") -> None:
+    oracle, plain = eager(op, to_float64(args)), eager(op, args)
     expected = torch.empty(oracle.shape, memory_format=torch.channels_last)
     assert out.stride() == expected.stride()
-    check = two_x_rule(out, plain, oracle, reduced("conv_bn_act", args))
+    check = two_x_rule(out, plain, oracle, reduced(op, args))
     assert check.ok, check
 
 
