@@ -8,6 +8,7 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused.backends import ORDER
+from resnet_fused.engine import merge as merging
 from resnet_fused.engine.capture import capture
 from resnet_fused.engine.merge import merge
 
@@ -15,6 +16,7 @@ X = image(2, 3, 16, 16)
 HEAD = torch.ops.resnet_fused.avg_pool_linear.default
 CONV = torch.ops.resnet_fused.conv_bn_act.default
 MAX_POOL = torch.ops.aten.max_pool2d.default
+STEM = torch.ops.resnet_fused.conv_bn_act_max_pool.default
 
 
 class Head(nn.Module):
@@ -60,3 +62,43 @@ def test_a_backend_without_the_op_still_freezes_a_head(backend):
         has = backend not in ORDER or hasattr(ORDER[backend], "avg_pool_linear")
         assert (HEAD in targets(model)) == has
         assert_same_model(rf.freeze(model, X), model, X, reduced=8 * 64)
+
+
+@pytest.mark.parametrize("backend", ["auto", *(b.name for b in rf.backends() if b.available)])
+def test_on_the_cpu_a_stem_stays_two_calls(backend):
+    with rf.use_backend(backend):
+        assert targets(Head())[:2] == [CONV, MAX_POOL]
+
+
+def test_a_stem_is_one_call_where_one_kernel_runs_it(monkeypatch):
+    """As if a backend had one; the op itself runs here as ever."""
+    asked = []
+    monkeypatch.setattr(merging, "choose", lambda op, *args: asked.append((op, args)) or print)
+    model = Head().eval()
+    assert targets(model) == [STEM, HEAD]
+    ((op, args),) = asked
+    assert (op, args[0].shape, args[0].device) == ("conv_bn_act_max_pool", X.shape, X.device)
+    assert args[9:] == ((3, 3), (2, 2), (1, 1))
+    assert_same_model(rf.freeze(model, X), model, X, reduced=8 * 64)
+
+
+class Stem(Head):
+    def forward(self, x):
+        return self.rule(self, x)
+
+
+STEMS = {
+    "the map is returned too": lambda m, x: (lambda y: (m.pool(y), y))(m.body(x)),
+    "the pool rounds up": lambda m, x: F.max_pool2d(m.body(x), 2, 2, ceil_mode=True),
+    "the pool is dilated": lambda m, x: F.max_pool2d(m.body(x), 2, 2, dilation=2),
+    "something between": lambda m, x: m.pool(m.body(x) * 2),
+    "a residual": lambda m, x: m.pool(
+        torch.relu(m.body[1](m.body[0](x)) + torch.cat([x, x, x], 1)[:, :8])
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", STEMS)
+def test_what_keeps_a_stem_apart(rule, monkeypatch):
+    monkeypatch.setattr(merging, "choose", lambda *args: print)
+    assert STEM not in targets(Stem(STEMS[rule]))

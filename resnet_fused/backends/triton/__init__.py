@@ -83,6 +83,8 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
         return f"runs on CUDA GPUs, x is on {x.device}"
     elif _too_old(x.device.index):
         return f"needs a GPU of sm_80 or later, {_name(x.device.index)}"
+    if op == "conv_bn_act_max_pool" and (groups := args[6]) != 1:
+        return f"takes this op with groups of 1, got {groups}"
     if op == "conv_bn_act_conv_bn_act":
         return _declines_pair(x, *args)
     return None
@@ -155,6 +157,36 @@ def conv_bn_act_conv_bn_act(
     )  # fmt: skip
 
 
+def conv_bn_act_max_pool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> Tensor:
+    """Run the op in one kernel, which keeps the map before the pool in registers."""
+    from resnet_fused.backends.triton import run
+
+    pool = (pool_size, pool_stride, pool_padding)
+    return run.conv_bn_act_max_pool(
+        x, weight, scale, shift, stride, padding, dilation, groups, act, *pool
+    )  # fmt: skip
+
+
+def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run the op; the means stay in float32."""
+    from resnet_fused.backends.triton import run
+
+    return run.avg_pool_linear(x, weight, bias)
+
+
 def bn_apply(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str | None
 ) -> Tensor:
@@ -185,7 +217,11 @@ def candidates(op: str, *args: Any) -> dict[str, Callable[..., Tensor]]:
 
     if op == "conv_bn_act":
         return run.conv_candidates(*args)
+    if op == "conv_bn_act_max_pool":
+        return run.stem_candidates(*args)
     if op == "conv_bn_act_conv_bn_act":
         return run.pair_candidates(*args)
-    alone: dict[str, Callable[..., Tensor]] = {"bn_apply": bn_apply, "add_relu": add_relu}
+    alone: dict[str, Callable[..., Tensor]] = {
+        "bn_apply": bn_apply, "add_relu": add_relu, "avg_pool_linear": avg_pool_linear
+    }  # fmt: skip
     return {"default": alone[op]}

@@ -6,23 +6,25 @@ at its launch. Not to be used where kernels are interpreted.
 
 from __future__ import annotations
 
-import functools
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from resnet_fused.backends.triton import launch, tiles
+from resnet_fused.backends.triton import launch, launch_ends, tiles
 from resnet_fused.backends.triton.launch import Launch
 from resnet_fused.backends.triton.pair_tiles import Pair
 from resnet_fused.backends.triton.shapes import Config, Problem
+from resnet_fused.backends.triton.stem import Stem, StemConfig
 
 #: Registers of a thread, beyond which values are spilled to memory.
 MOST_REGISTERS = 255
@@ -64,12 +66,11 @@ def compile_conv(
         ValueError: the config does not fit the problem.
         RuntimeError: kernels are interpreted in this process.
     """
-    meta = functools.partial(torch.empty, dtype=dtype, device="meta")
     outputs = problem.o * problem.groups
-    x = meta((problem.n, problem.c * problem.groups, problem.h, problem.w))
-    weight = meta((outputs, problem.c, *problem.kernel))
-    vector = meta(outputs, dtype=torch.float32)
-    y = meta((problem.n, outputs, *problem.out_size))
+    x = _meta(dtype, problem.n, problem.c * problem.groups, problem.h, problem.w)
+    weight = _meta(dtype, outputs, problem.c, *problem.kernel)
+    vector = _meta(torch.float32, outputs)
+    y = _meta(dtype, problem.n, outputs, *problem.out_size)
     residual = y if problem.residual else None
     steps = launch.conv(
         x, weight, vector, vector, residual, y, problem, config, act, capability
@@ -85,15 +86,51 @@ def compile_pair(
     Raises:
         RuntimeError: kernels are interpreted in this process.
     """
-    meta = functools.partial(torch.empty, dtype=dtype, device="meta")
     first, o = problem.first, problem.o
-    x, y = meta((first.n, first.c, first.h, first.w)), meta((first.n, o, *first.out_size))
-    weight, weight2 = meta((first.o, first.c, *first.kernel)), meta((o, first.o, 1, 1))
-    vector, vector2 = (meta(n, dtype=torch.float32) for n in (first.o, o))
+    x = _meta(dtype, first.n, first.c, first.h, first.w)
+    y = _meta(dtype, first.n, o, *first.out_size)
+    weight, weight2 = _meta(dtype, first.o, first.c, *first.kernel), _meta(dtype, o, first.o, 1, 1)
+    vector, vector2 = (_meta(torch.float32, n) for n in (first.o, o))
     vectors = (vector, vector, weight2, vector2, vector2)
     residual = y if problem.residual else None
     step = launch.pair(x, weight, *vectors, residual, y, problem, config, act, act)
     return compile_launch(step, capability)
+
+
+def compile_stem(
+    problem: Stem, dtype: torch.dtype, config: StemConfig, capability: int, act: str | None = "relu"
+) -> list[Compiled]:
+    """Compile the kernel of one conv_bn_act_max_pool with scale and shift.
+
+    Raises:
+        RuntimeError: kernels are interpreted in this process.
+    """
+    conv = problem.conv
+    x, weight = (
+        _meta(dtype, conv.n, conv.c, conv.h, conv.w),
+        _meta(dtype, conv.o, conv.c, *conv.kernel),
+    )
+    vector, y = _meta(torch.float32, conv.o), _meta(dtype, conv.n, conv.o, *problem.out_size)
+    step = launch_ends.stem(x, weight, vector, vector, y, problem, config, act)
+    return [compile_launch(step, capability)]
+
+
+def compile_head(
+    shape: Sequence[int], classes: int, dtype: torch.dtype, capability: int
+) -> list[Compiled]:
+    """Compile the kernels of one avg_pool_linear of a map (N, C, H, W), with bias.
+
+    Raises:
+        RuntimeError: kernels are interpreted in this process.
+    """
+    x, weight = _meta(dtype, *shape), _meta(dtype, classes, shape[1])
+    bias, y = _meta(dtype, classes), _meta(dtype, shape[0], classes)
+    steps = launch_ends.head(x, weight, bias, y, capability)
+    return [compile_launch(step, capability) for step in steps]
+
+
+def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def compile_launch(step: Launch, capability: int) -> Compiled:

@@ -66,7 +66,8 @@ def channels_last(t: Tensor) -> Tensor:
     return t.clone() if t.data_ptr() % ALIGNMENT else t
 
 
-def _vector(t: Tensor | None) -> Tensor | None:
+def vector(t: Tensor | None) -> Tensor | None:
+    """Return ``t`` dense at an aligned address; itself if it is."""
     if t is None:
         return None
     t = t.contiguous()
@@ -113,14 +114,14 @@ def conv(
     if config.tma and not tiles.takes_tma(problem, kind, config, capability):
         raise ValueError(f"config {config} fetches tiles in a way that {problem} does not allow")
     packed = _packed(weight, problem.groups)
-    vectors = {"scale_ptr": _vector(scale), "shift_ptr": _vector(shift)}
+    vectors = {"scale_ptr": vector(scale), "shift_ptr": vector(shift)}
     relu = act == "relu"
     if config.tma:
         return [_tma(x, packed, vectors, residual, y, problem, config, relu, capability)]
     tensors = {"x_ptr": x, "w_ptr": packed, "y_ptr": y, **vectors, "residual_ptr": residual}
     elements = max(x.numel(), y.numel() * config.split_k)
     common = {
-        **_geometry(problem), **_pixels(problem),
+        **geometry(problem), **_pixels(problem),
         "OUT": problem.o, "GROUPS": problem.groups, "RELU": relu, "WIDE": elements >= WIDE_FROM,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     }  # fmt: skip
@@ -130,7 +131,7 @@ def conv(
         return [Launch(depthwise_fwd_kernel, grid, {**tensors, **common}, config.num_warps)]
     arguments = {
         **tensors, **common, "partial_ptr": None, "IN": problem.c, "PITCH": packed.shape[1],
-        "PRECISION": _dot_precision(kind), "FLAT": problem.flat, "SPLIT_K": config.split_k,
+        "PRECISION": dot_precision(kind), "FLAT": problem.flat, "SPLIT_K": config.split_k,
         "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
     }  # fmt: skip
     grid = (rows * math.ceil(problem.o / config.block_n), config.split_k, problem.groups)
@@ -143,7 +144,8 @@ def conv(
     return [launch, affine(partial, scale, shift, residual, y, act, parts=config.split_k)]
 
 
-def _geometry(problem: Problem) -> dict[str, int]:
+def geometry(problem: Problem) -> dict[str, int]:
+    """Return the kernels' arguments about taps and the output's size."""
     (kh, kw), (pad_h, pad_w), (dil_h, dil_w) = problem.kernel, problem.padding, problem.dilation
     oh, ow = problem.out_size
     return {
@@ -177,9 +179,9 @@ def pair(
     """Return the launch of one conv_bn_act_conv_bn_act, all maps from :func:`channels_last`."""
     first, packed, packed2 = problem.first, _packed(weight, 1), _packed(weight2, 1)
     arguments = {
-        "x_ptr": x, "w_ptr": packed, "scale_ptr": _vector(scale), "shift_ptr": _vector(shift),
-        "w2_ptr": packed2, "scale2_ptr": _vector(scale2), "shift2_ptr": _vector(shift2),
-        "residual_ptr": residual, "y_ptr": y, **_geometry(first), **_pixels(first),
+        "x_ptr": x, "w_ptr": packed, "scale_ptr": vector(scale), "shift_ptr": vector(shift),
+        "w2_ptr": packed2, "scale2_ptr": vector(scale2), "shift2_ptr": vector(shift2),
+        "residual_ptr": residual, "y_ptr": y, **geometry(first), **_pixels(first),
         "IN": first.c, "BETWEEN": first.o, "OUT": problem.o, "PITCH": packed.shape[1],
         "PITCH2": packed2.shape[1], "RELU": act == "relu", "RELU2": act2 == "relu",
         "WIDE": max(x.numel(), y.numel()) >= WIDE_FROM, "BLOCK_M": config.block_m,
@@ -190,7 +192,8 @@ def pair(
     return Launch(conv_pair_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
 
 
-def _dot_precision(kind: str) -> str:
+def dot_precision(kind: str) -> str:
+    """Return the name that ``tl.dot`` has for a precision of :mod:`tiles`."""
     return "tf32" if kind == "tf32" else "ieee"
 
 
@@ -218,9 +221,9 @@ def _tma(
         "w_desc": _descriptor(packed, packed.shape, (config.block_n, config.block_k)),
         "y_desc": _descriptor(y, out, out_box),
         "residual_desc": None if residual is None else _descriptor(residual, out, out_box),
-        **vectors, **_geometry(problem), "images": n, "oh": oh, "ow": ow,
+        **vectors, **geometry(problem), "images": n, "oh": oh, "ow": ow,
         "IN": problem.c, "OUT": problem.o, "STRIDE": s, "RELU": relu,
-        "PRECISION": _dot_precision(kind), "BOX_N": box_n, "BOX_H": box_h, "BOX_W": box_w,
+        "PRECISION": dot_precision(kind), "BOX_N": box_n, "BOX_H": box_h, "BOX_W": box_w,
         "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
     }  # fmt: skip
     resident = occupancy(problem, kind, config, capability)
@@ -253,7 +256,7 @@ def affine(
     """Return the launch of y = relu(Σ x · scale + shift + residual) over ``parts`` of ``x``."""
     elements = y.numel()
     arguments = {
-        "x_ptr": x, "y_ptr": y, "scale_ptr": _vector(scale), "shift_ptr": _vector(shift),
+        "x_ptr": x, "y_ptr": y, "scale_ptr": vector(scale), "shift_ptr": vector(shift),
         "residual_ptr": residual, "elements": elements, "CHANNELS": y.shape[1], "PARTS": parts,
         "RELU": act == "relu", "WIDE": elements >= WIDE_FROM, "BLOCK": _BLOCK,
     }  # fmt: skip

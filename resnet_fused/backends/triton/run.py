@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused.backends.triton import launch, pair_tiles, tiles
+from resnet_fused.backends.triton import launch, launch_ends, pair_tiles, stem, tiles
 from resnet_fused.backends.triton.pair_tiles import Pair
 from resnet_fused.backends.triton.shapes import Config, Problem
+from resnet_fused.backends.triton.stem import Stem, StemConfig
 
 #: What the interpreter stands for: the newest device with every path.
 INTERPRETED_CAPABILITY = 90
@@ -88,6 +89,43 @@ def conv_bn_act_conv_bn_act(
     return y
 
 
+def conv_bn_act_max_pool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    *pool: Sequence[int],
+    config: StemConfig | None = None,
+) -> Tensor:
+    """Run the op with ``config``, by default that of :func:`stem.heuristic`."""
+    problem = Stem.of(x.shape, weight.shape, stride, padding, dilation, *pool)
+    y = _empty(x, (problem.conv.n, problem.conv.o, *problem.out_size))
+    if y.numel() == 0:
+        return y
+    if config is None:
+        config = stem.heuristic(problem, launch.precision(x.dtype), capability(x.device))
+    with torch.cuda.device_of(x):
+        x = launch.channels_last(x)
+        launch_ends.stem(x, weight, scale, shift, y, problem, config, act).run()
+    return y
+
+
+def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Run the op in two kernels, the means between them in float32."""
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    if y.numel():
+        with torch.cuda.device_of(x):
+            x = launch.channels_last(x)
+            for step in launch_ends.head(x, weight, bias, y, capability(x.device)):
+                step.run()
+    return y
+
+
 def bn_apply(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None, act: str | None
 ) -> Tensor:
@@ -118,6 +156,24 @@ def conv_candidates(
     )
     configs = tiles.candidates(problem, launch.precision(x.dtype), capability(x.device))
     return {str(c): functools.partial(conv_bn_act, config=c) for c in configs}
+
+
+def stem_candidates(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    *pool: Sequence[int],
+) -> dict[str, Callable[..., Tensor]]:
+    """Return the op with every config worth measuring, by the config's name."""
+    problem = Stem.of(x.shape, weight.shape, stride, padding, dilation, *pool)
+    configs = stem.candidates(problem, launch.precision(x.dtype), capability(x.device))
+    return {str(c): functools.partial(conv_bn_act_max_pool, config=c) for c in configs}
 
 
 def pair_candidates(

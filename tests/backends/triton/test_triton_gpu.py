@@ -10,9 +10,11 @@ import resnet_fused as rf
 from resnet_fused.backends import triton
 
 sys.path.append(str(Path(__file__).parents[2] / "ops"))  # formulas
+from ends import STEMS, each_head, each_stem, head_arguments, stem_arguments
 from paths import PATHS, arguments, assert_right, each_dtype, each_path
 
 from resnet_fused.backends.triton.shapes import Config
+from resnet_fused.backends.triton.stem import StemConfig
 from resnet_fused.ops import OPS
 
 if triton.available() or triton.interpreted():
@@ -36,6 +38,31 @@ def test_path(path, dtype):
     out = run.conv_bn_act(*args, config=config_of(name))
     assert_right(args, out)
     assert torch.equal(run.conv_bn_act(*args, config=config_of(name)), out), "not repeatable"
+
+
+@each_stem
+@each_dtype
+def test_stem(path, dtype):
+    from resnet_fused.backends.triton import run
+
+    shape, name = STEMS[path]
+    args = stem_arguments(*shape, dtype=dtype, device="cuda")
+    out = run.conv_bn_act_max_pool(*args, config=StemConfig.parse(name))
+    assert_right(args, out, "conv_bn_act_max_pool")
+
+
+@each_head
+@each_dtype
+def test_head(shape, dtype):
+    args = head_arguments(*shape, dtype=dtype, device="cuda")
+    assert_right(args, triton.avg_pool_linear(*args), "avg_pool_linear")
+
+
+@each_dtype
+def test_every_candidate_of_a_stem(dtype):
+    args = stem_arguments((2, 3, 64, 64), 64, 7, 2, 3, 1, 3, 2, 1, dtype=dtype, device="cuda")
+    for function in triton.candidates("conv_bn_act_max_pool", *args).values():
+        assert_right(args, function(*args), "conv_bn_act_max_pool")
 
 
 def test_every_candidate_of_a_layer():
