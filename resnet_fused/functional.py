@@ -161,6 +161,70 @@ def conv_bn_act_max_pool(
     )  # fmt: skip
 
 
+def conv_bn_act_conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight2: Tensor,
+    scale2: Tensor | None = None,
+    shift2: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    act: str | None = None,
+    act2: str | None = None,
+) -> Tensor:
+    r"""A convolution and the 1x1 convolution behind it, each as :func:`conv_bn_act`, in one op.
+
+    .. math:: y = \mathrm{act}_2(\mathrm{conv}_{1 \times 1}(\mathrm{act}(\mathrm{conv}(x, W) \cdot
+              \mathrm{scale} + \mathrm{shift}), W_2) \cdot \mathrm{scale}_2 + \mathrm{shift}_2 + r)
+
+    The last two convolutions and the shortcut of a bottleneck, He et al. (arXiv 1512.03385),
+    figure 5, right. A kernel for both need not write z, the map between them.
+
+    Equivalent to, and run as, where no backend has the op whole::
+
+        z = conv_bn_act(x, weight, scale, shift, None, stride=stride, padding=padding,
+                        dilation=dilation, act=act)
+        y = conv_bn_act(z, weight2, scale2, shift2, residual, act=act2)
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64; channels_last is fastest.
+        weight: (M, C, KH, KW), x's dtype.
+        scale: (M,), x's dtype or float32; 1 if None.
+        shift: (M,), likewise; 0 if None.
+        weight2: (O, M, 1, 1), x's dtype.
+        scale2: (O,), x's dtype or float32; 1 if left out.
+        shift2: (O,), likewise; 0 if left out.
+        residual: (N, O, OH, OW), x's dtype; added before ``act2``.
+        stride: of the first convolution, one or two integers of at least 1.
+        padding: of the first, one or two integers of at least 0; zeros are padded.
+        dilation: of the first, one or two integers of at least 1.
+        act: None or "relu", behind the first. NaN passes through.
+        act2: None or "relu", behind the second.
+
+    Returns:
+        (N, O, OH, OW) in x's dtype, channels_last; z is rounded to x's dtype, too.
+
+    Differentiable in all tensors. Saved for backward: x, weights, vectors, and y if ``act2`` is
+    "relu"; z is computed again. Under autocast x, weights and residual are cast, the vectors not.
+
+    Raises:
+        ValueError: shapes, devices, geometry or an act do not fit; nothing has run.
+        TypeError: a dtype is not accepted.
+        RuntimeError: a backend asked for by name does not run this call.
+    """
+    return torch.ops.resnet_fused.conv_bn_act_conv_bn_act(
+        *_canonical_conv_bn_act_conv_bn_act(
+            x, weight, scale, shift, weight2, scale2, shift2, residual,
+            stride, padding, dilation, act, act2,
+        )
+    )  # fmt: skip
+
+
 def bn_apply(
     x: Tensor,
     scale: Tensor,
@@ -285,6 +349,27 @@ def _canonical_conv_bn_act_max_pool(
     return x, weight, scale, shift, *geometry, groups, act, *pool
 
 
+def _canonical_conv_bn_act_conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight2: Tensor,
+    scale2: Tensor | None = None,
+    shift2: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    act: str | None = None,
+    act2: str | None = None,
+) -> tuple[Any, ...]:
+    op = "conv_bn_act_conv_bn_act"
+    geometry = _pairs(op, stride=stride, padding=padding, dilation=dilation)
+    tensors = (x, weight, scale, shift, weight2, scale2, shift2, residual)
+    return *tensors, *geometry, act, act2
+
+
 def _canonical_bn_apply(
     x: Tensor,
     scale: Tensor,
@@ -308,6 +393,7 @@ def _canonical_avg_pool_linear(
 _CANONICAL: dict[str, Callable[..., tuple[Any, ...]]] = {
     "conv_bn_act": _canonical_conv_bn_act,
     "conv_bn_act_max_pool": _canonical_conv_bn_act_max_pool,
+    "conv_bn_act_conv_bn_act": _canonical_conv_bn_act_conv_bn_act,
     "bn_apply": _canonical_bn_apply,
     "add_relu": _canonical_add_relu,
     "avg_pool_linear": _canonical_avg_pool_linear,

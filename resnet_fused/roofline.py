@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from resnet_fused.backends.triton.pair_tiles import MOST_BETWEEN
 from resnet_fused.convert import fuse
 from resnet_fused.flops import Call, Trace, trace
 from resnet_fused.models import create_model
@@ -49,10 +50,6 @@ DEVICES = {
         2.039e12,
     ),
 }
-
-#: Output channels of a 3x3 convolution whose tile stays on the chip for the 1x1 behind it: the
-#: stages of 56x56 and 28x28 pixels in a bottleneck network.
-CHANNELS_ON_CHIP = 128
 
 
 @dataclass(frozen=True)
@@ -136,9 +133,20 @@ class Report:
     layerwise: Schedule
     #: The same with the stem's pool in its convolution's kernel.
     stem_joined: Schedule
-    #: And with the last 1x1 convolution of each bottleneck of at most :data:`CHANNELS_ON_CHIP`
-    #: channels in the kernel of its 3x3.
+    #: And with the last 1x1 convolution of each bottleneck in the kernel of its 3x3, where that has
+    #: at most :data:`MOST_BETWEEN` channels: the stages of 56x56 and 28x28 pixels.
     across: Schedule
+
+    @property
+    def saved_by_pairs(self) -> dict[str, float]:
+        """Bytes an image that each 3x3 in one kernel with its 1x1 need not move, by their names."""
+        alone = {layer.name: layer.nbytes for layer in self.stem_joined.layers}
+        pairs = (layer for layer in self.across.layers if layer.name not in alone)
+        return {
+            p.name: (sum(alone[name] for name in p.name.split(" + ")) - p.nbytes)
+            / self.across.images
+            for p in pairs
+        }
 
     def __str__(self) -> str:
         """Return one line per layer, the longest first, and the totals."""
@@ -154,7 +162,12 @@ class Report:
         size = "x".join(map(str, self.input_size))
         dtype = str(self.dtype).removeprefix("torch.")
         head = f"{self.model}, input {size}, {dtype}, {self.device.name}: at best, not measured"
-        return "\n".join((head, *(line.format(*row).rstrip() for row in table), *self._totals()))
+        rows = (line.format(*row).rstrip() for row in table)
+        return "\n".join((head, *rows, *self._pairs(), *self._totals()))
+
+    def _pairs(self) -> Iterable[str]:
+        for name, saved in self.saved_by_pairs.items():
+            yield f"in one kernel: {name}, {saved / 1e6:.1f} MB an image saved"
 
     def _totals(self) -> Iterable[str]:
         before = self.layerwise.nbytes_per_image
@@ -331,4 +344,4 @@ def _is_expansion(before: Call, after: Call) -> bool:
     first, second = (call.args[1].shape for call in (before, after))
     kernels = first[2:] == (3, 3) and second[2:] == (1, 1)
     dense = before.args[8] == after.args[8] == 1 and tuple(after.args[5]) == (1, 1)
-    return kernels and dense and first[0] <= CHANNELS_ON_CHIP
+    return kernels and dense and first[0] <= MOST_BETWEEN

@@ -27,8 +27,8 @@ LAYERS = {
     "engine": {"nn", "ops", "backends"},
     "freeze": {"engine", "convert", "nn", "ops", "functional", "backends"},
     "flops": {"ops", "models"},
-    "roofline": {"convert", "flops", "models", "ops"},
-    "tuning": {"flops", "freeze", "convert", "nn", "ops", "backends", "testing"},
+    "roofline": {"backends", "convert", "flops", "models", "ops"},
+    "tuning": {"flops", "freeze", "engine", "convert", "nn", "ops", "backends", "testing"},
     "verify": {"freeze", "convert", "nn", "ops", "functional", "backends", "testing", "flops"},
     "env": {PACKAGE, "backends"},
     "bench": {

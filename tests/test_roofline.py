@@ -103,6 +103,22 @@ def test_what_fusing_across_layers_saves():
     assert report.layerwise.time > report.stem_joined.time > report.across.time
 
 
+def test_bytes_saved_by_running_a_3x3_with_its_1x1():
+    """Of the 54.8 MB an image that ResNet-50's convolutions move the pairs save 4.0."""
+    report = bound("resnet50")
+    saved = report.saved_by_pairs
+    assert list(saved.values()) == [4 * 64 * 56 * 56] * 3 + [4 * 128 * 28 * 28] * 4
+    before = report.layerwise.convolutions.nbytes_per_image
+    assert round(before / 1e6, 1) == 54.8
+    assert round((before - sum(saved.values())) / 1e6, 1) == 50.8
+    apart, across = (s.nbytes_per_image for s in (report.stem_joined, report.across))
+    assert apart - across == pytest.approx(sum(saved.values()))
+    assert len(bound("resnet152").saved_by_pairs) == 3 + 8
+    lines = [line for line in str(report).splitlines() if line.startswith("in one kernel: ")]
+    assert len(lines) == 7
+    assert lines[0].endswith("layer1.0.conv2 + layer1.0.conv3, 0.8 MB an image saved")
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d"])
 def test_no_pair_without_a_dense_bottleneck(name):
     report = bound(name, batch=1, side=64)
@@ -123,6 +139,14 @@ def test_joined_layers_move_what_the_joined_op_moves():
         torch.empty(1000, 2048, **meta),
         torch.empty(1000, **meta),
     )
+    narrow, wide = vector, torch.empty(256, device="meta")
+    pair = OPS["conv_bn_act_conv_bn_act"].nbytes(
+        torch.empty(4, 64, 56, 56, **meta), torch.empty(64, 64, 3, 3, **meta), narrow, narrow,
+        torch.empty(256, 64, 1, 1, **meta), wide, wide, torch.empty(4, 256, 56, 56, **meta),
+        (1, 1), (1, 1), (1, 1), "relu", "relu",
+    )  # fmt: skip
+    by_name = {layer.name: layer.nbytes for layer in report.across.layers}
+    assert by_name["layer1.1.conv2 + layer1.1.conv3"] == pair
     assert report.across.layers[0].nbytes == stem
     assert report.across.layers[-1].nbytes == head
 

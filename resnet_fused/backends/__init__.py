@@ -172,6 +172,15 @@ def _measured(
     return None if entry.run is None else (name, entry.run)
 
 
+def measured(op: str, *args: Any) -> str | None:
+    """Return the backend that was measured to be fastest at a call and still runs it, or None.
+
+    "reference" means, for an op that is a chain of smaller ones, that these were faster apart.
+    """
+    found = _measured(op, args)
+    return found and found[0]
+
+
 def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:
     """Return the function that runs ``op`` on ``args``, or None for the reference.
 
@@ -189,8 +198,8 @@ def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:
         if reason:
             raise RuntimeError(f"backend {name!r} was asked for but cannot run {op}: {reason}")
         return getattr(ORDER[name], op)
-    if measured := _measured(op, args):
-        return measured[1]
+    if found := _measured(op, args):
+        return found[1]
     for module in ORDER.values():
         if _reason(module, op, args) is None:
             return getattr(module, op)
@@ -237,8 +246,7 @@ def explain(op: str, *args: Any) -> Explanation:
 
     args = functional.op_arguments(op, *args)
     name = requested()
-    measured = _measured(op, args) if name == AUTO else None
-    fastest = measured[0] if measured else None
+    fastest = measured(op, *args) if name == AUTO else None
     verdicts, taken = [], False
     for candidate, module in ORDER.items():
         reason = _reason(module, op, args)

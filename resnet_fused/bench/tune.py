@@ -18,7 +18,7 @@ from rich.progress import (
 
 from resnet_fused.bench import options
 from resnet_fused.tuning import tune_calls
-from resnet_fused.tuning.calls import Call, harvest
+from resnet_fused.tuning.calls import Call, harvest, harvest_pairs
 from resnet_fused.tuning.report import Row, TuneReport
 
 
@@ -43,8 +43,8 @@ def run(
         kind = options.dtype_name("--dtype", dtype)
     size = options.positive("--image-size", image_size)
     shape = (options.positive("--batch", batch), 3, size, size)
-    calls = _calls(name, shape, options.DTYPES[kind])
     where = torch.empty(0, device=place).device  # a GPU with its number
+    calls = _calls(name, shape, options.DTYPES[kind], where)
     with warnings.catch_warnings(record=True) as caught, _shown(console, len(calls)) as on_row:
         warnings.simplefilter("default")
         report = tune_calls(calls, where, force=force, on_row=on_row)
@@ -53,7 +53,9 @@ def run(
     return report
 
 
-def _calls(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Call]:
+def _calls(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> list[Call]:
     """Return the calls of a model in the layout the benchmark runs it in; nothing is computed."""
     from resnet_fused.models import create_model
 
@@ -63,7 +65,7 @@ def _calls(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Call]:
         network = network.to(memory_format=layout)  # type: ignore[call-overload]
         example = torch.empty(shape, dtype=dtype).contiguous(memory_format=layout)
     try:
-        return harvest(network, example)
+        return [*harvest(network, example), *harvest_pairs(network, example, device)]
     except ValueError as error:
         raise options.UsageError(str(error)) from None
 

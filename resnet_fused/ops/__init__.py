@@ -13,6 +13,7 @@ from resnet_fused.ops import (
     conv_backward_data,
     conv_backward_weight,
     conv_bn_act,
+    conv_bn_act_conv_bn_act,
     conv_bn_act_max_pool,
     conv_bn_stats,
     dual_bn_act,
@@ -29,6 +30,7 @@ INFERENCE: dict[str, Op] = {
     for op in (
         conv_bn_act.OP,
         conv_bn_act_max_pool.OP,
+        conv_bn_act_conv_bn_act.OP,
         bn_apply.OP,
         add_relu.OP,
         avg_pool_linear.OP,

@@ -84,10 +84,10 @@ def check_residual(
     check_same(op, "residual", residual, x)
 
 
-def check_act(op: str, act: str | None) -> None:
+def check_act(op: str, act: str | None, name: str = "act") -> None:
     """Check the name of an activation."""
     if act not in ACTIVATIONS:
-        raise ValueError(f"{op}: act must be one of {ACTIVATIONS}, got {act!r}")
+        raise ValueError(f"{op}: {name} must be one of {ACTIVATIONS}, got {act!r}")
 
 
 def check_pair(op: str, name: str, value: Sequence[int], least: int) -> None:

@@ -36,5 +36,8 @@ class Op:
     nbytes: Callable[..., int]
     #: ``samples(device, dtype)`` yields argument tuples that touch every branch of the op.
     samples: Callable[..., Iterator[tuple[Any, ...]]]
+    #: The op as calls of smaller ops, each on the backend of its choice: what runs where no backend
+    #: has the op whole, and what one that has it is measured against. None: the op is not a chain.
+    decomposition: Callable[..., Any] | None = None
     #: The arguments, by place, that the op writes.
     mutates: tuple[int, ...] = ()

@@ -47,12 +47,14 @@ def _refuse(op: Op) -> Callable[..., Any]:
 
 
 def _kernel(op: Op) -> Callable[..., Any]:
+    otherwise = op.decomposition or op.reference
+
     def kernel(*args: Any) -> Any:
         op.check(*args)
         # An op that writes its arguments is a few sums over vectors: no backend has its own.
         run = None if op.mutates else choose(op.name, *args)
         try:
-            return (run or op.reference)(*args)
+            return (run or otherwise)(*args)
         except torch.OutOfMemoryError as error:
             # Whatever was to be allocated: an output, partial sums, a copy in another layout.
             raise torch.OutOfMemoryError(f"{op.name} on {_in_words(op, args)}: {error}") from error

@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resnet_fused.backends import candidates
 from resnet_fused.backends._tuned import signature
 from resnet_fused.convert import fuse
+from resnet_fused.engine.capture import capture, fill
+from resnet_fused.engine.merge import pairs
 from resnet_fused.flops import meta_copy
 from resnet_fused.freeze import FrozenModule
 from resnet_fused.nn.fused import program_of
 from resnet_fused.ops import OPS
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
+
+#: What a forward on meta tensors may raise.
+_FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError)
 
 
 @dataclass
@@ -40,7 +46,9 @@ class Call:
         if stride is not None:
             words.append(f"{_shape(weight.shape[2:])} to {weight.shape[0]}")
             words += [f"stride {_shape(sorted(set(stride)))}"] if max(stride) > 1 else []
-            words += [f"groups {groups}"] if groups > 1 else []
+            words += [f"groups {groups}"] if (groups or 1) > 1 else []
+        second = self.argument("weight2")
+        words += [f"then 1x1 to {second.shape[0]}"] if second is not None else []
         words += ["add"] if self.argument("residual") is not None else []
         return " ".join([*words, self.argument("act") or ""]).strip()
 
@@ -61,14 +69,12 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
         ValueError: the model is frozen, its forward fails on such an input, or makes no fused call.
     """
     _check_arguments(model, example_input)
-    twin = meta_copy(model)
-    if not any(program_of(module) for module in twin.modules()):
-        fuse(twin, inplace=True)
-    recorder = _Recorder(example_input.device.type)
+    twin = _fused_copy(model)
+    recorder = _Recorder(_autocast_dtype(example_input))
     try:
         with torch.inference_mode(False), torch.no_grad(), recorder:
             twin(example_input.detach().to("meta"))
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except _FAILURES as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"tune: {type(model).__name__} failed on an example_input of shape "
@@ -82,6 +88,39 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
     return list(recorder.calls.values())
 
 
+def harvest_pairs(model: nn.Module, example_input: Tensor, device: torch.device) -> list[Call]:
+    """Return the calls that could stand for two in an engine, those that a backend runs whole.
+
+    There are none in training mode, under autocast, or for a forward that cannot be captured: no
+    engine runs so.
+
+    Args:
+        model: as :func:`harvest` takes it.
+        example_input: likewise.
+        device: where the engine would run.
+    """
+    if any(module.training for module in model.modules()) or _autocast_dtype(example_input):
+        return []
+    twin = _fused_copy(model)
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            captured = capture(twin, example_input.detach().to("meta"))
+        except _FAILURES:
+            return []
+    found: dict[Any, Call] = {}
+    for _, pair in pairs(captured):
+        call = Call("conv_bn_act_conv_bn_act", fill(pair.args, list(captured.examples)), 0)
+        found.setdefault(signature(call.op, call.args), call).count += 1
+    return [c for c in found.values() if candidates(c.op, *draw(c.args, device))]
+
+
+def _fused_copy(model: nn.Module) -> nn.Module:
+    twin = meta_copy(model)
+    return (
+        twin if any(program_of(module) for module in twin.modules()) else fuse(twin, inplace=True)
+    )
+
+
 def _check_arguments(model: Any, example: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"tune: model must be an nn.Module, got {type(model).__name__}")
@@ -92,16 +131,22 @@ def _check_arguments(model: Any, example: Any) -> None:
         raise TypeError(f"tune: example_input must be a floating point tensor, got {got}")
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return what autocast casts to on x's device, or None where it is off."""
+    device = x.device.type
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 class _Recorder(TorchDispatchMode):
     """Keeps every call that maps floating point tensors, none empty, to one new tensor."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.calls: dict[Any, Call] = {}
         self._names = {getattr(torch.ops.resnet_fused, name).default: name for name in OPS}
-        self._dtype: torch.dtype | None = None
-        if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-            self._dtype = torch.get_autocast_dtype(device)
+        self._dtype = dtype
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

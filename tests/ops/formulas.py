@@ -35,6 +35,8 @@ class Choices(NamedTuple):
     """The two functions that choose among values, so that a gradient test can fix the choice."""
 
     relu: Callable[[Tensor], Tensor] = torch.relu
+    #: Of the map between two convolutions.
+    inner_relu: Callable[[Tensor], Tensor] = torch.relu
     #: Of (map, size, stride, padding).
     max_pool: Callable[..., Tensor] = F.max_pool2d
 
@@ -57,6 +59,15 @@ def _conv_bn_act_max_pool(choices, x, weight, scale, shift, *rest):
     return choices.relu(y) if act == "relu" else y
 
 
+def _conv_bn_act_conv_bn_act(
+    choices, x, weight, scale, shift, weight2, scale2, shift2, residual, *rest
+):
+    stride, padding, dilation, act, act2 = rest
+    y = _batch_norm(F.conv2d(x, weight, None, stride, padding, dilation), scale, shift)
+    y = choices.inner_relu(y) if act == "relu" else y
+    return _bn_apply(choices, F.conv2d(y, weight2), scale2, shift2, residual, act2)
+
+
 def _bn_apply(choices, x, scale, shift, residual, act):
     y = _batch_norm(x, scale, shift)
     y = y if residual is None else y + residual
@@ -74,6 +85,7 @@ def _avg_pool_linear(choices, x, weight, bias):
 _FORMULAS = {
     "conv_bn_act": _conv_bn_act,
     "conv_bn_act_max_pool": _conv_bn_act_max_pool,
+    "conv_bn_act_conv_bn_act": _conv_bn_act_conv_bn_act,
     "bn_apply": _bn_apply,
     "add_relu": _add_relu,
     "avg_pool_linear": _avg_pool_linear,
@@ -90,6 +102,9 @@ def eager(op: str, args: tuple, choices: Choices = TORCHS_OWN) -> Tensor:
 def own_choices(op: str, args: tuple, out: Tensor) -> Choices:
     """What the op chose when it gave ``out``: where its ReLU passes, which values its pool took."""
     relu = functools.partial(torch.mul, out > 0)
+    if op == "conv_bn_act_conv_bn_act":
+        between = call("conv_bn_act", (*args[:4], None, *args[8:11], 1, args[11]))
+        return Choices(relu, functools.partial(torch.mul, between > 0))
     if op != "conv_bn_act_max_pool":
         return Choices(relu)
     chosen = call("conv_bn_act", (*args[:4], None, *args[4:9]))
@@ -98,7 +113,7 @@ def own_choices(op: str, args: tuple, out: Tensor) -> Choices:
     def take(y: Tensor, *pool: object) -> Tensor:
         return y.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
 
-    return Choices(relu, take)
+    return Choices(relu, max_pool=take)
 
 
 def call(op: str, args: tuple) -> Tensor:
@@ -121,7 +136,8 @@ def reduced(op: str, args: tuple) -> int:
     """How many terms each element of the result sums, of the map where a maximum follows."""
     named = dict(zip(inspect.signature(OPS[op].check).parameters, args, strict=True))
     pixels = named["x"].shape[2:].numel() if op == "avg_pool_linear" else 1
-    return named["weight"][0].numel() * pixels if "weight" in named else 1
+    weights = [named[name] for name in ("weight", "weight2") if name in named]
+    return sum(weight[0].numel() for weight in weights) * pixels or 1
 
 
 def tensor_arguments(args: tuple) -> list[int]:

@@ -16,6 +16,11 @@ GOOD = {
     "conv_bn_act_max_pool": {
         "x": (2, 4, 6, 5), "weight": (8, 4, 3, 3), "scale": (8,), "shift": (8,), "padding": 1,
     },
+    "conv_bn_act_conv_bn_act": {
+        "x": (2, 4, 6, 5), "weight": (8, 4, 3, 3), "scale": (8,), "shift": (8,),
+        "weight2": (6, 8, 1, 1), "scale2": (6,), "shift2": (6,), "residual": (2, 6, 6, 5),
+        "padding": 1,
+    },
     "bn_apply": {"x": (2, 4, 6, 5), "scale": (4,), "shift": (4,), "residual": (2, 4, 6, 5)},
     "add_relu": {"x": (2, 4, 6, 5), "residual": (2, 4, 6, 5)},
     "avg_pool_linear": {"x": (2, 4, 6, 5), "weight": (3, 4), "bias": (3,)},
@@ -82,6 +87,28 @@ CASES = [
     ("add_relu", {"residual": "meta"}, ValueError, ["residual must be on x's device cpu"]),
     ("avg_pool_linear", {"x": (2, 4)}, ValueError, ["x must have 4 dimensions", "(2, 4)"]),
     ("avg_pool_linear", {"x": torch.int32}, TypeError, ["x must be one of", "int32"]),
+    *(
+        ("conv_bn_act_conv_bn_act", change, error, words)
+        for change, error, words in (
+            ({"x": (2, 3, 6, 5)}, ValueError, ["3 channels", "(8, 4, 3, 3)"]),
+            ({"x": torch.int8}, TypeError, ["x must be one of", "int8"]),
+            ({"weight": (8, 4, 9, 9)}, ValueError, ["smaller than the kernel"]),
+            ({"stride": 0}, ValueError, ["stride must be", "at least 1"]),
+            ({"scale": (6,)}, ValueError, ["scale must have shape (8,)", "(6,)"]),
+            ({"shift": D}, TypeError, ["shift must be torch.float32", "float64"]),
+            ({"weight2": (6, 8)}, ValueError, ["weight2 must have shape (O, 8, 1, 1)", "(6, 8)"]),
+            ({"weight2": (6, 4, 1, 1)}, ValueError, ["weight2 must have", "weight's 8 output"]),
+            ({"weight2": (6, 8, 3, 3)}, ValueError, ["weight2 must have", "(6, 8, 3, 3)"]),
+            ({"weight2": (0, 8, 1, 1)}, ValueError, ["weight2 must have", "(0, 8, 1, 1)"]),
+            ({"weight2": D}, TypeError, ["weight2 must have x's dtype", "float64"]),
+            ({"weight2": "meta"}, ValueError, ["weight2 must be on x's device"]),
+            ({"scale2": (8,)}, ValueError, ["scale2 must have shape (6,)", "(8,)"]),
+            ({"shift2": "meta"}, ValueError, ["shift2 must be on x's device"]),
+            ({"residual": (2, 8, 6, 5)}, ValueError, ["residual must have", "(2, 6, 6, 5)"]),
+            ({"act": "gelu"}, ValueError, ["act must be one of", "'gelu'"]),
+            ({"act2": "gelu"}, ValueError, ["act2 must be one of", "'gelu'"]),
+        )
+    ),
     ("avg_pool_linear", {"x": (2, 4, 0, 5)}, ValueError, ["at least one pixel", "(2, 4, 0, 5)"]),
     ("avg_pool_linear", {"x": (2, 5, 6, 5)}, ValueError, ["weight must have shape (K, 5)"]),
     ("avg_pool_linear", {"weight": (4,)}, ValueError, ["weight must have shape (K, 4)", "(4,)"]),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import _requested
+from resnet_fused.backends.triton import pair_tiles
 
 ADVICE = (
     "Use an NVIDIA GPU from Ampere on (sm_80) with a CUDA build of torch, which brings triton; "
@@ -86,6 +87,8 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
         return f"needs a GPU of sm_80 or later, {_name(x.device.index)}"
     if op == "conv_bn_act_max_pool" and (groups := args[6]) != 1:
         return f"takes this op with groups of 1, got {groups}"
+    if op == "conv_bn_act_conv_bn_act":
+        return _declines_pair(x, *args)
     return _declines_groups(*args) if op == "conv_bn_act" else None
 
 
@@ -94,6 +97,29 @@ def _declines_groups(weight: Tensor, *args: Any) -> str | None:
     if groups > MOST_GROUPS and weight.shape[1] > 1:  # depthwise kernels have one grid for all
         return f"takes {MOST_GROUPS} groups at most, groups={groups}"
     return None
+
+
+def _declines_pair(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight2: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str | None,
+    act2: str | None,
+) -> str | None:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes both convolutions in one kernel in bfloat16 and float16, x is {x.dtype}"
+    shapes = (x.shape, weight.shape, weight2.shape)
+    return pair_tiles.declines(
+        pair_tiles.Pair.of(*shapes, stride, padding, dilation, residual is not None)
+    )
 
 
 def conv_bn_act(
@@ -113,6 +139,30 @@ def conv_bn_act(
 
     return run.conv_bn_act(
         x, weight, scale, shift, residual, stride, padding, dilation, groups, act
+    )  # fmt: skip
+
+
+def conv_bn_act_conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight2: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str | None,
+    act2: str | None,
+) -> Tensor:
+    """Run the op as one kernel; the map between the convolutions is never written."""
+    from resnet_fused.backends.triton import run
+
+    return run.conv_bn_act_conv_bn_act(
+        x, weight, scale, shift, weight2, scale2, shift2, residual,
+        stride, padding, dilation, act, act2,
     )  # fmt: skip
 
 
@@ -162,7 +212,7 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     return run.bn_apply(x, None, None, residual, "relu")
 
 
-def candidates(op: str, *args: object) -> dict[str, Callable[..., Tensor]]:
+def candidates(op: str, *args: Any) -> dict[str, Callable[..., Tensor]]:
     """Return the ways to run this call that are worth measuring, the most promising first.
 
     Args:
@@ -175,9 +225,11 @@ def candidates(op: str, *args: object) -> dict[str, Callable[..., Tensor]]:
     from resnet_fused.backends.triton import run
 
     if op == "conv_bn_act":
-        return run.conv_candidates(*args)  # type: ignore[arg-type]
+        return run.conv_candidates(*args)
     if op == "conv_bn_act_max_pool":
-        return run.stem_candidates(*args)  # type: ignore[arg-type]
+        return run.stem_candidates(*args)
+    if op == "conv_bn_act_conv_bn_act":
+        return run.pair_candidates(*args)
     alone: dict[str, Callable[..., Tensor]] = {
         "bn_apply": bn_apply, "add_relu": add_relu, "avg_pool_linear": avg_pool_linear
     }  # fmt: skip

@@ -22,6 +22,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from resnet_fused.backends.triton import launch, launch_ends, tiles
 from resnet_fused.backends.triton.launch import Launch
+from resnet_fused.backends.triton.pair_tiles import Pair
 from resnet_fused.backends.triton.shapes import Config, Problem
 from resnet_fused.backends.triton.stem import Stem, StemConfig
 
@@ -42,7 +43,8 @@ class Compiled:
     spilled: int
     #: Bytes of shared memory per block.
     shared: int
-    #: "wgmma", "tcgen05", "mma.sync", or "fma" without tensor cores.
+    #: "wgmma", "tcgen05", "mma.sync", several if it has products of several kinds, or "fma" without
+    #: tensor cores.
     instruction: str
     #: How often each width of load is written: "tma", "async 16", "load 4", ..., in bytes.
     loads: dict[str, int]
@@ -74,6 +76,25 @@ def compile_conv(
         x, weight, vector, vector, residual, y, problem, config, act, capability
     )  # fmt: skip
     return [compile_launch(step, capability) for step in steps]
+
+
+def compile_pair(
+    problem: Pair, dtype: torch.dtype, config: Config, capability: int, act: str | None = "relu"
+) -> Compiled:
+    """Compile the kernel of one conv_bn_act_conv_bn_act, likewise.
+
+    Raises:
+        RuntimeError: kernels are interpreted in this process.
+    """
+    first, o = problem.first, problem.o
+    x = _meta(dtype, first.n, first.c, first.h, first.w)
+    y = _meta(dtype, first.n, o, *first.out_size)
+    weight, weight2 = _meta(dtype, first.o, first.c, *first.kernel), _meta(dtype, o, first.o, 1, 1)
+    vector, vector2 = (_meta(torch.float32, n) for n in (first.o, o))
+    vectors = (vector, vector, weight2, vector2, vector2)
+    residual = y if problem.residual else None
+    step = launch.pair(x, weight, *vectors, residual, y, problem, config, act, act)
+    return compile_launch(step, capability)
 
 
 def compile_stem(
@@ -132,7 +153,7 @@ def compile_launch(step: Launch, capability: int) -> Compiled:
     kernel = triton.compile(source, target=target, options=options.__dict__)
     registers, spilled = _usage(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
-    instruction = next((name for name, text in _MMA.items() if text in ptx), "fma")
+    instruction = ", ".join(name for name, text in _MMA.items() if text in ptx) or "fma"
     return Compiled(
         step.kernel.fn.__name__,
         registers,

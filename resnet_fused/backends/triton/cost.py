@@ -67,7 +67,7 @@ def occupancy(problem: Problem, precision: str, config: Config, capability: int)
 
 
 #: Clocks from a block's start to its first products, from a load to its data, of a second kernel.
-_FILL, _LATENCY, _LAUNCH = 1000, 700, 3000
+FILL, LATENCY, LAUNCH = 1000, 700, 3000
 
 
 def cost(problem: Problem, precision: str, config: Config, capability: int) -> float:
@@ -82,24 +82,24 @@ def cost(problem: Problem, precision: str, config: Config, capability: int) -> f
     together = min(
         occupancy(problem, precision, config, capability), math.ceil(blocks / arch.processors)
     )
-    products = 2 * m * n * k / _flops(precision, config, capability)
+    products = 2 * m * n * k / flops_per_clock(precision, config, capability)
     gathers = m * k / 16 if problem.flat else 0  # a load instruction for each
     step = together * max(products, gathers, (m + n) * k * size / arch.l2_bytes)
     if asynchronous(precision, capability) and not config.tma:
         step *= 1.2  # threads compute addresses
-    step = max(step, _LATENCY / (config.num_stages - 1))
+    step = max(step, LATENCY / (config.num_stages - 1))
     loop = math.ceil(problem.steps(k) / config.split_k) * step
     end_size = 4 if config.split_k > 1 else size * (2 if problem.residual else 1)
     end = together * m * n * end_size / arch.dram_bytes
-    round_ = max(loop, end) + (min(loop, end) + _FILL) / (together + config.tma)
+    round_ = max(loop, end) + (min(loop, end) + FILL) / (together + config.tma)
     clocks = math.ceil(blocks / (arch.processors * together)) * round_
     if config.split_k > 1:
         moved = problem.m * problem.o * problem.groups * (4 * config.split_k + size)
-        clocks += _LAUNCH + moved / (arch.dram_bytes * arch.processors)
+        clocks += LAUNCH + moved / (arch.dram_bytes * arch.processors)
     return clocks
 
 
-def _flops(precision: str, config: Config, capability: int) -> float:
+def flops_per_clock(precision: str, config: Config, capability: int) -> float:
     """Return floating point operations per clock and multiprocessor."""
     arch = arch_of(capability)
     flops = float(arch.fp32_flops if precision == "fp32" else arch.tensor_flops)

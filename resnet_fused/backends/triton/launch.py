@@ -19,8 +19,10 @@ from resnet_fused.backends.triton import tiles
 from resnet_fused.backends.triton.cost import occupancy
 from resnet_fused.backends.triton.kernels.conv import conv_fwd_kernel
 from resnet_fused.backends.triton.kernels.depthwise import depthwise_fwd_kernel
+from resnet_fused.backends.triton.kernels.pair import conv_pair_fwd_kernel
 from resnet_fused.backends.triton.kernels.pointwise import affine_kernel
 from resnet_fused.backends.triton.kernels.tma import conv_tma_fwd_kernel
+from resnet_fused.backends.triton.pair_tiles import Pair
 from resnet_fused.backends.triton.shapes import Config, Problem, box, count
 
 #: From this many elements on, offsets take 64 bits.
@@ -87,6 +89,10 @@ def pack(weight: Tensor, groups: int) -> Tensor:
     return rows.clone() if rows.data_ptr() % ALIGNMENT else rows
 
 
+def _packed(weight: Tensor, groups: int) -> Tensor:
+    return derived((weight,), ("triton", groups), lambda: pack(weight, groups))
+
+
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -107,7 +113,7 @@ def conv(
     kind = precision(x.dtype)
     if config.tma and not tiles.takes_tma(problem, kind, config, capability):
         raise ValueError(f"config {config} fetches tiles in a way that {problem} does not allow")
-    packed = derived((weight,), ("triton", problem.groups), lambda: pack(weight, problem.groups))
+    packed = _packed(weight, problem.groups)
     vectors = {"scale_ptr": vector(scale), "shift_ptr": vector(shift)}
     relu = act == "relu"
     if config.tma:
@@ -115,9 +121,8 @@ def conv(
     tensors = {"x_ptr": x, "w_ptr": packed, "y_ptr": y, **vectors, "residual_ptr": residual}
     elements = max(x.numel(), y.numel() * config.split_k)
     common = {
-        **geometry(problem), "m": problem.m, "h": problem.h, "w": problem.w,
+        **geometry(problem), **_pixels(problem),
         "OUT": problem.o, "GROUPS": problem.groups, "RELU": relu, "WIDE": elements >= WIDE_FROM,
-        "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     }  # fmt: skip
     rows = math.ceil(problem.m / config.block_m)
@@ -147,6 +152,44 @@ def geometry(problem: Problem) -> dict[str, int]:
         "oh": oh, "ow": ow, "KH": kh, "KW": kw, "PAD_H": pad_h, "PAD_W": pad_w,
         "DIL_H": dil_h, "DIL_W": dil_w,
     }  # fmt: skip
+
+
+def _pixels(problem: Problem) -> dict[str, int]:
+    stride_h, stride_w = problem.stride
+    return {
+        "m": problem.m, "h": problem.h, "w": problem.w, "STRIDE_H": stride_h, "STRIDE_W": stride_w,
+    }  # fmt: skip
+
+
+def pair(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight2: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    problem: Pair,
+    config: Config,
+    act: str | None,
+    act2: str | None,
+) -> Launch:
+    """Return the launch of one conv_bn_act_conv_bn_act, all maps from :func:`channels_last`."""
+    first, packed, packed2 = problem.first, _packed(weight, 1), _packed(weight2, 1)
+    arguments = {
+        "x_ptr": x, "w_ptr": packed, "scale_ptr": vector(scale), "shift_ptr": vector(shift),
+        "w2_ptr": packed2, "scale2_ptr": vector(scale2), "shift2_ptr": vector(shift2),
+        "residual_ptr": residual, "y_ptr": y, **geometry(first), **_pixels(first),
+        "IN": first.c, "BETWEEN": first.o, "OUT": problem.o, "PITCH": packed.shape[1],
+        "PITCH2": packed2.shape[1], "RELU": act == "relu", "RELU2": act2 == "relu",
+        "WIDE": max(x.numel(), y.numel()) >= WIDE_FROM, "BLOCK_M": config.block_m,
+        "BLOCK_BETWEEN": problem.block_between, "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }  # fmt: skip
+    grid = (math.ceil(first.m / config.block_m), 1, 1)
+    return Launch(conv_pair_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
 
 
 def dot_precision(kind: str) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused.backends.triton import launch, launch_ends, stem, tiles
+from resnet_fused.backends.triton import launch, launch_ends, pair_tiles, stem, tiles
+from resnet_fused.backends.triton.pair_tiles import Pair
 from resnet_fused.backends.triton.shapes import Config, Problem
 from resnet_fused.backends.triton.stem import Stem, StemConfig
 
@@ -53,6 +54,38 @@ def conv_bn_act(
             x, weight, scale, shift, residual, y, problem, config, act, arch
         ):  # fmt: skip
             step.run()
+    return y
+
+
+def conv_bn_act_conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight2: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str | None,
+    act2: str | None,
+    config: Config | None = None,
+) -> Tensor:
+    """Run the op with ``config``, by default that of :func:`pair_tiles.heuristic`."""
+    geometry = (stride, padding, dilation)
+    pair = Pair.of(x.shape, weight.shape, weight2.shape, *geometry, residual is not None)
+    y = _empty(x, (pair.first.n, pair.o, *pair.first.out_size))
+    if y.numel() == 0:
+        return y
+    if config is None:
+        config = pair_tiles.heuristic(pair, launch.precision(x.dtype), capability(x.device))
+    with torch.cuda.device_of(x):
+        x, residual = launch.channels_last(x), _map(residual)
+        launch.pair(
+            x, weight, scale, shift, weight2, scale2, shift2, residual, y, pair, config, act, act2
+        ).run()
     return y
 
 
@@ -141,6 +174,28 @@ def stem_candidates(
     problem = Stem.of(x.shape, weight.shape, stride, padding, dilation, *pool)
     configs = stem.candidates(problem, launch.precision(x.dtype), capability(x.device))
     return {str(c): functools.partial(conv_bn_act_max_pool, config=c) for c in configs}
+
+
+def pair_candidates(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight2: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    act: str | None,
+    act2: str | None,
+) -> dict[str, Callable[..., Tensor]]:
+    """Return the op with every config worth measuring, by the config's name."""
+    geometry = (stride, padding, dilation)
+    pair = Pair.of(x.shape, weight.shape, weight2.shape, *geometry, residual is not None)
+    configs = pair_tiles.candidates(pair, launch.precision(x.dtype), capability(x.device))
+    return {str(c): functools.partial(conv_bn_act_conv_bn_act, config=c) for c in configs}
 
 
 def _map(t: Tensor | None) -> Tensor | None:

@@ -55,13 +55,13 @@ def _depthwise(problem: Problem) -> Iterator[Config]:
 
 def _legal(problem: Problem, precision: str, capability: int) -> Iterator[Config]:
     """Yield every config that fits the device and the problem."""
-    arch, block_k = arch_of(capability), _block_k(problem, precision)
+    arch, k = arch_of(capability), block_k(problem, precision)
     for block_m, block_n in itertools.product(_SIDES, _SIDES):
         if not _fits(problem, precision, capability, block_m, block_n):
             continue
         for num_warps, num_stages, tma in itertools.product((4, 8), (2, 3, 4, 5), (False, True)):
-            config = Config(block_m, block_n, block_k, num_warps, num_stages, tma=tma)
-            if num_stages > max(2, problem.steps(block_k) + 1):
+            config = Config(block_m, block_n, k, num_warps, num_stages, tma=tma)
+            if num_stages > max(2, problem.steps(k) + 1):
                 continue
             if not _fits_registers(problem, precision, config, capability):
                 continue
@@ -85,7 +85,7 @@ def _fits(problem: Problem, precision: str, capability: int, block_m: int, block
     return block_n >= min(64, most_n) or not asynchronous(precision, capability)
 
 
-def _block_k(problem: Problem, precision: str) -> int:
+def block_k(problem: Problem, precision: str) -> int:
     """Return 128 bytes of channels, the widest swizzle, or fewer where there are fewer."""
     if precision == "fp32":  # Operands of multiply-adds without tensor cores sit in registers.
         return 16

@@ -15,6 +15,7 @@ from paths import PATHS, arguments, assert_right, each_dtype, each_path
 
 from resnet_fused.backends.triton.shapes import Config
 from resnet_fused.backends.triton.stem import StemConfig
+from resnet_fused.ops import OPS
 
 if triton.available() or triton.interpreted():
     pytest.skip(triton.available() or "kernels are interpreted", allow_module_level=True)
@@ -68,6 +69,14 @@ def test_every_candidate_of_a_layer():
     args = arguments((2, 64, 14, 14), 64, 3, 1, 1, dtype=torch.bfloat16, device="cuda")
     for function in triton.candidates("conv_bn_act", *args).values():
         assert_right(args, function(*args))
+
+
+def test_every_candidate_of_two_convolutions():
+    op = "conv_bn_act_conv_bn_act"
+    for args in OPS[op].samples("cuda", torch.bfloat16):
+        if args[0].numel() and triton.supports(op, *args) is None:
+            for function in triton.candidates(op, *args).values():
+                assert_right(args, function(*args), op)
 
 
 def test_a_stream_that_is_not_the_default_one():

@@ -34,8 +34,9 @@ def interpreted(*arguments: str | Path) -> int:
     return int(passed[1])
 
 
-def test_every_path_of_the_kernels():
-    assert interpreted(HERE / "interpreted.py") > 150
+@pytest.mark.parametrize(("tests", "least"), [("interpreted", 150), ("interpreted_pair", 35)])
+def test_every_path_of_the_kernels(tests, least):
+    assert interpreted(HERE / f"{tests}.py") > least
 
 
 def test_the_stem_and_the_head():
