@@ -1,6 +1,5 @@
 """Fused models in training mode: torch's gradients, buffers and loss curves, with less kept."""
 
-import contextlib
 import copy
 
 import pytest
@@ -321,34 +320,3 @@ def test_compile_without_a_break_inside_blocks():
         assert relative(a.grad, b.grad) < 1e-3
     for a, b in zip(fused.buffers(), model.buffers(), strict=True):
         torch.testing.assert_close(a, b)
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def saved_bytes(model: nn.Module):
-    """Count the unique storages saved for backward, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield found
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_a_fifth_less_is_kept_for_backward(name):
-    model = rf.models.create_model(name).train()
-    x, kept = torch.randn(2, 3, 64, 64), []
-    for m in (model, rf.fuse(model)):
-        with saved_bytes(m) as found:
-            loss = m(x).sum()
-        kept.append(sum(found.values()))
-        del loss
-    assert kept[1] <= 0.80 * kept[0], f"{kept[1] / kept[0]:.3f} of eager"

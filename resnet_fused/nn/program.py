@@ -55,6 +55,8 @@ class FusedCall:
     act: str | None
     #: Whether what reads the result can take it pending, in training.
     defers: bool
+    #: Whether a block's output is kept for backward, "default", or computed again, "low".
+    memory: str
     #: Runs the same nodes one by one, where the fused call does not apply.
     unfused: tuple[Step, ...]
 
@@ -150,14 +152,14 @@ class Program:
         return self
 
 
-def build(module: nn.Module, trace: Trace, matches: Matches) -> Program:
+def build(module: nn.Module, trace: Trace, matches: Matches, memory: str) -> Program:
     """Write the steps of ``module``'s traced forward, each group as one fused call."""
-    return _Builder(module, trace, matches).build()
+    return _Builder(module, trace, matches, memory).build()
 
 
 class _Builder:
-    def __init__(self, module: nn.Module, trace: Trace, matches: Matches) -> None:
-        self.module, self.trace, self.matches = module, trace, matches
+    def __init__(self, module: nn.Module, trace: Trace, matches: Matches, memory: str) -> None:
+        self.module, self.trace, self.matches, self.memory = module, trace, matches, memory
         self.index = {node: i for i, node in enumerate(trace.graph.nodes)}
         self.ends = {group.nodes[-1]: group for group in matches.groups}
         self.grouped = {n for group in matches.groups for n in group.nodes}
@@ -230,6 +232,7 @@ class _Builder:
             adds=group.add is not None,
             act="relu" if group.relu is not None else None,
             defers=self._defers(group),
+            memory=self.memory,
             unfused=tuple(self._plain_step(n) for n in group.nodes),
         )
 
@@ -323,7 +326,7 @@ def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     if train.applies(conv, bn, x):
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(bn, nn.BatchNorm2d)
-        result = train.run(conv, bn, x, residual, call.act)
+        result = train.run(conv, bn, x, residual, call.act, call.memory)
         if result is not None:
             return result if call.defers else train.value(result)
     x, residual = train.value(x), None if residual is None else train.value(residual)

@@ -8,12 +8,14 @@ ever sees one.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from resnet_fused.backends import trains
+from resnet_fused.nn import recompute
 from resnet_fused.nn.bn import uses_batch_statistics
 from resnet_fused.ops import _bn
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
@@ -63,8 +65,11 @@ def run(
     x: Tensor | Pending,
     residual: Tensor | Pending | None,
     act: str | None,
+    memory: str,
 ) -> Tensor | Pending | None:
     """Run convolution, statistics and block end; the result of a group without add is pending.
+
+    With ``memory="low"`` block ends are computed again in backward.
 
     Returns:
         None where the residual is not of the convolution's shape and dtype: left to torch.
@@ -83,30 +88,34 @@ def run(
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {shape}"
         )
-    y, mean, var = _convolve(conv.weight, x, geometry)
+    y, mean, var = _convolve(conv.weight, x, geometry, memory)
     _update(bn, mean, var, _bn.values_per_channel(y.shape))
     result = Pending(y, mean, var, bn.weight, bn.bias, bn.eps, act)
-    return result if residual is None else _finish(result, residual)
+    return result if residual is None else _finish(result, residual, memory)
 
 
 def _convolve(
-    weight: Tensor, x: Tensor | Pending, geometry: tuple[object, ...]
+    weight: Tensor, x: Tensor | Pending, geometry: tuple[object, ...], memory: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     ops = torch.ops.resnet_fused
     # Where autocast would cast the activation, it has to be there.
     if isinstance(x, Pending) and result_dtype(x.x) == x.x.dtype:
         *vectors, eps, act = x
         return ops.bn_act_conv_bn_stats(*vectors, weight, eps, act, *geometry)
-    return ops.conv_bn_stats(value(x), weight, *geometry)
+    x = value(x)
+    with recompute.reading(x) if memory == "low" else contextlib.nullcontext():
+        return ops.conv_bn_stats(x, weight, *geometry)
 
 
-def _finish(result: Pending, residual: Tensor | Pending) -> Tensor:
+def _finish(result: Pending, residual: Tensor | Pending, memory: str) -> Tensor:
     ops = torch.ops.resnet_fused
     *vectors, eps, act = result
     if isinstance(residual, Pending) and residual.act is None:
         *others, other_eps, _ = residual
-        return ops.dual_bn_act(*vectors, *others, eps, other_eps, act)
-    return ops.bn_act(*vectors, value(residual), eps, act)
+        op, args = ops.dual_bn_act, (*vectors, *others, eps, other_eps, act)
+    else:
+        op, args = ops.bn_act, (*vectors, value(residual), eps, act)
+    return recompute.block_end(op, *args) if memory == "low" else op(*args)
 
 
 def pool(module: nn.Module, x: Pending) -> Tensor:
