@@ -173,8 +173,63 @@ def test_options(options):
     assert_trains_alike(one_block(**options))
 
 
-def test_convolutions_with_bias_are_left_to_torch():
-    assert_trains_alike(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+class Biased(Residual):
+    """A block whose convolutions have a bias, projection included."""
+
+    def __init__(self, channels: int, out: int, stride: int = 1) -> None:
+        super().__init__(channels, out, stride)
+        for conv in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
+            conv.bias = nn.Parameter(torch.linspace(-2, 2, out))
+
+
+def without_biases(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The bias in front of a BatchNorm has no gradient but what rounding leaves."""
+    for name in [n for n in grads if n.endswith(("conv1.bias", "conv2.bias", "downsample.0.bias"))]:
+        assert float(grads.pop(name).abs().max()) < 1e-5
+    return grads
+
+
+def test_convolutions_with_a_bias():
+    """It moves the running mean, and nothing else."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Biased(3, 8, 2), Biased(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    fused = rf.fuse(model.train())
+    assert ops_called(fused, X).keys() == CALLS.keys() - {"bn_act_max_pool"}
+    fused.load_state_dict(model.state_dict())
+    ours, eager = (without_biases(step(m, X)) for m in (fused, model))
+    assert ours.keys() == eager.keys()
+    assert all(relative(grad, eager[name]) < 1e-3 for name, grad in ours.items())
+    for a, b in zip(fused.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    fused[0].conv1.bias.requires_grad_(False)
+    fused.zero_grad()
+    assert "0.conv1.bias" not in step(fused, X)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bias_that_is_not_finite(value):
+    torch.manual_seed(0)
+    model = Biased(3, 8).train()
+    with torch.no_grad():
+        model.conv1.bias[2] = value
+    fused = rf.fuse(model)
+    assert torch.equal(fused(X).isnan(), model(X).isnan())
+    for a, b in zip(fused.buffers(), model.buffers(), strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+
+
+def test_compile_with_a_bias():
+    torch._dynamo.reset()
+    model = Biased(3, 8).train()
+    fused = rf.fuse(model)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    ours, eager = (step_of_a_map(m) for m in (compiled, model))
+    assert all(relative(a, b) < 1e-3 for a, b in zip(ours, eager, strict=True))
+
+
+def step_of_a_map(model: nn.Module) -> list[Tensor]:
+    model(X).square().mean().backward()
+    return [p.grad for n, p in model.named_parameters() if p.dim() > 1]
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -53,7 +53,7 @@ def applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
     """
     if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
         return False
-    if conv.padding_mode != "zeros" or conv.padding == "same" or conv.bias is not None:
+    if conv.padding_mode != "zeros" or conv.padding == "same":
         return False
     raw = x.x if isinstance(x, Pending) else x
     return uses_batch_statistics(bn) and raw.dim() == 4 and trains(raw.device, result_dtype(raw))
@@ -89,9 +89,35 @@ def run(
             f"Expected more than 1 value per channel when training, got input size {shape}"
         )
     y, mean, var = _convolve(conv.weight, x, geometry, memory)
-    _update(bn, mean, var, _bn.values_per_channel(y.shape))
+    batch_mean = mean
+    if conv.bias is not None:
+        batch_mean = mean + conv.bias.detach()
+        # The bias leaves no trace in BatchNorm's result but where it is not finite, as in torch.
+        trace = 0 * conv.bias.detach()
+        mean, var = mean + trace, var + trace
+        y = _Biased.apply(y, conv.bias)
+    _update(bn, batch_mean, var, _bn.values_per_channel(y.shape))
     result = Pending(y, mean, var, bn.weight, bn.bias, bn.eps, act)
     return result if residual is None else _finish(result, residual, memory)
+
+
+class _Biased(torch.autograd.Function):
+    """A convolution's output whose bias is left to BatchNorm's running mean, for its gradient.
+
+    That is the sum of the output's gradient, as in torch: zero, were it not for rounding.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
+        """Return y."""
+        ctx.dtype = bias.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Hand y's gradient on, and sum it for the bias."""
+        wanted = ctx.needs_input_grad[1]
+        return grad, grad.sum((0, 2, 3), dtype=ctx.dtype) if wanted else None
 
 
 def _convolve(
