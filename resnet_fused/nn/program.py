@@ -13,7 +13,7 @@ from torch._C import _functorch
 
 from resnet_fused import functional
 from resnet_fused.nn import train
-from resnet_fused.nn.bn import is_batch_norm, scale_shift, uses_batch_statistics
+from resnet_fused.nn.bn import is_batch_norm, is_sharded, scale_shift, uses_batch_statistics
 from resnet_fused.nn.match import Group, Matches
 from resnet_fused.nn.trace import Trace, has_hooks
 from resnet_fused.nn.train import Pending, padding_of, result_dtype
@@ -325,7 +325,7 @@ def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     residual = results[step.args[1].index] if call.adds else None
     if train.applies(conv, bn, x):
         assert isinstance(conv, nn.Conv2d)
-        assert isinstance(bn, nn.BatchNorm2d)
+        assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
         result = train.run(conv, bn, x, residual, call.act, call.memory)
         if result is not None:
             return result if call.defers else train.value(result)
@@ -339,8 +339,10 @@ def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
         return results[call.unfused[-1].out]
     assert isinstance(conv, nn.Conv2d)
     scale, shift = scale_shift(conv, bn)
+    # Nothing is kept of a weight that is another tensor in every call.
+    weight = conv.weight.view_as(conv.weight) if is_sharded(conv) else conv.weight
     return functional.conv_bn_act(
-        x, conv.weight, scale, shift, residual,
+        x, weight, scale, shift, residual,
         stride=conv.stride, padding=padding_of(conv), dilation=conv.dilation, groups=conv.groups,
         act=call.act,
     )  # fmt: skip
