@@ -3,15 +3,13 @@
 import contextlib
 import copy
 import pickle
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import ConvBnRelu, Residual, SmallNet, image
+from nets import ConvBnRelu, Ops, Residual, SmallNet, image
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import resnet_fused as rf
@@ -94,24 +92,10 @@ def test_gradients_and_buffers_are_those_of_the_default(make, backend, dtype):
     assert all(map(torch.equal, default.buffers(), low.buffers()))
 
 
-class Calls(TorchDispatchMode):
-    """Counts the package's ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name()
-        if name.startswith("resnet_fused::"):
-            self.found[name.removeprefix("resnet_fused::")] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_each_block_end_is_computed_once_more():
     calls = []
     for model in both(stage(blocks=4)):
-        with Calls() as counter, rf.use_backend("reference"):
+        with Ops() as counter, rf.use_backend("reference"):
             gradients(model, X)
         calls.append(counter.found)
     assert calls[1] - calls[0] == {"bn_act": 3, "dual_bn_act": 1}

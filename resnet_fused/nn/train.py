@@ -74,7 +74,8 @@ def run(
     With ``memory="low"`` block ends are computed again in backward.
 
     Returns:
-        None where the residual is not of the convolution's shape and dtype: left to torch.
+        None where the residual is not of the convolution's shape and dtype, or the batch is empty:
+        left to torch.
 
     Raises:
         ValueError: a channel has one value only, as torch raises.
@@ -87,6 +88,8 @@ def run(
         if tuple(tensor.shape) != shape or tensor.dtype != result_dtype(raw):
             return None
     count, group = _bn.values_per_channel(shape), sharing_group(bn)
+    if count == 0 and group is None:
+        return None
     if count == 1 and group is None:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {shape}"
