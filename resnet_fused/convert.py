@@ -36,9 +36,9 @@ def fuse(
     transformers or anywhere else. Only forwards change: names, children, Parameter objects, hooks
     and ``state_dict`` stay as they are, weights load before and after, every module remains an
     instance of its class, and ``unfuse`` gives the original back. What the fused op does not cover
-    (a hook on an inner module, an add that broadcasts) runs as before, call by call. Fused blocks return channels_last tensors, which ``reshape`` and ``flatten`` take
-    and ``view`` may not. Hooks for all modules (``register_module_forward_hook``) do not see the
-    modules inside a group.
+    (a hook on an inner module, an add that broadcasts) runs as before, call by call. Fused blocks
+    return channels_last tensors, which ``reshape`` and ``flatten`` take and ``view`` may not. Hooks
+    for all modules (``register_module_forward_hook``) do not see the modules inside a group.
 
     Parameters may be changed in place at any time under ``torch.no_grad()``; writes through
     ``parameter.data`` are not seen by the caches of packed weights.
