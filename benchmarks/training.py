@@ -1,5 +1,7 @@
 """A training step, fused beside eager, in interleaved rounds: ``python -m benchmarks.training``.
 
+Fused twice: as by default, and with ``memory="low"``, which computes block outputs again.
+
 Both train the same network by SGD with momentum; bfloat16 is under autocast. Before anything is
 timed, both gradients are held against float64: the fused one may turn from it twice as far as
 eager's. (Gradients of a deep network with random weights turn far from it in bfloat16, either way.)
@@ -22,6 +24,7 @@ import resnet_fused as rf
 from resnet_fused import env
 from resnet_fused.bench import options
 from resnet_fused.bench.timing import Rounds, interleave, paired_ratio, spread
+from resnet_fused.convert import MEMORY
 from resnet_fused.testing import gradient_metrics
 
 #: Images that the gradients are compared on: float64 is slow.
@@ -79,23 +82,22 @@ def measure(name: str, dtype: torch.dtype, batch: int, rounds: int) -> list[str]
     x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     target = torch.randint(1000, (batch,))
     kind_of_number = str(dtype).removeprefix("torch.")
-    networks = {"eager": model, "fused": rf.fuse(copy.deepcopy(model))}
+    networks = {"eager": model, **{kind: rf.fuse(model, memory=kind) for kind in MEMORY}}
     turns = _turns(networks, x[:CHECKED], target[:CHECKED], dtype)
-    if turns["fused"] > 2 * turns["eager"] + 1e-3:
-        return [name, kind_of_number, "-", "WRONG", f"turned {turns['fused']:.1e}", "-"]
+    for kind in MEMORY:
+        if turns[kind] > 2 * turns["eager"] + 1e-3:
+            return [name, kind_of_number, "WRONG", f"{kind} turned {turns[kind]:.1e}"]
     runs = {kind: Trainer(m, x, target, dtype) for kind, m in networks.items()}
-    saved = [runs[kind].saved_mib() for kind in ("fused", "eager")]
+    saved = {kind: run.saved_mib() for kind, run in runs.items()}
     calls: dict[str, Callable[[], object]] = dict(runs)
     seconds = interleave(calls, Rounds(least=rounds, most=rounds))
-    speeds = [spread([batch / s for s in seconds[kind]]).median for kind in ("eager", "fused")]
-    ratio = paired_ratio(seconds["eager"], seconds["fused"])
-    return [
-        name,
-        kind_of_number,
-        *(f"{speed:.2f}" for speed in speeds),
-        f"{ratio.median:.2f}x ({ratio.p20:.2f}-{ratio.p80:.2f})",
-        f"{saved[0] / saved[1]:.2f}",
-    ]
+    row = [name, kind_of_number]
+    row += [f"{spread([batch / s for s in seconds[kind]]).median:.2f}" for kind in runs]
+    for kind in MEMORY:
+        ratio = paired_ratio(seconds["eager"], seconds[kind])
+        row += [f"{ratio.median:.2f}x ({ratio.p20:.2f}-{ratio.p80:.2f})"]
+        row += [f"{saved[kind] / saved['eager']:.2f}"]
+    return row
 
 
 def _turns(
@@ -116,9 +118,12 @@ def main(
     batch: Annotated[int, typer.Option(help="Images in a batch.")] = 8,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds per row.")] = 7,
 ) -> None:
-    """Time training steps, fused beside eager channels_last."""
-    console = Console(width=110)
-    table = Table("model", "dtype", "eager img/s", "fused img/s", "ratio (p20-p80)", "kept")
+    """Time training steps, fused by default and with memory="low" beside eager channels_last."""
+    console = Console(width=130)
+    table = Table("model", "dtype", "eager img/s", "fused img/s", "low img/s")
+    for kind in MEMORY:
+        table.add_column(f"{kind}: ratio (p20-p80)")
+        table.add_column("kept")
     for name in options.usable_models("--model", options.split(model)) or options.MODELS:
         for dtype in (torch.float32, torch.bfloat16):
             with console.status(f"{name} {dtype}"):

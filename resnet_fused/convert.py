@@ -18,10 +18,15 @@ from resnet_fused.nn.trace import Chains, TraceError, has_children, trace
 from resnet_fused.ops._checks import FLOAT_DTYPES
 
 FilterFn = Callable[[nn.Module, str], bool]
+MEMORY = ("default", "low")
 
 
 def fuse(
-    model: nn.Module, *, inplace: bool = False, filter_fn: FilterFn | None = None
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    filter_fn: FilterFn | None = None,
+    memory: str = "default",
 ) -> nn.Module:
     r"""Run conv → BN → [add] → [ReLU] as one op wherever the model's forwards contain it.
 
@@ -31,10 +36,9 @@ def fuse(
     transformers or anywhere else. Only forwards change: names, children, Parameter objects, hooks
     and ``state_dict`` stay as they are, weights load before and after, every module remains an
     instance of its class, and ``unfuse`` gives the original back. What the fused op does not cover
-    (BatchNorm in training mode, a hook on an inner module, an add that broadcasts) runs as before,
-    call by call. Fused blocks return channels_last tensors, which ``reshape`` and ``flatten`` take
-    and ``view`` may not. Hooks for all modules (``register_module_forward_hook``) do not see the
-    modules inside a group.
+    (a hook on an inner module, an add that broadcasts) runs as before, call by call. Fused blocks
+    return channels_last tensors, which ``reshape`` and ``flatten`` take and ``view`` may not. Hooks
+    for all modules (``register_module_forward_hook``) do not see the modules inside a group.
 
     Parameters may be changed in place at any time under ``torch.no_grad()``; writes through
     ``parameter.data`` are not seen by the caches of packed weights.
@@ -44,15 +48,22 @@ def fuse(
         inplace: change ``model`` itself instead of a deep copy.
         filter_fn: ``filter_fn(module, fqn) -> bool``; a module for which it is false keeps its
             forward (its children are asked for themselves). The root's name is "".
+        memory: in training, "low" keeps no block's output for backward but computes those of a
+            stage again, bit for bit, when its last block's gradient is due: another fifth of the
+            activations less, for one more pass over each block's end. They then live until their
+            block's backward is done, or as long as the graph if it is retained. torch.compile
+            decides itself what to keep, in either case.
 
     Returns:
         The model, fused. :func:`fusion_report` says what was and was not, and why.
 
     Raises:
         TypeError: ``model`` is not an eager ``nn.Module``.
-        ValueError: ``model`` has no Conv2d.
+        ValueError: ``model`` has no Conv2d, or ``memory`` is neither "default" nor "low".
     """
     _check_model("fuse", model)
+    if memory not in MEMORY:
+        raise ValueError(f"fuse: memory must be one of {MEMORY}, got {memory!r}")
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         raise ValueError(f"fuse: model {type(model).__name__} has no Conv2d, nothing can be fused")
     if not inplace:
@@ -65,7 +76,7 @@ def fuse(
         for dtype in FLOAT_DTYPES:
             trains(device, dtype)
     shared = _shared(model)
-    for module, program in _units(model, shared, filter_fn or _any):
+    for module, program in _units(model, shared, filter_fn or _any, memory):
         install(module, program)
     return model
 
@@ -107,12 +118,16 @@ class FusionReport(NamedTuple):
 
     fused: list[Fused]
     skipped: list[Skipped]
+    #: What :func:`fuse` was asked to keep in training; both words if parts were fused apart.
+    memory: str
 
     def __str__(self) -> str:
         """Return counts by pattern, then each convolution left alone with its reason."""
         counts = Counter(group.pattern for group in self.fused)
         lines = [f"fused {len(self.fused)} of {len(self.fused) + len(self.skipped)} convolutions"]
         lines += [f"  {count:4d}  {pattern}" for pattern, count in counts.most_common()]
+        if "low" in self.memory:
+            lines.append(f"memory in training: {self.memory}")
         if self.skipped:
             lines.append("left alone:")
             width = max(len(s.name) for s in self.skipped)
@@ -132,6 +147,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
     _check_model("fusion_report", model)
     reasons: dict[str, str] = {}
     fused: dict[str, Fused] = {}
+    memory: set[str] = set()
     for fqn, module in model.named_modules():
         program = program_of(module)
         if program is None:
@@ -140,12 +156,13 @@ def fusion_report(model: nn.Module) -> FusionReport:
         for call in program.fused:
             name = _join(fqn, call.name)
             fused[name] = Fused(name, call.pattern, where)
+            memory.add(call.memory)
         reasons.update((_join(fqn, name), reason) for name, reason in program.skipped)
     missing = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)} - fused.keys()
     if missing - reasons.keys():
         reasons = {**_find_reasons(model, missing), **reasons}
     skipped = [Skipped(n, "conv", reasons[n]) for n in sorted(missing)]
-    return FusionReport(list(fused.values()), skipped)
+    return FusionReport(list(fused.values()), skipped, " and ".join(sorted(memory)) or "default")
 
 
 def _find_reasons(model: nn.Module, missing: set[str]) -> dict[str, str]:
@@ -182,7 +199,7 @@ def _has_forward(module: nn.Module) -> bool:
 
 
 def _units(
-    model: nn.Module, shared: set[int], wanted: FilterFn
+    model: nn.Module, shared: set[int], wanted: FilterFn, memory: str
 ) -> Iterator[tuple[nn.Module, Program]]:
     """Yield each module to fuse with its program, parents first; inlined children are not asked."""
     covered: set[int] = set()
@@ -199,7 +216,7 @@ def _units(
         matches = match(module, traced.graph, shared)
         if matches.groups:
             covered |= {id(module.get_submodule(name)) for name in traced.inlined}
-            yield module, build(module, traced, matches)
+            yield module, build(module, traced, matches, memory)
 
 
 def _shared(model: nn.Module) -> set[int]:

@@ -1,6 +1,7 @@
 """Small networks and the comparisons that the tests of ``fuse`` share."""
 
 import copy
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -123,6 +124,20 @@ class SmallNet(nn.Module):
 
 def small_net() -> nn.Module:
     return calibrate(SmallNet(), image(4, 3, 32, 32))
+
+
+class Ops(TorchDispatchMode):
+    """Counts the package's ops by name, in :attr:`found`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if name.startswith("resnet_fused::"):
+            self.found[name.removeprefix("resnet_fused::")] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class _Counter(TorchDispatchMode):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import resnet_fused as rf
 from resnet_fused.backends import ORDER
 from resnet_fused.cli import app
-from resnet_fused.ops import INFERENCE
+from resnet_fused.functional import PUBLIC
 
 ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ((ROOT / n).read_text() for n in ("README.md", "CONTRIBUTING.md"))
@@ -78,7 +78,7 @@ def test_the_command_line_knows_its_options():
 
 def test_backends_and_ops_are_named():
     assert all(f"| `{name}` |" in README for name in (*ORDER, "reference"))
-    assert all(f"`{op}`" in README or f"functional.{op}" in README for op in INFERENCE)
+    assert all(f"`{op}`" in README or f"functional.{op}" in README for op in PUBLIC)
 
 
 def test_environment_variables():

@@ -1,6 +1,5 @@
 """Fused models in training mode: torch's gradients, buffers and loss curves, with less kept."""
 
-import contextlib
 import copy
 
 import pytest
@@ -106,7 +105,8 @@ def test_autocast(dtype):
     assert relative(fused.bn1.running_var, exact.bn1.running_var) < 2e-2
 
 
-def train_steps(model: nn.Module, steps: int) -> list[float]:
+def train_steps(model: nn.Module, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Train, and return all losses, all parameters and all buffers."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
     generator, losses = torch.Generator().manual_seed(5), []
     for _ in range(steps):
@@ -116,22 +116,22 @@ def train_steps(model: nn.Module, steps: int) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+        losses.append(loss.detach())
+    parameters, buffers = (
+        torch.cat([t.detach().double().flatten() for t in tensors])
+        for tensors in (model.parameters(), model.buffers())
+    )
+    return torch.stack(losses).double(), parameters, buffers
 
 
 def test_twenty_steps_stay_as_close_as_two_eager_runs_do():
     """The yardstick is eager in the other layout, which sums in another order."""
     model = small_net()
-    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    fused, exact = rf.fuse(model), copy.deepcopy(model).double()
-    ours, eager, rival = (train_steps(m, 20) for m in (fused, model, other))
-    spread = max(abs(a - b) for a, b in zip(eager, rival, strict=True))
-    assert max(abs(a - b) for a, b in zip(ours, eager, strict=True)) <= 10 * spread + 1e-4
-    assert ours[-1] == pytest.approx(eager[-1], abs=1e-3)
-    del exact
-    for (name, a), b in zip(fused.state_dict().items(), model.state_dict().values(), strict=True):
-        assert relative(a.double(), b.double()) < 1e-2, name
+    rival = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    fused = rf.fuse(model)
+    ours, eager, others = (train_steps(m, 20) for m in (fused, model, rival))
+    for name, a, b, c in zip(("losses", "parameters", "buffers"), ours, eager, others, strict=True):
+        assert 0 < float((a - b).norm()) <= 2 * float((c - b).norm()), name
 
 
 def test_the_same_seed_gives_the_same_bits():
@@ -174,8 +174,63 @@ def test_options(options):
     assert_trains_alike(one_block(**options))
 
 
-def test_convolutions_with_bias_are_left_to_torch():
-    assert_trains_alike(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+class Biased(Residual):
+    """A block whose convolutions have a bias, projection included."""
+
+    def __init__(self, channels: int, out: int, stride: int = 1) -> None:
+        super().__init__(channels, out, stride)
+        for conv in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
+            conv.bias = nn.Parameter(torch.linspace(-2, 2, out))
+
+
+def without_biases(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The bias in front of a BatchNorm has no gradient but what rounding leaves."""
+    for name in [n for n in grads if n.endswith(("conv1.bias", "conv2.bias", "downsample.0.bias"))]:
+        assert float(grads.pop(name).abs().max()) < 1e-5
+    return grads
+
+
+def test_convolutions_with_a_bias():
+    """It moves the running mean, and nothing else."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Biased(3, 8, 2), Biased(8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    fused = rf.fuse(model.train())
+    assert ops_called(fused, X).keys() == CALLS.keys() - {"bn_act_max_pool"}
+    fused.load_state_dict(model.state_dict())
+    ours, eager = (without_biases(step(m, X)) for m in (fused, model))
+    assert ours.keys() == eager.keys()
+    assert all(relative(grad, eager[name]) < 1e-3 for name, grad in ours.items())
+    for a, b in zip(fused.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    fused[0].conv1.bias.requires_grad_(False)
+    fused.zero_grad()
+    assert "0.conv1.bias" not in step(fused, X)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bias_that_is_not_finite(value):
+    torch.manual_seed(0)
+    model = Biased(3, 8).train()
+    with torch.no_grad():
+        model.conv1.bias[2] = value
+    fused = rf.fuse(model)
+    assert torch.equal(fused(X).isnan(), model(X).isnan())
+    for a, b in zip(fused.buffers(), model.buffers(), strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite())
+
+
+def test_compile_with_a_bias():
+    torch._dynamo.reset()
+    model = Biased(3, 8).train()
+    fused = rf.fuse(model)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    ours, eager = (step_of_a_map(m) for m in (compiled, model))
+    assert all(relative(a, b) < 1e-3 for a, b in zip(ours, eager, strict=True))
+
+
+def step_of_a_map(model: nn.Module) -> list[Tensor]:
+    model(X).square().mean().backward()
+    return [p.grad for n, p in model.named_parameters() if p.dim() > 1]
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -321,34 +376,3 @@ def test_compile_without_a_break_inside_blocks():
         assert relative(a.grad, b.grad) < 1e-3
     for a, b in zip(fused.buffers(), model.buffers(), strict=True):
         torch.testing.assert_close(a, b)
-
-
-# --- memory --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def saved_bytes(model: nn.Module):
-    """Count the unique storages saved for backward, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield found
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_a_fifth_less_is_kept_for_backward(name):
-    model = rf.models.create_model(name).train()
-    x, kept = torch.randn(2, 3, 64, 64), []
-    for m in (model, rf.fuse(model)):
-        with saved_bytes(m) as found:
-            loss = m(x).sum()
-        kept.append(sum(found.values()))
-        del loss
-    assert kept[1] <= 0.80 * kept[0], f"{kept[1] / kept[0]:.3f} of eager"

@@ -39,6 +39,21 @@ def uses_batch_statistics(bn: nn.Module) -> bool:
     return False
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether FSDP has the parameters of ``module``: it fills them and leaves no trace."""
+    return bool(module.__dict__.get("_is_fsdp_managed_module"))
+
+
+def sharing_group(bn: nn.Module) -> Any:
+    """Return the process group over which ``bn``, called now, would sum its statistics, or None."""
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
+        return None
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    group = bn.process_group or torch.distributed.group.WORLD
+    return group if torch.distributed.get_world_size(group) > 1 else None
+
+
 def scale_shift(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
     """Return the scale and shift that ``bn`` applies to ``conv`` without its bias.
 
@@ -65,7 +80,9 @@ def scale_shift(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _changes_unseen(bn: nn.Module) -> bool:
-    """Return whether ``bn``'s statistics may change, now or when run later, with no trace of it."""
+    """Return whether what ``bn`` holds may change, now or when run later, with no trace of it."""
+    if is_sharded(bn):
+        return True
     counts = not isinstance(bn, BATCH_NORMS) or bn.num_batches_tracked is not None
     return not counts or torch.compiler.is_compiling() or torch.jit.is_tracing()
 

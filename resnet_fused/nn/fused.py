@@ -21,10 +21,11 @@ class FusedModule:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the fused program where it applies, else the class's own forward."""
-        program: Program = self.__dict__[_ATTRIBUTE]
         assert isinstance(self, nn.Module)
-        bound = program.bind(self, args, kwargs)
-        if bound is None:
+        # A slice of a fused Sequential is another object of its class, with no program.
+        program = program_of(self)
+        bound = None if program is None else program.bind(self, args, kwargs)
+        if program is None or bound is None:
             own: Any = super()
             return own.forward(*args, **kwargs)
         return program.run(bound, args)

@@ -13,7 +13,7 @@ from torch._C import _functorch
 
 from resnet_fused import functional
 from resnet_fused.nn import train
-from resnet_fused.nn.bn import is_batch_norm, scale_shift, uses_batch_statistics
+from resnet_fused.nn.bn import is_batch_norm, is_sharded, scale_shift, uses_batch_statistics
 from resnet_fused.nn.match import Group, Matches
 from resnet_fused.nn.trace import Trace, has_hooks
 from resnet_fused.nn.train import Pending, padding_of, result_dtype
@@ -55,6 +55,8 @@ class FusedCall:
     act: str | None
     #: Whether what reads the result can take it pending, in training.
     defers: bool
+    #: Whether a block's output is kept for backward, "default", or computed again, "low".
+    memory: str
     #: Runs the same nodes one by one, where the fused call does not apply.
     unfused: tuple[Step, ...]
 
@@ -150,14 +152,14 @@ class Program:
         return self
 
 
-def build(module: nn.Module, trace: Trace, matches: Matches) -> Program:
+def build(module: nn.Module, trace: Trace, matches: Matches, memory: str) -> Program:
     """Write the steps of ``module``'s traced forward, each group as one fused call."""
-    return _Builder(module, trace, matches).build()
+    return _Builder(module, trace, matches, memory).build()
 
 
 class _Builder:
-    def __init__(self, module: nn.Module, trace: Trace, matches: Matches) -> None:
-        self.module, self.trace, self.matches = module, trace, matches
+    def __init__(self, module: nn.Module, trace: Trace, matches: Matches, memory: str) -> None:
+        self.module, self.trace, self.matches, self.memory = module, trace, matches, memory
         self.index = {node: i for i, node in enumerate(trace.graph.nodes)}
         self.ends = {group.nodes[-1]: group for group in matches.groups}
         self.grouped = {n for group in matches.groups for n in group.nodes}
@@ -230,6 +232,7 @@ class _Builder:
             adds=group.add is not None,
             act="relu" if group.relu is not None else None,
             defers=self._defers(group),
+            memory=self.memory,
             unfused=tuple(self._plain_step(n) for n in group.nodes),
         )
 
@@ -322,8 +325,8 @@ def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     residual = results[step.args[1].index] if call.adds else None
     if train.applies(conv, bn, x):
         assert isinstance(conv, nn.Conv2d)
-        assert isinstance(bn, nn.BatchNorm2d)
-        result = train.run(conv, bn, x, residual, call.act)
+        assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
+        result = train.run(conv, bn, x, residual, call.act, call.memory)
         if result is not None:
             return result if call.defers else train.value(result)
     x, residual = train.value(x), None if residual is None else train.value(residual)
@@ -336,8 +339,10 @@ def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
         return results[call.unfused[-1].out]
     assert isinstance(conv, nn.Conv2d)
     scale, shift = scale_shift(conv, bn)
+    # Nothing is kept of a weight that is another tensor in every call.
+    weight = conv.weight.view_as(conv.weight) if is_sharded(conv) else conv.weight
     return functional.conv_bn_act(
-        x, conv.weight, scale, shift, residual,
+        x, weight, scale, shift, residual,
         stride=conv.stride, padding=padding_of(conv), dilation=conv.dilation, groups=conv.groups,
         act=call.act,
     )  # fmt: skip

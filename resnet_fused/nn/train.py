@@ -8,14 +8,16 @@ ever sees one.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from resnet_fused.backends import trains
-from resnet_fused.nn.bn import uses_batch_statistics
-from resnet_fused.ops import _bn
+from resnet_fused.nn import recompute
+from resnet_fused.nn.bn import BATCH_NORMS, sharing_group, uses_batch_statistics
+from resnet_fused.ops import _bn, _shared
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
 from resnet_fused.ops.conv_bn_act import output_shape
 
@@ -46,12 +48,14 @@ def value(result: Tensor | Pending) -> Tensor:
 def applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
     """Return whether the group runs on the ops of training, for this call.
 
-    It does for torch's own BatchNorm2d where that would normalise by the batch's statistics, and a
-    backend has the kernels.
+    It does for torch's own BatchNorm2d and SyncBatchNorm where that would normalise by the batch's
+    statistics, and a backend has the kernels. torch.compile gets SyncBatchNorm as torch wrote it.
     """
-    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d:
+    if type(conv) is not nn.Conv2d or type(bn) not in BATCH_NORMS:
         return False
-    if conv.padding_mode != "zeros" or conv.padding == "same" or conv.bias is not None:
+    if torch.compiler.is_compiling() and sharing_group(bn) is not None:
+        return False
+    if conv.padding_mode != "zeros" or conv.padding == "same":
         return False
     raw = x.x if isinstance(x, Pending) else x
     return uses_batch_statistics(bn) and raw.dim() == 4 and trains(raw.device, result_dtype(raw))
@@ -59,15 +63,19 @@ def applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
 
 def run(
     conv: nn.Conv2d,
-    bn: nn.BatchNorm2d,
+    bn: nn.BatchNorm2d | nn.SyncBatchNorm,
     x: Tensor | Pending,
     residual: Tensor | Pending | None,
     act: str | None,
+    memory: str,
 ) -> Tensor | Pending | None:
     """Run convolution, statistics and block end; the result of a group without add is pending.
 
+    With ``memory="low"`` block ends are computed again in backward.
+
     Returns:
-        None where the residual is not of the convolution's shape and dtype: left to torch.
+        None where the residual is not of the convolution's shape and dtype, or the batch is empty:
+        left to torch.
 
     Raises:
         ValueError: a channel has one value only, as torch raises.
@@ -79,34 +87,74 @@ def run(
         tensor = residual.x if isinstance(residual, Pending) else residual
         if tuple(tensor.shape) != shape or tensor.dtype != result_dtype(raw):
             return None
-    if _bn.values_per_channel(shape) == 1:
+    count, group = _bn.values_per_channel(shape), sharing_group(bn)
+    if count == 0 and group is None:
+        return None
+    if count == 1 and group is None:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {shape}"
         )
-    y, mean, var = _convolve(conv.weight, x, geometry)
-    _update(bn, mean, var, _bn.values_per_channel(y.shape))
+    y, mean, var = _convolve(conv.weight, x, geometry, memory)
+    if conv.bias is not None:
+        # The bias leaves no trace in BatchNorm's result but where it is not finite, as in torch.
+        trace = 0 * conv.bias.detach()
+        mean, var = mean + trace, var + trace
+        y = _Biased.apply(y, conv.bias)
+    if group is not None:
+        mean, var = _shared.join(mean, var, count, group)
+    batch_mean = mean if conv.bias is None else mean + conv.bias.detach()
+    _update(bn, batch_mean, var, count, _shared.shared(mean))
     result = Pending(y, mean, var, bn.weight, bn.bias, bn.eps, act)
-    return result if residual is None else _finish(result, residual)
+    return result if residual is None else _finish(result, residual, memory)
+
+
+class _Biased(torch.autograd.Function):
+    """A convolution's output whose bias is left to BatchNorm's running mean, for its gradient.
+
+    That is the sum of the output's gradient, as in torch: zero, were it not for rounding.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
+        """Return y."""
+        ctx.dtype = bias.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Hand y's gradient on, and sum it for the bias."""
+        wanted = ctx.needs_input_grad[1]
+        return grad, grad.sum((0, 2, 3), dtype=ctx.dtype) if wanted else None
 
 
 def _convolve(
-    weight: Tensor, x: Tensor | Pending, geometry: tuple[object, ...]
+    weight: Tensor, x: Tensor | Pending, geometry: tuple[object, ...], memory: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     ops = torch.ops.resnet_fused
     # Where autocast would cast the activation, it has to be there.
     if isinstance(x, Pending) and result_dtype(x.x) == x.x.dtype:
         *vectors, eps, act = x
         return ops.bn_act_conv_bn_stats(*vectors, weight, eps, act, *geometry)
-    return ops.conv_bn_stats(value(x), weight, *geometry)
+    x = value(x)
+    with recompute.reading(x) if memory == "low" else contextlib.nullcontext():
+        return ops.conv_bn_stats(x, weight, *geometry)
 
 
-def _finish(result: Pending, residual: Tensor | Pending) -> Tensor:
+def _finish(result: Pending, residual: Tensor | Pending, memory: str) -> Tensor:
     ops = torch.ops.resnet_fused
     *vectors, eps, act = result
-    if isinstance(residual, Pending) and residual.act is None:
+    if isinstance(residual, Pending) and residual.act is None and _one_batch(result, residual):
         *others, other_eps, _ = residual
-        return ops.dual_bn_act(*vectors, *others, eps, other_eps, act)
-    return ops.bn_act(*vectors, value(residual), eps, act)
+        op, args = ops.dual_bn_act, (*vectors, *others, eps, other_eps, act)
+    else:
+        op, args = ops.bn_act, (*vectors, value(residual), eps, act)
+    return recompute.block_end(op, *args) if memory == "low" else op(*args)
+
+
+def _one_batch(result: Pending, residual: Pending) -> bool:
+    """Return whether the same processes share what both are normalised by."""
+    first, second = _shared.shared(result.mean), _shared.shared(residual.mean)
+    return (first and first.group) is (second and second.group)
 
 
 def pool(module: nn.Module, x: Pending) -> Tensor:
@@ -126,9 +174,12 @@ def _pair(value: Any) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def _update(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> None:
+def _update(bn: Any, mean: Tensor, var: Tensor, count: int, batch: _shared.Shared | None) -> None:
     """Move the running statistics as ``BatchNorm2d.forward`` does."""
     if bn.training and bn.track_running_stats and bn.running_mean is not None:
+        if batch is not None:
+            # The op makes the variance unbiased by a count that it has to know; for 2, it doubles.
+            var, count = var * (batch.values / (batch.values - 1) / 2).to(var.dtype), 2
         torch.ops.resnet_fused.bn_update_stats(
             bn.running_mean, bn.running_var, bn.num_batches_tracked, mean, var, count, bn.momentum
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from resnet_fused.backends import _bn_math
 from resnet_fused.ops import _bn, _checks
 from resnet_fused.ops._op import Op
+from resnet_fused.ops._shared import Shared, shared
 
 NAME = "bn_act"
 
@@ -74,7 +75,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, var, weight, bias, residual, eps, act = inputs
     kept = output if act == "relu" and residual is not None else None
     ctx.save_for_backward(x, mean, var, weight, bias, kept)
-    ctx.eps, ctx.act = eps, act
+    ctx.eps, ctx.act, ctx.shared = eps, act, shared(mean)
 
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -82,7 +83,9 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, var, weight, bias, y = ctx.saved_tensors
     wants = ctx.needs_input_grad
     needs = (wants[0], wants[3], wants[4], wants[5])
-    *grads, grad_residual = gradients(grad, x, mean, var, weight, bias, y, ctx.eps, ctx.act, needs)
+    *grads, grad_residual = gradients(
+        grad, x, mean, var, weight, bias, y, ctx.eps, ctx.act, needs, ctx.shared
+    )
     grad_x, grad_weight, grad_bias = grads
     return grad_x, None, None, grad_weight, grad_bias, grad_residual, None, None
 
@@ -98,8 +101,12 @@ def gradients(
     eps: float,
     act: str | None,
     needs: Sequence[bool],
+    batch: Shared | None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight, bias and residual, each only if it is needed."""
+    """Return the gradients of x, weight, bias and residual, each only if it is needed.
+
+    Where ``batch`` is shared, x's gradient needs all of its sums; the others are this process's.
+    """
     need_x, need_weight, need_bias, need_residual = needs
     ops = torch.ops.resnet_fused
     # The masked gradient is the residual's own; written once, it also spares a second mask.
@@ -110,9 +117,12 @@ def gradients(
     grad_x = grad_weight = grad_bias = None
     g, left = (masked, None) if write else (grad, act)
     if need_x:
+        sums: tuple[Tensor, ...] = (sum_g, sum_gx)
         count = _bn.values_per_channel(x.shape)
+        if batch is not None:
+            sums, count = batch.means(*sums), 1
         grad_x = ops.bn_act_backward_apply(
-            g, x, mean, var, weight, bias, y, sum_g, sum_gx, eps, left, count
+            g, x, mean, var, weight, bias, y, *sums, eps, left, count
         )
     if need_weight and weight is not None:
         grad_weight = (sum_gx * _bn_math.invstd(var, eps)).to(weight.dtype)

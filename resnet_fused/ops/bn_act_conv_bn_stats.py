@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resnet_fused.ops import _bn, _checks, bn_act, conv_bn_stats
 from resnet_fused.ops._op import Op
+from resnet_fused.ops._shared import shared
 from resnet_fused.ops.conv_bn_act import check_convolution
 
 NAME = "bn_act_conv_bn_stats"
@@ -83,6 +84,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: conv_bn_stats.Resul
     """Save x, the vectors and weight; the activation is made again in backward."""
     x, mean, var, bn_weight, bn_bias, weight, ctx.eps, ctx.act, *ctx.geometry = inputs
     ctx.save_for_backward(x, mean, var, bn_weight, bn_bias, weight)
+    ctx.shared = shared(mean)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -104,7 +106,7 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
     grads: tuple[Tensor | None, ...] = (None,) * 3
     if grad_a is not None:
         needs = (wants[0], wants[3], wants[4], False)
-        grads = bn_act.gradients(grad_a, x, *vectors, None, ctx.eps, ctx.act, needs)
+        grads = bn_act.gradients(grad_a, x, *vectors, None, ctx.eps, ctx.act, needs, ctx.shared)
     return (grads[0], None, None, grads[1], grads[2], grad_weight, *(None,) * 6)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resnet_fused.ops import _bn, _checks, bn_act
 from resnet_fused.ops._op import Op
+from resnet_fused.ops._shared import shared
 from resnet_fused.ops.conv_bn_act_max_pool import check_pool, pool_shape
 
 NAME = "bn_act_max_pool"
@@ -103,6 +104,7 @@ def fake(
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save x, the vectors and the indices."""
     *tensors, ctx.eps, ctx.act, size, stride, padding = inputs
+    ctx.shared = shared(tensors[1])
     ctx.pool = (list(size), list(stride), list(padding))
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -114,7 +116,8 @@ def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     wants = ctx.needs_input_grad
     grad_a = torch.ops.resnet_fused.max_pool_backward(grad, index, x.shape, *ctx.pool)
     needs = (wants[0], wants[3], wants[4], False)
-    grads = bn_act.gradients(grad_a, x, mean, var, weight, bias, None, ctx.eps, ctx.act, needs)
+    vectors = (mean, var, weight, bias)
+    grads = bn_act.gradients(grad_a, x, *vectors, None, ctx.eps, ctx.act, needs, ctx.shared)
     return (grads[0], None, None, grads[1], grads[2], *(None,) * 5)
 
 

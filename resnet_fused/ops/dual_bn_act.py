@@ -11,6 +11,7 @@ from torch import Tensor
 from resnet_fused.backends import _bn_math
 from resnet_fused.ops import _bn, _checks
 from resnet_fused.ops._op import Op
+from resnet_fused.ops._shared import shared
 
 NAME = "dual_bn_act"
 
@@ -78,20 +79,24 @@ def fake(x: Tensor, *args: Any) -> Tensor:
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save both inputs, the vectors, and the output where ReLU needs its sign."""
     *tensors, ctx.eps, ctx.residual_eps, ctx.act = inputs
+    ctx.shared = shared(tensors[1])
     ctx.save_for_backward(*tensors, output if ctx.act == "relu" else None)
 
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of both BatchNorms through their statistics; ReLU's mask is shared."""
+    """Gradients of both BatchNorms through their statistics; ReLU's mask is common to both."""
     x, mean, var, weight, bias, r, r_mean, r_var, r_weight, r_bias, y = ctx.saved_tensors
     wants = ctx.needs_input_grad
     ops = torch.ops.resnet_fused
     sum_g, sum_gx, sum_gr = ops.dual_bn_act_backward_reduce(grad, x, mean, r, r_mean, y, ctx.act)
     grad_x = grad_r = None
     if wants[0] or wants[5]:
+        sums, count = (sum_g, sum_gx, sum_gr), _bn.values_per_channel(x.shape)
+        if ctx.shared is not None:
+            sums, count = ctx.shared.means(*sums), 1
         grad_x, grad_r = ops.dual_bn_act_backward_apply(
-            grad, x, mean, var, weight, r, r_mean, r_var, r_weight, y, sum_g, sum_gx, sum_gr,
-            ctx.eps, ctx.residual_eps, ctx.act, _bn.values_per_channel(x.shape),
+            grad, x, mean, var, weight, r, r_mean, r_var, r_weight, y, *sums,
+            ctx.eps, ctx.residual_eps, ctx.act, count,
         )  # fmt: skip
     grads: list[Tensor | None] = [None] * 13
     grads[0], grads[5] = grad_x, grad_r

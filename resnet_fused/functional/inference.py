@@ -1,41 +1,11 @@
-"""The stateless public API. Each docstring gives the formula and the eager torch it equals."""
+"""The ops of inference, and of training with frozen BatchNorm."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fused.ops import OPS
-
-Pair = int | Sequence[int]
-
-
-def _pairs(op: str, **given: Pair) -> list[list[int]]:
-    """Return each as a pair; what the integers may be, the op checks."""
-    pairs = []
-    for name, value in given.items():
-        pair = list(value) if isinstance(value, Sequence) else [value, value]
-        if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
-            raise ValueError(f"{op}: {name} must be one or two integers, got {value!r}")
-        pairs.append(pair)
-    return pairs
-
-
-def op_arguments(op: str, *args: Any) -> tuple[Any, ...]:
-    """Return ``args`` as the op's schema takes them, defaults filled in, checked.
-
-    Raises:
-        ValueError: the op is unknown or the arguments do not fit together.
-        TypeError: an argument has a dtype the op does not take, or there are too many.
-    """
-    if op not in OPS:
-        raise ValueError(f"unknown op {op!r}; accepted: {', '.join(OPS)}")
-    full = _CANONICAL[op](*args) if op in _CANONICAL else args
-    OPS[op].check(*full)
-    return full
+from resnet_fused.functional._pairs import Pair, pairs
 
 
 def conv_bn_act(
@@ -91,7 +61,7 @@ def conv_bn_act(
     """
     return torch.ops.resnet_fused.conv_bn_act(
         x, weight, scale, shift, residual,
-        *_pairs("conv_bn_act", stride=stride, padding=padding, dilation=dilation), groups, act,
+        *pairs("conv_bn_act", stride=stride, padding=padding, dilation=dilation), groups, act,
     )  # fmt: skip
 
 
@@ -153,11 +123,11 @@ def conv_bn_act_max_pool(
         TypeError: a dtype is not accepted.
         RuntimeError: a backend asked for by name does not run this call.
     """
+    op = "conv_bn_act_max_pool"
     return torch.ops.resnet_fused.conv_bn_act_max_pool(
-        *_canonical_conv_bn_act_max_pool(
-            x, weight, scale, shift, stride, padding, dilation, groups, act,
-            pool_size, pool_stride, pool_padding,
-        )
+        x, weight, scale, shift, *pairs(op, stride=stride, padding=padding, dilation=dilation),
+        groups, act,
+        *pairs(op, pool_size=pool_size, pool_stride=pool_stride, pool_padding=pool_padding),
     )  # fmt: skip
 
 
@@ -217,12 +187,10 @@ def conv_bn_act_conv_bn_act(
         TypeError: a dtype is not accepted.
         RuntimeError: a backend asked for by name does not run this call.
     """
+    geometry = pairs("conv_bn_act_conv_bn_act", stride=stride, padding=padding, dilation=dilation)
     return torch.ops.resnet_fused.conv_bn_act_conv_bn_act(
-        *_canonical_conv_bn_act_conv_bn_act(
-            x, weight, scale, shift, weight2, scale2, shift2, residual,
-            stride, padding, dilation, act, act2,
-        )
-    )  # fmt: skip
+        x, weight, scale, shift, weight2, scale2, shift2, residual, *geometry, act, act2
+    )
 
 
 def bn_apply(
@@ -311,90 +279,3 @@ def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         RuntimeError: a backend asked for by name does not run this call.
     """
     return torch.ops.resnet_fused.avg_pool_linear(x, weight, bias)
-
-
-def _canonical_conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    residual: Tensor | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    act: str | None = None,
-) -> tuple[Any, ...]:
-    geometry = _pairs("conv_bn_act", stride=stride, padding=padding, dilation=dilation)
-    return x, weight, scale, shift, residual, *geometry, groups, act
-
-
-def _canonical_conv_bn_act_max_pool(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    act: str | None = None,
-    pool_size: Pair = 3,
-    pool_stride: Pair = 2,
-    pool_padding: Pair = 1,
-) -> tuple[Any, ...]:
-    op = "conv_bn_act_max_pool"
-    geometry = _pairs(op, stride=stride, padding=padding, dilation=dilation)
-    pool = _pairs(op, pool_size=pool_size, pool_stride=pool_stride, pool_padding=pool_padding)
-    return x, weight, scale, shift, *geometry, groups, act, *pool
-
-
-def _canonical_conv_bn_act_conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight2: Tensor,
-    scale2: Tensor | None = None,
-    shift2: Tensor | None = None,
-    residual: Tensor | None = None,
-    stride: Pair = 1,
-    padding: Pair = 0,
-    dilation: Pair = 1,
-    act: str | None = None,
-    act2: str | None = None,
-) -> tuple[Any, ...]:
-    op = "conv_bn_act_conv_bn_act"
-    geometry = _pairs(op, stride=stride, padding=padding, dilation=dilation)
-    tensors = (x, weight, scale, shift, weight2, scale2, shift2, residual)
-    return *tensors, *geometry, act, act2
-
-
-def _canonical_bn_apply(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None = None,
-    act: str | None = None,
-) -> tuple[Any, ...]:
-    return x, scale, shift, residual, act
-
-
-def _canonical_add_relu(x: Tensor, residual: Tensor) -> tuple[Any, ...]:
-    return x, residual
-
-
-def _canonical_avg_pool_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Any, ...]:
-    return x, weight, bias
-
-
-_CANONICAL: dict[str, Callable[..., tuple[Any, ...]]] = {
-    "conv_bn_act": _canonical_conv_bn_act,
-    "conv_bn_act_max_pool": _canonical_conv_bn_act_max_pool,
-    "conv_bn_act_conv_bn_act": _canonical_conv_bn_act_conv_bn_act,
-    "bn_apply": _canonical_bn_apply,
-    "add_relu": _canonical_add_relu,
-    "avg_pool_linear": _canonical_avg_pool_linear,
-}

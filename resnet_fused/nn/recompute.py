@@ -1,0 +1,182 @@
+"""Block outputs computed again in backward instead of kept: what ``memory="low"`` does.
+
+A block's end, y = act(BN(z) + r), follows from what is kept anyway: the convolution's output z, the
+batch's statistics, and r, which is the output of the block before or, behind a BatchNorm of its
+own, of the projection's convolution. So autograd saves in y's place how to compute it. The first
+reader in backward, the ReLU of a stage's last block, has the stage's outputs computed up to its
+own, which live until their blocks' backward is done.
+
+Autograd is told by ``saved_tensors_hooks`` around each op that saves a block's output. What was
+around them before, such as offloading or a measurement, sees all other tensors as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+
+class Kept:
+    """A tensor saved for backward, by the hooks that were around when it was saved."""
+
+    def __init__(self, tensor: Tensor, hooks: Hooks | None) -> None:
+        self._hooks = hooks
+        # Detached, it keeps no graph alive; the version counter stays the tensor's own.
+        self._packed: Any = tensor.detach() if hooks is None else hooks[0](tensor.detach())
+        self._version = tensor._version
+
+    def value(self) -> Tensor:
+        """Return the tensor.
+
+        Raises:
+            RuntimeError: it was written since. Autograd, which checks this, leaves it to hooks.
+        """
+        if self._hooks is not None:
+            return self._hooks[1](self._packed)
+        if self._packed._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: a tensor of shape {tuple(self._packed.shape)} is at version "
+                f"{self._packed._version}, was saved at version {self._version}"
+            )
+        return self._packed
+
+
+class Output:
+    """A block's output, saved as the op and the arguments that compute it."""
+
+    def __init__(self, op: Callable[..., Tensor], args: list[Any], hooks: Hooks | None) -> None:
+        self.hooks = hooks
+        self._op, self._args = op, args
+        self._y: Tensor | None = None
+
+    def value(self) -> Tensor:
+        """Return the output, computed at the first call with every one before it that it needs."""
+        # A loop, as a stage may have more blocks than Python allows calls within calls.
+        todo = [self]
+        while before := todo[-1]._before():
+            todo.append(before)
+        for output in reversed(todo):
+            output._compute()
+        assert self._y is not None
+        return self._y
+
+    def _before(self) -> Output | None:
+        """Return the output that has to be computed first."""
+        if self._y is not None:
+            return None
+        return next((a for a in self._args if isinstance(a, Output) and a._y is None), None)
+
+    def _compute(self) -> None:
+        if self._y is None:
+            with torch.no_grad():
+                self._y = self._op(*(a.value() if _is_saved(a) else a for a in self._args))
+            # The block before may go as soon as its own readers are done.
+            self._args = []
+
+
+#: How the outputs that are alive were computed. Autograd alone owns that: a caller who keeps an
+#: output beyond its backward keeps nothing else.
+_outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def block_end(op: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Return ``op(*args)``, which saves no result but how to compute it.
+
+    Args:
+        op: bn_act or dual_bn_act, as often as needed with the same result.
+        args: its arguments; the 4-dimensional ones are kept, or block outputs themselves.
+    """
+    if not _applies() or not args[0].numel():
+        return op(*args)
+    hooks = _around()
+    # Saved apart from what the op saves itself, as hooks may give each thing back only once.
+    output = Output(op, [_save(a, hooks) if isinstance(a, Tensor) else a for a in args], hooks)
+    given = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
+
+    def pack(t: Tensor) -> Any:
+        # The one map that is saved and was not given is the result.
+        is_result = t.dim() == 4 and not any(_same(t, a) for a in given)
+        return output if is_result else Kept(t, hooks)
+
+    with saved_tensors_hooks(pack, _unpack):
+        y = op(*args)
+    _outputs[y] = (weakref.ref(output), y._version)
+    return y
+
+
+@contextlib.contextmanager
+def reading(x: Tensor) -> Iterator[None]:
+    """Save ``x``, inside the block, as how to compute it, if it is a block's output."""
+    output = _find(x, _around()) if _applies() else None
+    if output is None:
+        yield
+        return
+    known, hooks = output, output.hooks
+
+    def pack(t: Tensor) -> Any:
+        return known if _same(t, x) else Kept(t, hooks)
+
+    with saved_tensors_hooks(pack, _unpack):
+        yield
+
+
+def _unpack(saved: Kept | Output) -> Tensor:
+    return saved.value()
+
+
+def _applies() -> bool:
+    """Return whether autograd saves anything, and takes hooks.
+
+    torch.compile decides itself what to compute again.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+
+
+def _around() -> Hooks | None:
+    """Return the hooks that are around."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _save(tensor: Tensor, hooks: Hooks | None) -> Kept | Output:
+    output = _find(tensor, hooks)
+    if output is not None:
+        return output
+    # A parameter's memory may be let go between forward and backward, as FSDP does.
+    return Kept(tensor.detach().clone() if isinstance(tensor, nn.Parameter) else tensor, hooks)
+
+
+def _find(x: Tensor, hooks: Hooks | None) -> Output | None:
+    """Return how to compute ``x``, a block's output as it was returned, or None.
+
+    Under other hooks it is none: activation checkpointing, for one, runs what it surrounds again
+    with an input whose origin is not known then.
+    """
+    entry = _outputs.get(x)
+    if entry is None:
+        return None
+    reference, version = entry
+    output: Output | None = reference()
+    return output if output and version == x._version and output.hooks == hooks else None
+
+
+def _same(t: Tensor, tensor: Tensor) -> bool:
+    """Return whether ``t``, which autograd saves, is ``tensor`` or an alias of all of it."""
+    if t.untyped_storage()._cdata != tensor.untyped_storage()._cdata:
+        return False
+    return t.shape == tensor.shape and t.stride() == tensor.stride()
+
+
+def _is_saved(value: Any) -> bool:
+    return isinstance(value, Kept | Output)
