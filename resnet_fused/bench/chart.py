@@ -20,6 +20,10 @@ COLOURS = {
     "inductor": "#6b8fb3",
     "onnxruntime": "#4f7a5b",
     "openvino": "#7d6aa8",
+    "inductor-default": "#9db8d1",
+    "inductor-max-autotune": "#3f6a96",
+    "eager-nchw": "#8d929c",
+    "cudnn": "#3b8f8a",
 }
 GROUP_WIDTH = 0.86
 
@@ -85,7 +89,7 @@ def _panel(axes: Any, rows: Sequence[Row], dtype: str, contenders: list[str]) ->
         for position, case in enumerate(cases):
             if row := found.get((case, name)):
                 _bar(axes, row, position + shift, width * 0.94)
-    axes.set_xticks(range(len(cases)), [f"{case.model}\nbatch {case.batch}" for case in cases])
+    axes.set_xticks(range(len(cases)), [f"{case.subject}\nbatch {case.batch}" for case in cases])
     axes.set_xlim(-0.5, max(len(cases), 2) - 0.5)
     axes.set_ylim(0, max(1.25, axes.get_ylim()[1]))
     axes.set_ylabel("ratio")

@@ -18,7 +18,6 @@ from resnet_fused.bench.options import SHORT_DTYPES
 from resnet_fused.bench.results import (
     OK,
     SKIPPED,
-    Case,
     Record,
     Row,
     against_peers,
@@ -89,7 +88,7 @@ def closing_lines(record: Record) -> list[str]:
         lines.append(f"{name}: {mean:.2f}x {REFERENCE}, geometric mean of {right} cases of {total}")
     for row in record.rows:
         if row.verdict not in (OK, SKIPPED):
-            lines.append(f"{row.verdict}: {_where(row.case)} {row.contender}: {row.note}")
+            lines.append(f"{row.verdict}: {row.case} {row.contender}: {row.note}")
     device = record.conditions.get("device_kind", "cpu")
     return [*lines, *_noise(record.rows), *notes(device)]
 
@@ -226,7 +225,3 @@ def _peer_grid(rows: Sequence[Row]) -> Grid | None:
         breaks=frozenset({len(body) - 1}),
         styles={len(body): "bold"},
     )
-
-
-def _where(case: Case) -> str:
-    return f"{case.model} {SHORT_DTYPES[case.dtype]} batch {case.batch}"

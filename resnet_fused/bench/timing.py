@@ -15,9 +15,15 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from resnet_fused.tuning.measure import CudaClock
+
 T = TypeVar("T")
+#: Seconds per call of a function that is called so many times.
+Clock = Callable[[Callable[[], object], int], float]
 
 SHORTEST_SAMPLE_S = 0.04
+#: More than the last-level cache of any CPU in sight; written to, it takes the place of all else.
+FLUSHED_BYTES = 2**28
 MIN_ROUNDS = 3
 MAX_ROUNDS = 30
 
@@ -29,6 +35,10 @@ class Spread:
     median: float
     p20: float
     p80: float
+
+    def covers(self, value: float) -> bool:
+        """Whether the value lies in the range, so that a difference from it may be noise."""
+        return self.p20 <= value <= self.p80
 
     def overlaps(self, other: Spread) -> bool:
         """Whether the two ranges share a value, so that a difference may be noise."""
@@ -87,16 +97,35 @@ def elapsed_cuda(run: Callable[[], object], calls: int) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
-def clock_for(device: str) -> Callable[[Callable[[], object], int], float]:
-    """Return the function that times calls on `device`."""
-    return elapsed_cuda if device == "cuda" else elapsed_cpu
+def clock_for(device: str, *, cold: bool = False) -> Clock:
+    """Return the function that times calls on `device`, with empty caches before each if `cold`.
+
+    Hot, a call finds in the caches what the one before it left there, as in a loop over one layer.
+    Cold, it reads everything from memory, as a layer's weights in a large network.
+    """
+    if not cold:
+        return elapsed_cuda if device == "cuda" else elapsed_cpu
+    single: Callable[[Callable[[], object]], float]
+    if device == "cuda":
+        single = CudaClock(torch.device("cuda", torch.cuda.current_device()))
+    else:
+        single = _flushed_cpu(torch.empty(FLUSHED_BYTES, dtype=torch.uint8))
+    return lambda run, calls: sum(single(run) for _ in range(calls)) / calls
+
+
+def _flushed_cpu(flushed: torch.Tensor) -> Callable[[Callable[[], object]], float]:
+    def single(run: Callable[[], object]) -> float:
+        flushed.add_(1)
+        return elapsed_cpu(run, 1)
+
+    return single
 
 
 def interleave(
     runs: Mapping[str, Callable[[], object]],
     rounds: Rounds,
     *,
-    clock: Callable[[Callable[[], object], int], float] = elapsed_cpu,
+    clock: Clock = elapsed_cpu,
     on_round: Callable[[int], None] = lambda done: None,
 ) -> dict[str, list[float]]:
     """Time every run once per round and return its seconds per call, one value per round.
