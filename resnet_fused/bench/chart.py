@@ -36,16 +36,12 @@ def save(record: Record, path: Path) -> None:
 
     Raises `UsageError` where matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError('the chart needs matplotlib: pip install "resnet_fused[bench]"') from None
-
+    figure_of = figure_class()
     dtypes = list(dict.fromkeys(case.dtype for case in cases_of(record.rows)))
     contenders = list(dict.fromkeys(r.contender for r in record.rows if r.verdict != SKIPPED))
     bars = max(len(_cases(record.rows, dtype)) for dtype in dtypes) * len(contenders)
     height = TOP + BOTTOM + PANEL * len(dtypes)
-    figure = Figure(figsize=(max(7.5, 1.5 + 0.36 * bars), height), dpi=140)
+    figure = figure_of(figsize=(max(7.5, 1.5 + 0.36 * bars), height), dpi=140)
     panels = figure.subplots(
         len(dtypes), 1, squeeze=False,
         gridspec_kw={"top": 1 - TOP / height, "bottom": BOTTOM / height, "hspace": 0.45},
@@ -58,6 +54,15 @@ def save(record: Record, path: Path) -> None:
     )
     _below(figure, record.conditions, contenders)
     write_atomically(path, lambda temporary: figure.savefig(temporary))
+
+
+def figure_class() -> Any:
+    """Return matplotlib's Figure, or raise `UsageError` where it is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError('the chart needs matplotlib: pip install "resnet_fused[bench]"') from None
+    return Figure
 
 
 def _below(figure: Any, conditions: dict[str, Any], contenders: list[str]) -> None:

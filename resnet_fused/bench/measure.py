@@ -28,6 +28,18 @@ class Method:
     #: Asked for when the timing begins, after the building and checking.
     rounds: Callable[[], timing.Rounds]
     clock: timing.Clock
+    #: Whether a sample is one call: see `timing.interleave`.
+    single: bool = False
+
+    def time(
+        self, runs: Mapping[str, Callable[[], object]], on_round: Callable[[int], None]
+    ) -> dict[str, list[float]]:
+        """Return the seconds per call of every run, one value per round."""
+        if not runs:
+            return {}
+        return timing.interleave(
+            runs, self.rounds(), clock=self.clock, single=self.single, on_round=on_round
+        )
 
 
 @dataclass
@@ -120,7 +132,9 @@ def _run_case(
             entry.row = _judged(entry.row, error, eager_error, network, setup)
         entries.append(entry)
 
-    seconds = _time(case, [e for e in entries if e.row.verdict == OK], method, watch)
+    runs = {entry.row.contender: _call(entry) for entry in entries if entry.row.verdict == OK}
+    with torch.inference_mode():
+        seconds = method.time(runs, lambda done: watch.doing(f"{case}: round {done}"))
     for entry in entries:
         if entry.row.verdict == OK and entry.runner:
             error = max(entry.row.error or 0.0, _error(entry.runner, check, network))
@@ -181,19 +195,6 @@ def judged(row: Row, error: float, allowed: float) -> Row:
     return replace(
         row, verdict=verdict, error=error if finite else None, allowed_error=allowed, note=note
     )
-
-
-def _time(case: Case, entries: list[Entry], method: Method, watch: Watch) -> dict[str, list[float]]:
-    if not entries:
-        return {}
-    runs = {entry.row.contender: _call(entry) for entry in entries}
-    with torch.inference_mode():
-        return timing.interleave(
-            runs,
-            method.rounds(),
-            clock=method.clock,
-            on_round=lambda done: watch.doing(f"{case}: round {done}"),
-        )
 
 
 def _call(entry: Entry) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 MODELS = ("resnet34", "resnet50", "resnet152")
-BATCHES = {"cpu": (1, 8), "cuda": (1, 64)}
+BATCHES = {"cpu": (1, 8), "cuda": (1, 256)}
 DEVICES = ("cpu", "cuda")
 DTYPES = {
     "float32": torch.float32,

@@ -27,6 +27,8 @@ from resnet_fused.bench.results import (
 from resnet_fused.bench.timing import Spread
 
 NONE = "-"
+#: Before a ratio that may as well be 1.
+SAME = "≈"
 #: From this width on, the columns of the widest table can stand apart.
 ROOMY = 96
 #: p80 over p20 of a speed above which something else was using the machine.
@@ -107,7 +109,7 @@ def notes(device: str) -> list[str]:
     """Return what the columns mean."""
     return [
         f"{REFERENCE}: the model in plain torch, channels_last. ratio: against {REFERENCE}, paired "
-        "round by round, median.",
+        f"round by round, median. {SAME}: no difference, as its p20-p80 has 1 in it.",
         "GFLOP/s: two operations per multiply-add. error: max|y - y64| / max|y64| against float64; "
         "right is up to twice eager's (the weights are random, so only that comparison counts).",
         memory.NOTES[device] + ".",
@@ -152,8 +154,11 @@ def markdown(record: Record) -> str:
 
 
 def ratio_text(ratio: Spread | None) -> str:
-    """Return a ratio as the tables show it."""
-    return f"{ratio.median:.2f}x" if ratio else NONE
+    """Return a ratio as the tables show it, marked where its range has 1 in it."""
+    if ratio is None:
+        return NONE
+    same = SAME if ratio.covers(1) and ratio.p20 != ratio.p80 else ""
+    return f"{same}{ratio.median:.2f}x"
 
 
 def _model_grid(name: str, rows: Sequence[Row]) -> Grid:

@@ -6,10 +6,12 @@ taken within a round, where both sides saw the same machine.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -22,8 +24,8 @@ T = TypeVar("T")
 Clock = Callable[[Callable[[], object], int], float]
 
 SHORTEST_SAMPLE_S = 0.04
-#: More than the last-level cache of any CPU in sight; written to, it takes the place of all else.
-FLUSHED_BYTES = 2**28
+#: Bytes of a last-level cache where the system does not tell: more than most.
+LARGE_CACHE = 2**27
 MIN_ROUNDS = 3
 MAX_ROUNDS = 30
 
@@ -109,8 +111,17 @@ def clock_for(device: str, *, cold: bool = False) -> Clock:
     if device == "cuda":
         single = CudaClock(torch.device("cuda", torch.cuda.current_device()))
     else:
-        single = _flushed_cpu(torch.empty(FLUSHED_BYTES, dtype=torch.uint8))
+        single = _flushed_cpu(torch.empty(2 * _last_level_cache(), dtype=torch.uint8))
     return lambda run, calls: sum(single(run) for _ in range(calls)) / calls
+
+
+def _last_level_cache() -> int:
+    """Return the bytes of the first CPU's largest cache."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(file.read_text().strip().removesuffix("K")) * 1024)
+    return max(sizes, default=LARGE_CACHE)
 
 
 def _flushed_cpu(flushed: torch.Tensor) -> Callable[[Callable[[], object]], float]:
@@ -126,16 +137,18 @@ def interleave(
     rounds: Rounds,
     *,
     clock: Clock = elapsed_cpu,
+    single: bool = False,
     on_round: Callable[[int], None] = lambda done: None,
 ) -> dict[str, list[float]]:
     """Time every run once per round and return its seconds per call, one value per round.
 
     All runs make the same number of calls per sample, enough for the quickest to last
-    `SHORTEST_SAMPLE_S`. Where that is more than one, an untimed call goes first: it brings the
+    `SHORTEST_SAMPLE_S`; a `single` one where the clock itself takes most of the time, as one that
+    empties the caches does. Where that is more than one, an untimed call goes first: it brings the
     contender's weights back into the cache that the one before it filled.
     """
     quickest = min(clock(run, 1) for run in runs.values())
-    calls = max(1, math.ceil(SHORTEST_SAMPLE_S / max(quickest, 1e-9)))
+    calls = 1 if single else max(1, math.ceil(SHORTEST_SAMPLE_S / max(quickest, 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     begin = time.perf_counter()

@@ -1,0 +1,115 @@
+"""One case of any level, measured in this process: the functions that the worker calls."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import resnet_fused as rf
+from benchmarks import cold, subjects, training
+from benchmarks.peaks import Peaks
+from benchmarks.suite import Suite
+from resnet_fused.bench import measure, networks, photos, timing
+from resnet_fused.bench.contenders import Build, Setup
+from resnet_fused.bench.networks import CALIBRATION_BATCH, CALIBRATION_PASSES, Network
+from resnet_fused.bench.options import PRECISIONS
+from resnet_fused.bench.progress import Watch
+from resnet_fused.bench.results import BLOCK, COLD, OP, TRAINING, Case, Row
+
+
+def run_case(
+    suite: Suite,
+    case: Case,
+    names: tuple[str, ...],
+    peaks: dict[str, Any] | None,
+    scratch: Path,
+    *,
+    watch: Watch,
+) -> list[Row]:
+    """Return the rows of the named contenders in a case, with the bound that the peaks give."""
+    asked = suite.settings
+    torch.set_num_threads(asked.threads)
+    builds = {name: build for name, build in suite.contenders(case).items() if name in names}
+    with rf.use_backend(asked.backend):
+        if case.level in (OP, BLOCK):
+            return _layer(suite, case, builds, peaks, scratch, watch)
+        network, pictures = model(suite, case.model)
+        setup = _setup(suite, case, network, pictures[: case.batch], scratch)
+        if case.level == TRAINING:
+            return training.run_case(network, case, setup, _method(suite, case, builds), watch)
+        if case.level == COLD:
+            return cold.run_case(network, case, setup, tuple(builds), suite, watch)
+        rows = measure.run_case(network, case, setup, _method(suite, case, builds), watch)
+        return _bounded(rows, network, setup, peaks)
+
+
+def model(suite: Suite, name: str) -> tuple[Network, Tensor]:
+    """Return a calibrated model, kept from case to case, and photographs for any batch."""
+    asked = suite.settings
+    count = max(*asked.batches, CALIBRATION_BATCH * CALIBRATION_PASSES)
+    pictures = _pictures(asked.images, count, suite.image_size, asked.seed)
+    return _network(name, pictures, asked.seed), pictures
+
+
+@functools.lru_cache(maxsize=1)
+def _pictures(images: Path | None, count: int, size: int, seed: int) -> Tensor:
+    loaded, _ = photos.load(images, count)
+    return photos.batch(loaded, count, seed=seed, crop=size)
+
+
+@functools.lru_cache(maxsize=1)
+def _network(name: str, pictures: Tensor, seed: int) -> Network:
+    return networks.build(name, pictures, seed=seed)
+
+
+def _layer(
+    suite: Suite,
+    case: Case,
+    builds: Mapping[str, Build],
+    peaks: dict[str, Any] | None,
+    scratch: Path,
+    watch: Watch,
+) -> list[Row]:
+    asked = suite.settings
+    layer = subjects.layers(case.level, asked.models, suite.image_size)[case.layer]
+    network, example = subjects.network(case.layer, layer, case.batch, asked.seed)
+    own = {name: suite.prepared(case, build) for name, build in layer.contenders.items()}
+    builds = {name: own.get(name, build) for name, build in builds.items()}
+    setup = _setup(suite, case, network, example, scratch)
+    rows = measure.run_case(network, case, setup, _method(suite, case, builds), watch)
+    return [replace(row, uses=layer.uses) for row in _bounded(rows, network, setup, peaks)]
+
+
+def _setup(suite: Suite, case: Case, network: Network, example: Tensor, scratch: Path) -> Setup:
+    return Setup(
+        name=network.name,
+        model=network.model,
+        example=example,
+        dtype=PRECISIONS[case.dtype],
+        device=suite.settings.device,
+        threads=suite.settings.threads,
+        scratch=scratch,
+    )
+
+
+def _method(suite: Suite, case: Case, builds: Mapping[str, Build]) -> measure.Method:
+    cold_caches = suite.cold_caches[case.level]
+    clock = timing.clock_for(suite.settings.device, cold=cold_caches)
+    rounds = functools.partial(suite.rounds, case)
+    return measure.Method(builds, rounds, clock, single=cold_caches)
+
+
+def _bounded(
+    rows: list[Row], network: Network, setup: Setup, peaks: dict[str, Any] | None
+) -> list[Row]:
+    if peaks is None or not rows:
+        return rows
+    found = Peaks(**peaks).schedule(network.model, tuple(setup.example.shape), rows[0].case.dtype)
+    nbytes = sum(layer.nbytes for layer in found.layers)
+    return [replace(row, nbytes=nbytes, bound_s=found.time) for row in rows]
