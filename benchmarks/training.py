@@ -29,11 +29,11 @@ from resnet_fused.testing import gradient_metrics
 #: 1 - cosine that is allowed where eager's own is next to none.
 TURN_FLOOR = 1e-3
 
-#: Makes a network ready to train from one that is its own already.
+#: Makes ready to train a network that is the caller's own, so that its parameters stay the same.
 Prepare = Callable[[nn.Module], Callable[[Tensor], Tensor]]
 TRAINERS: Mapping[str, Prepare] = {
     REFERENCE: lambda model: model,
-    FUSED: rf.fuse,
+    FUSED: functools.partial(rf.fuse, inplace=True),
     "inductor-default": functools.partial(torch.compile, dynamic=False),
     "inductor-max-autotune": functools.partial(
         torch.compile, dynamic=False, mode="max-autotune-no-cudagraphs"

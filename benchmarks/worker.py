@@ -6,6 +6,7 @@ It is kept from case to case, as starting one costs seconds, and replaced after 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import time
@@ -17,6 +18,8 @@ from typing import Any
 
 #: Seconds that a process whose pipe has closed is given to end.
 GRACE_S = 5.0
+#: See prctl(2).
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,8 @@ class Teller:
 def serve(connection: Connection) -> None:
     """Answer calls until the other side is gone."""
     os.setsid()  # a group of its own: Ctrl-C passes it by, and what it starts ends with it
+    with contextlib.suppress(OSError, AttributeError):  # Linux: it ends when the asking one does
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     teller = Teller(connection)
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
