@@ -25,11 +25,18 @@ def section() -> str:
 
 
 def save(readme: Path) -> None:
-    """Put the section between the README's two marks."""
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    """Put the section between the README's two marks.
+
+    Raises:
+        UsageError: the file cannot be read, or has not these two.
+    """
+    try:
+        before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    except OSError as error:
+        raise UsageError(f"--save-table: {readme}: {error.strerror}") from None
     _, mark, after = rest.partition(END)
     if not mark:
-        raise SystemExit(f"{readme}: has no {BEGIN} followed by {END}")
+        raise UsageError(f"--save-table: {readme} has no {BEGIN} followed by {END}")
     text = f"{before}{BEGIN}\n{section()}\n{END}{after}"
     readme.write_text(text, encoding="utf-8")
 

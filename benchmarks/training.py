@@ -160,7 +160,7 @@ def _trainer(name: str, model: nn.Module, setup: Setup, images: Tensor) -> Train
 
 def _targets(size: int) -> Tensor:
     """Return a class for each image, the same for images that a check repeats."""
-    return check_batch(torch.tensor([281, 985]), size)
+    return check_batch(torch.tensor([2, 7]), size)
 
 
 @functools.lru_cache(maxsize=1)
