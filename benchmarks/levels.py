@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ from resnet_fused.bench.progress import Watch
 from resnet_fused.bench.results import BLOCK, COLD, OP, TRAINING, Case, Row
 
 
+class Prepared(NamedTuple):
+    """What a case runs: the network with its known answers, and who runs it."""
+
+    network: Network
+    setup: Setup
+    contenders: dict[str, Build]
+    uses: dict[str, int]
+
+
 def run_case(
     suite: Suite,
     case: Case,
@@ -33,20 +42,42 @@ def run_case(
     watch: Watch,
 ) -> list[Row]:
     """Return the rows of the named contenders in a case, with the bound that the peaks give."""
-    asked = suite.settings
-    torch.set_num_threads(asked.threads)
-    builds = {name: build for name, build in suite.contenders(case).items() if name in names}
-    with rf.use_backend(asked.backend):
-        if case.level in (OP, BLOCK):
-            return _layer(suite, case, builds, peaks, scratch, watch)
-        network, pictures = model(suite, case.model)
-        setup = _setup(suite, case, network, pictures[: case.batch], scratch)
-        if case.level == TRAINING:
-            return training.run_case(network, case, setup, _method(suite, case, builds), watch)
+    torch.set_num_threads(suite.settings.threads)
+    with rf.use_backend(suite.settings.backend):
+        watch.doing(f"{case}: weights, float64 answers")
+        network, setup, contenders, uses = prepare(suite, case, scratch)
         if case.level == COLD:
-            return cold.run_case(network, case, setup, tuple(builds), suite, watch)
-        rows = measure.run_case(network, case, setup, _method(suite, case, builds), watch)
-        return _bounded(rows, network, setup, peaks)
+            return cold.run_case(network, case, setup, names, suite, watch)
+        method = _method(suite, case, {name: contenders[name] for name in names})
+        if case.level == TRAINING:
+            return training.run_case(network, case, setup, method, watch)
+        rows = measure.run_case(network, case, setup, method, watch)
+        bounded = _bounded(rows, network, setup, peaks)
+        return [replace(row, uses=uses) for row in bounded]
+
+
+def prepare(suite: Suite, case: Case, scratch: Path) -> Prepared:
+    """Return what a case needs before anything of it is measured."""
+    asked, contenders, uses = suite.settings, suite.contenders(case), {}
+    if case.level in (OP, BLOCK):
+        layer = subjects.layers(case.level, asked.models, suite.image_size)[case.layer]
+        network, example = subjects.network(case.layer, layer, case.batch, asked.seed)
+        own = layer.contenders.items()
+        contenders |= {n: suite.prepared(case, b) for n, b in own if n in contenders}
+        uses = layer.uses
+    else:
+        network, pictures = model(suite, case.model)
+        example = pictures[: case.batch]
+    setup = Setup(
+        name=network.name,
+        model=network.model,
+        example=example,
+        dtype=PRECISIONS[case.dtype],
+        device=asked.device,
+        threads=asked.threads,
+        scratch=scratch,
+    )
+    return Prepared(network, setup, contenders, uses)
 
 
 def model(suite: Suite, name: str) -> tuple[Network, Tensor]:
@@ -66,36 +97,6 @@ def _pictures(images: Path | None, count: int, size: int, seed: int) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def _network(name: str, pictures: Tensor, seed: int) -> Network:
     return networks.build(name, pictures, seed=seed)
-
-
-def _layer(
-    suite: Suite,
-    case: Case,
-    builds: Mapping[str, Build],
-    peaks: dict[str, Any] | None,
-    scratch: Path,
-    watch: Watch,
-) -> list[Row]:
-    asked = suite.settings
-    layer = subjects.layers(case.level, asked.models, suite.image_size)[case.layer]
-    network, example = subjects.network(case.layer, layer, case.batch, asked.seed)
-    own = {name: suite.prepared(case, build) for name, build in layer.contenders.items()}
-    builds = {name: own.get(name, build) for name, build in builds.items()}
-    setup = _setup(suite, case, network, example, scratch)
-    rows = measure.run_case(network, case, setup, _method(suite, case, builds), watch)
-    return [replace(row, uses=layer.uses) for row in _bounded(rows, network, setup, peaks)]
-
-
-def _setup(suite: Suite, case: Case, network: Network, example: Tensor, scratch: Path) -> Setup:
-    return Setup(
-        name=network.name,
-        model=network.model,
-        example=example,
-        dtype=PRECISIONS[case.dtype],
-        device=suite.settings.device,
-        threads=suite.settings.threads,
-        scratch=scratch,
-    )
 
 
 def _method(suite: Suite, case: Case, builds: Mapping[str, Build]) -> measure.Method:

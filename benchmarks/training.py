@@ -113,7 +113,7 @@ def run_case(
         for name in method.contenders:
             watch.doing(f"{case}: building {name}", contender=name)
             try:
-                rows[name], trainer = _enter(name, network, case, setup, eager_turn)
+                rows[name], trainer = enter(name, network, case, setup, eager_turn)
             except Exception as error:  # its own result; the others must still be measured
                 rows[name] = measure.failed(_row(network, case, name), error)
                 continue
@@ -130,7 +130,7 @@ def _row(network: Network, case: Case, name: str) -> Row:
     return Row(case, name, OK, 3 * network.macs / 1e9, network.params / 1e6)
 
 
-def _enter(
+def enter(
     name: str, network: Network, case: Case, setup: Setup, eager_turn: float
 ) -> tuple[Row, Trainer]:
     """Check the gradient, then take a step for its memory."""

@@ -50,6 +50,11 @@ class Entry:
     runner: Runner | None = None
     input: Any = None
 
+    def call(self) -> object:
+        """Run once on the example: what is timed."""
+        assert self.runner is not None
+        return self.runner.run(self.input)
+
 
 def contenders(peers: tuple[str, ...]) -> dict[str, Build]:
     """Return the package's own contenders and the peers, the reference first."""
@@ -117,28 +122,36 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
-def _run_case(
-    network: Network, case: Case, setup: Setup, method: Method, watch: Watch
-) -> list[Row]:
-    check = accuracy.check_batch(network.checked, case.batch)
+def entered(
+    network: Network, case: Case, setup: Setup, builds: Mapping[str, Build], watch: Watch
+) -> list[Entry]:
+    """Build every contender, the reference first, and hold its answer to the rule."""
     entries: list[Entry] = []
     eager_error = math.inf
-    for name, build in method.contenders.items():
+    for name, build in builds.items():
         watch.doing(f"{case}: building {name}", contender=name)
         entry = _enter(name, build, network, case, setup)
         if entry.runner:
-            error = _error(entry.runner, check, network)
+            error = _error(entry.runner, case, network)
             eager_error = error if name == REFERENCE else eager_error
-            entry.row = _judged(entry.row, error, eager_error, network, setup)
+            allowed = accuracy.allowed_error(eager_error, setup.dtype, network.reduced)
+            entry.row = judged(entry.row, error, allowed)
         entries.append(entry)
+    return entries
 
-    runs = {entry.row.contender: _call(entry) for entry in entries if entry.row.verdict == OK}
+
+def _run_case(
+    network: Network, case: Case, setup: Setup, method: Method, watch: Watch
+) -> list[Row]:
+    entries = entered(network, case, setup, method.contenders, watch)
+    runs = {entry.row.contender: entry.call for entry in entries if entry.row.verdict == OK}
     with torch.inference_mode():
         seconds = method.time(runs, lambda done: watch.doing(f"{case}: round {done}"))
     for entry in entries:
-        if entry.row.verdict == OK and entry.runner:
-            error = max(entry.row.error or 0.0, _error(entry.runner, check, network))
-            entry.row = _judged(entry.row, error, eager_error, network, setup)
+        row = entry.row
+        if row.verdict == OK and entry.runner:
+            error = max(row.error or 0.0, _error(entry.runner, case, network))
+            entry.row = judged(row, error, row.allowed_error or 0.0)
     right = {e.row.contender: seconds[e.row.contender] for e in entries if e.row.verdict == OK}
     return [with_speed(entry.row, right) for entry in entries]
 
@@ -172,15 +185,11 @@ def _enter(name: str, build: Build, network: Network, case: Case, setup: Setup) 
     return Entry(replace(row, peak_mib=peak), runner, example)
 
 
-def _error(runner: Runner, check: torch.Tensor, network: Network) -> float:
+def _error(runner: Runner, case: Case, network: Network) -> float:
+    check = accuracy.check_batch(network.checked, case.batch)
     with torch.inference_mode():
         output = runner.read(runner.run(runner.prepare(check)))
         return accuracy.relative_error(output, network.answers)
-
-
-def _judged(row: Row, error: float, eager_error: float, network: Network, setup: Setup) -> Row:
-    allowed = accuracy.allowed_error(eager_error, setup.dtype, network.reduced)
-    return judged(row, error, allowed)
 
 
 def judged(row: Row, error: float, allowed: float) -> Row:
@@ -195,9 +204,3 @@ def judged(row: Row, error: float, allowed: float) -> Row:
     return replace(
         row, verdict=verdict, error=error if finite else None, allowed_error=allowed, note=note
     )
-
-
-def _call(entry: Entry) -> Any:
-    runner, example = entry.runner, entry.input
-    assert runner is not None
-    return lambda: runner.run(example)
