@@ -95,11 +95,7 @@ def closing_lines(record: Record) -> list[str]:
 
 def show(record: Record, console: Console) -> None:
     """Print the tables, what is said under them, and the conditions."""
-    for grid in grids(record):
-        console.print(grid.rich(console.width))
-        console.print()
-    for text in (*closing_lines(record), conditions_line(record.conditions)):
-        console.print(text, highlight=False, markup=False)
+    tables.show_grids(grids(record), closing_lines(record), record.conditions, console)
 
 
 def write(record: Record, out: Path) -> list[Path]:

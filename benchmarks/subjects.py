@@ -52,6 +52,8 @@ class Layer:
 class Group(nn.Module):
     """relu(BN(conv(x)) + residual), the residual a constant of the batch's size, or absent."""
 
+    residual: Tensor | None
+
     def __init__(self, conv: nn.Conv2d, residual_shape: tuple[int, ...] | None, relu: bool) -> None:
         super().__init__()
         self.conv, self.bn = conv, nn.BatchNorm2d(conv.out_channels)
@@ -110,7 +112,8 @@ def _fit(module: nn.Module, batch: int) -> None:
 @functools.cache
 def _of_model(level: str, model: str, image_size: int) -> dict[str, Layer]:
     with torch.device("meta"):
-        network = create_model(model).eval().to(memory_format=torch.channels_last)
+        network = create_model(model).eval()
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         example = torch.empty(1, 3, image_size, image_size)
     example = example.contiguous(memory_format=torch.channels_last)
     found = _ops(model, network, example) if level == OP else _blocks(model, network, example)
@@ -201,7 +204,8 @@ def _blocks(model: str, network: nn.Module, example: Tensor) -> dict[str, Layer]
 
 def _real(block: nn.Module) -> nn.Module:
     """Return a meta block with weights drawn as its layers draw them."""
-    twin = copy.deepcopy(block).to_empty(device="cpu").to(memory_format=torch.contiguous_format)
+    twin = copy.deepcopy(block).to_empty(device="cpu")
+    twin = twin.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for module in twin.modules():
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
             module.reset_parameters()

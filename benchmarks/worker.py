@@ -95,7 +95,7 @@ class Worker:
             while self._connection.poll(max(0.0, ends - time.monotonic())):
                 message = self._connection.recv()
                 if not isinstance(message, Step):
-                    return message  # type: ignore[no-any-return]
+                    return message
                 step = message
                 on_step(step)
         except (EOFError, OSError):  # it is gone, and the pipe with it

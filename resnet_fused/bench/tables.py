@@ -132,10 +132,17 @@ def conditions_line(conditions: dict[str, Any]) -> str:
 
 def show(record: Record, console: Console) -> None:
     """Print the tables, what they come to, and the conditions."""
-    for grid in grids(record):
+    show_grids(grids(record), closing_lines(record), record.conditions, console)
+
+
+def show_grids(
+    grids: Sequence[Grid], closing: Sequence[str], conditions: dict[str, Any], console: Console
+) -> None:
+    """Print tables, lines under them, and the conditions."""
+    for grid in grids:
         console.print(grid.rich(console.width))
         console.print()
-    for text in (*closing_lines(record), conditions_line(record.conditions)):
+    for text in (*closing, conditions_line(conditions)):
         console.print(text, highlight=False, markup=False)
 
 

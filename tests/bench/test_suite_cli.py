@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,3 +119,13 @@ def test_an_unfinished_record_is_not_kept(record: Record, tmp_path: Path) -> Non
     result = call("keep", tmp_path / "suite.json", "some-cpu")
     assert result.exit_code == 2
     assert "3 cases of the record are left" in result.stderr
+
+
+def test_the_documents_name_commands_that_are_there() -> None:
+    known = {entry.name or entry.callback.__name__ for entry in command.app.registered_commands}
+    root = Path(command.__file__).parents[1]
+    text = (root / "README.md").read_text() + (root / "CONTRIBUTING.md").read_text()
+    lines = re.findall(r"python -m benchmarks ((?:\w+(?: \| )?)+)", text)
+    named = {name for line in lines for name in line.split(" | ")}
+    assert named == {"ops", "blocks", "models", "training", "cold", "keep"}
+    assert named < known
