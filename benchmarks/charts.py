@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -113,7 +114,7 @@ def _panels(
     draw: Callable[[Any, Any], None],
     path: Path,
 ) -> Path:
-    """Draw panels in rows of three, one legend for all, the conditions under them."""
+    """Draw panels in rows of three, a legend in the first, the conditions under them."""
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     figure = chart.figure_class()(figsize=(4.2 * across + 0.6, 3.2 * down + 1), dpi=140,
@@ -126,13 +127,9 @@ def _panels(
         axes.set_axisbelow(True)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    handles: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles),
-                  frameon=False, fontsize=8)  # fmt: skip
+    grid[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title)
-    figure.supxlabel(conditions_line(record.conditions), fontsize=6.5, color="#555")
+    conditions = textwrap.fill(conditions_line(record.conditions), int(22 * figure.get_figwidth()))
+    figure.supxlabel(conditions, fontsize=6.5, color="#555")
     write_atomically(path, lambda temporary: figure.savefig(temporary))
     return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from benchmarks import cold, subjects, training
 from benchmarks.peaks import Peaks
 from benchmarks.suite import Suite
 from resnet_fused.bench import measure, networks, photos, timing
-from resnet_fused.bench.contenders import Build, Setup
+from resnet_fused.bench.contenders import Setup
 from resnet_fused.bench.networks import CALIBRATION_BATCH, CALIBRATION_PASSES, Network
 from resnet_fused.bench.options import PRECISIONS
 from resnet_fused.bench.progress import Watch
@@ -28,7 +28,7 @@ class Prepared(NamedTuple):
 
     network: Network
     setup: Setup
-    contenders: dict[str, Build]
+    contenders: dict[str, Callable[..., Any]]
     uses: dict[str, int]
 
 
@@ -99,7 +99,7 @@ def _network(name: str, pictures: Tensor, seed: int) -> Network:
     return networks.build(name, pictures, seed=seed)
 
 
-def _method(suite: Suite, case: Case, builds: Mapping[str, Build]) -> measure.Method:
+def _method(suite: Suite, case: Case, builds: Mapping[str, Callable[..., Any]]) -> measure.Method:
     cold_caches = suite.cold_caches[case.level]
     clock = timing.clock_for(suite.settings.device, cold=cold_caches)
     rounds = functools.partial(suite.rounds, case)

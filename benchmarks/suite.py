@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from benchmarks import subjects
+from benchmarks import subjects, training
 from benchmarks.graphs import captured
 from resnet_fused.bench import measure, timing
-from resnet_fused.bench.contenders import REFERENCE, Build
+from resnet_fused.bench.contenders import Build
 from resnet_fused.bench.options import Settings, UsageError, one_of
 from resnet_fused.bench.peers import PEERS, absence, usable_peers
 from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, OP, TRAINING, Case
@@ -32,8 +33,6 @@ SECONDS: Mapping[str, float] = {OP: 0.5, BLOCK: 0.5, INFERENCE: 3.0, COLD: 0.0, 
 #: Levels whose caches are emptied before each call: in a model, a layer's weights and whatever it
 #: reads have been pushed out by the layers before.
 COLD_CACHES = (OP, BLOCK)
-#: Who trains: the others are made for inference.
-TRAINERS = (REFERENCE, "fused", "inductor-default", "inductor-max-autotune", "eager-nchw")
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,16 @@ class Suite:
     #: Seconds after which no other case is begun; None for all of them.
     budget: float | None = None
 
-    def contenders(self, case: Case) -> dict[str, Build]:
+    def contenders(self, case: Case) -> dict[str, Callable[..., Any]]:
         """Return who takes part in a case, the reference first."""
-        builds = measure.contenders(self.peers[case.level])
         if case.level == TRAINING:
-            builds = {name: build for name, build in builds.items() if name in TRAINERS}
+            return dict(training.contenders(self.peers[case.level]))
+        builds = measure.contenders(self.peers[case.level])
         return {name: self.prepared(case, build) for name, build in builds.items()}
 
     def prepared(self, case: Case, build: Build) -> Build:
         """Return a contender as the suite runs it: captured, where graphs were asked for."""
-        alone = not self.graphs or case.level in (COLD, TRAINING)
-        return build if alone else captured(build)
+        return captured(build) if self.graphs and case.level != COLD else build
 
     def rounds(self, case: Case) -> timing.Rounds:
         """Return how many rounds a case has: those asked for, or what fits into its seconds."""

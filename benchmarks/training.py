@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,15 +31,22 @@ TURN_FLOOR = 1e-3
 
 #: Makes ready to train a network that is the caller's own, so that its parameters stay the same.
 Prepare = Callable[[nn.Module], Callable[[Tensor], Tensor]]
-TRAINERS: Mapping[str, Prepare] = {
+OWN: Mapping[str, Prepare] = {
     REFERENCE: lambda model: model,
     FUSED: functools.partial(rf.fuse, inplace=True),
+}
+PEERS: Mapping[str, Prepare] = {
     "inductor-default": functools.partial(torch.compile, dynamic=False),
     "inductor-max-autotune": functools.partial(
         torch.compile, dynamic=False, mode="max-autotune-no-cudagraphs"
     ),
     "eager-nchw": lambda model: model,  # in its layout by `_trainer`
 }
+
+
+def contenders(peers: Sequence[str]) -> dict[str, Prepare]:
+    """Return who trains, the reference first; of the peers, those that are not for inference."""
+    return {**OWN, **{name: PEERS[name] for name in peers if name in PEERS}}
 
 
 class Trainer:
@@ -51,7 +58,7 @@ class Trainer:
         x: Tensor,
         target: Tensor,
         dtype: torch.dtype,
-        prepare: Prepare = TRAINERS[REFERENCE],
+        prepare: Prepare = OWN[REFERENCE],
     ) -> None:
         self.model, self._dtype = model, dtype
         self._forward = prepare(model)
@@ -110,10 +117,10 @@ def run_case(
         rows: dict[str, Row] = {}
         steps: dict[str, Trainer] = {}
         eager_turn = 0.0
-        for name in method.contenders:
+        for name, prepare in method.contenders.items():
             watch.doing(f"{case}: building {name}", contender=name)
             try:
-                rows[name], trainer = enter(name, network, case, setup, eager_turn)
+                rows[name], trainer = enter(name, prepare, network, case, setup, eager_turn)
             except Exception as error:  # its own result; the others must still be measured
                 rows[name] = measure.failed(_row(network, case, name), error)
                 continue
@@ -131,31 +138,33 @@ def _row(network: Network, case: Case, name: str) -> Row:
 
 
 def enter(
-    name: str, network: Network, case: Case, setup: Setup, eager_turn: float
+    name: str, prepare: Prepare, network: Network, case: Case, setup: Setup, eager_turn: float
 ) -> tuple[Row, Trainer]:
     """Check the gradient, then take a step for its memory."""
     meter = memory.meter_for(setup.device)
     before = meter.now()
-    trainer = _trainer(name, network.model, setup, setup.example)
+    trainer = _trainer(name, prepare, network.model, setup, setup.example)
     trainer()
     meter.restart()
     trainer()
     peak, saved = memory.growth_mib(before, meter.peak()), trainer.saved_mib()
     exact = _exact(network, CHECKED if case.batch % CHECKED == 0 else case.batch)
     check = check_batch(network.checked, case.batch)
-    checked = _trainer(name, network.model, setup, check)
+    checked = _trainer(name, prepare, network.model, setup, check)
     turn = 1 - gradient_metrics(checked.gradient(), exact).cosine
     row = replace(_row(network, case, name), peak_mib=peak, saved_mib=saved)
     own = turn if name == REFERENCE else eager_turn
     return measure.judged(row, turn, 2 * own + TURN_FLOOR), trainer
 
 
-def _trainer(name: str, model: nn.Module, setup: Setup, images: Tensor) -> Trainer:
+def _trainer(
+    name: str, prepare: Prepare, model: nn.Module, setup: Setup, images: Tensor
+) -> Trainer:
     # TF32 is a precision of float32 and set by `precision`; 16 bits come by autocast.
     layout = torch.contiguous_format if name == "eager-nchw" else torch.channels_last
     twin = copy.deepcopy(model).to(device=setup.device, memory_format=layout).train()  # type: ignore[call-overload]
     x = images.to(setup.device).contiguous(memory_format=layout)
-    return Trainer(twin, x, _targets(len(images)).to(setup.device), setup.dtype, TRAINERS[name])
+    return Trainer(twin, x, _targets(len(images)).to(setup.device), setup.dtype, prepare)
 
 
 def _targets(size: int) -> Tensor:

@@ -24,7 +24,8 @@ from resnet_fused.bench.results import FAILED, OK, OUT_OF_MEMORY, SKIPPED, WRONG
 class Method:
     """Who takes part in a case, and how long and by which clock they are timed."""
 
-    contenders: Mapping[str, Build]
+    #: By name, how each is built: a `Build`, or for training what makes a network ready for it.
+    contenders: Mapping[str, Callable[..., Any]]
     #: Asked for when the timing begins, after the building and checking.
     rounds: Callable[[], timing.Rounds]
     clock: timing.Clock

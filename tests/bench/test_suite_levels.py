@@ -138,7 +138,7 @@ def test_a_wrong_gradient_has_no_speed(
     def turned(model: torch.nn.Module) -> object:
         return lambda x: -model(x)
 
-    monkeypatch.setattr(training, "TRAINERS", {**training.TRAINERS, "fused": turned})
+    monkeypatch.setattr(training, "OWN", {**training.OWN, "fused": turned})
     case = Case(NAME, "float32", 2, TRAINING)
     _, fused = levels.run_case(small, case, ("eager", "fused"), None, tmp_path, watch=Watch())
     assert fused.verdict == "WRONG"
