@@ -24,6 +24,7 @@ COLOURS = {
     "inductor-max-autotune": "#3f6a96",
     "eager-nchw": "#8d929c",
     "cudnn": "#3b8f8a",
+    "jax": "#b0894f",
 }
 GROUP_WIDTH = 0.86
 

@@ -1,4 +1,4 @@
-"""Other ways to run the same network, for comparison: Inductor, ONNX Runtime, OpenVINO.
+"""Other ways to run the same network, for comparison: Inductor, ONNX Runtime, OpenVINO, JAX.
 
 Imported only when asked for; they come with the extra `bench-peers`. All are held to the same
 number of threads and checked against the same float64 answers.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from resnet_fused.bench.contenders import Build, Runner, Setup, own_copy, torch_runner
 from resnet_fused.bench.options import UsageError, one_of
+from resnet_fused.bench.xla import jax_peer
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Peer:
     needs: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...]
+    #: What pip is to be given.
+    install: str = '"resnet_fused[bench-peers]"'
 
     def declines(self, dtype: torch.dtype, device: str) -> str | None:
         """Return why it does not take part in a case, or None where it does."""
@@ -134,6 +137,7 @@ PEERS = {
     "inductor-max-autotune": Peer(inductor("max-autotune-no-cudagraphs"), (), _FLOATS, _ANYWHERE),
     "eager-nchw": Peer(eager_nchw, (), _FLOATS, _ANYWHERE),
     "cudnn": Peer(cudnn, (), _FLOATS, ("cuda",)),
+    "jax": Peer(jax_peer, ("jax",), (torch.float32, torch.bfloat16), ("cpu",), "jax"),
 }
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_inductor_compiles_once_and_as_it_says(
     assert list(compiled.values()) == [frozen]
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "jax"])
 def test_exported_peers_agree_with_torch(name: str, tmp_path: Path) -> None:
     peer = peers.PEERS[name]
     for module in peer.needs:
@@ -70,6 +71,7 @@ def test_exported_peers_agree_with_torch(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
     x = torch.randn(2, 3, 8, 8)
-    runner = peer.build(Setup("m", model, x, torch.float32, "cpu", 1, tmp_path))
+    threads = len(os.sched_getaffinity(0)) if name == "jax" else 1
+    runner = peer.build(Setup("m", model, x, torch.float32, "cpu", threads, tmp_path))
     answer = runner.read(runner.run(runner.prepare(x)))
     torch.testing.assert_close(answer, model(x).detach())
