@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
+from resnet_fused.bench import chart
 from resnet_fused.bench.contenders import FROZEN, FUSED, REFERENCE
-from resnet_fused.bench.options import SHORT_DTYPES
-from resnet_fused.bench.results import PeerCell, Record, against_peers, load
+from resnet_fused.bench.options import SHORT_DTYPES, UsageError
+from resnet_fused.bench.results import INFERENCE, PeerCell, Record, against_peers, load
+from resnet_fused.bench.results import save as save_record
 from resnet_fused.bench.tables import Grid, conditions_line
 
 RESULTS = Path(__file__).parent / "results"
@@ -22,16 +25,42 @@ def section() -> str:
 
 
 def save(readme: Path) -> None:
-    """Put the section between the README's two marks."""
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    """Put the section between the README's two marks.
+
+    Raises:
+        UsageError: the file cannot be read, or has not these two.
+    """
+    try:
+        before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    except OSError as error:
+        raise UsageError(f"--save-table: {readme}: {error.strerror}") from None
     _, mark, after = rest.partition(END)
     if not mark:
-        raise SystemExit(f"{readme}: has no {BEGIN} followed by {END}")
+        raise UsageError(f"--save-table: {readme} has no {BEGIN} followed by {END}")
     text = f"{before}{BEGIN}\n{section()}\n{END}{after}"
     readme.write_text(text, encoding="utf-8")
 
 
+def keep(record: Record, name: str) -> None:
+    """Put a record and its chart where the section comes from.
+
+    Raises:
+        UsageError: the record is unfinished, or has no model that a peer ran too.
+    """
+    if left := record.conditions.get("unfinished"):
+        raise UsageError(f"{name}: {left} cases of the record are left; --resume measures them")
+    if not against_peers(_inference(record).rows):
+        raise UsageError(f"{name}: the record has no model that a peer ran; see `models`")
+    chart.save(_inference(record), RESULTS / f"{name}.png")
+    save_record(record, RESULTS / f"{name}.json")
+
+
+def _inference(record: Record) -> Record:
+    return replace(record, rows=[row for row in record.rows if row.case.level == INFERENCE])
+
+
 def _device(path: Path, record: Record) -> str:
+    record = _inference(record)
     cells = against_peers(record.rows)
     ratios = [cell.ratio.median for cell in cells if cell.ratio]
     mean = f"**{statistics.geometric_mean(ratios):.2f}x**"

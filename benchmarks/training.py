@@ -1,60 +1,95 @@
-"""A training step, fused beside eager, in interleaved rounds: ``python -m benchmarks.training``.
+"""A training step: forward, backward and update, and what it keeps in memory.
 
-Fused twice: as by default, and with ``memory="low"``, which computes block outputs again.
-
-Both train the same network by SGD with momentum; bfloat16 is under autocast. Before anything is
-timed, both gradients are held against float64: the fused one may turn from it twice as far as
-eager's. (Gradients of a deep network with random weights turn far from it in bfloat16, either way.)
+All train the same network by SGD with momentum; bfloat16 and float16 are under autocast, float16
+with a scaled loss. Before anything is timed, each gradient is held against float64: it may turn
+from it twice as far as eager's. (Gradients of a deep network with random weights turn far from it
+in 16 bits, in any framework.)
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Annotated
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import resnet_fused as rf
-from resnet_fused import env
-from resnet_fused.bench import options
-from resnet_fused.bench.timing import Rounds, interleave, paired_ratio, spread
-from resnet_fused.convert import MEMORY
+from resnet_fused.bench import measure, memory
+from resnet_fused.bench.accuracy import check_batch
+from resnet_fused.bench.contenders import FUSED, FUSED_LOW, REFERENCE, Setup
+from resnet_fused.bench.networks import CHECKED, Network
+from resnet_fused.bench.progress import Watch
+from resnet_fused.bench.results import OK, Case, Row
 from resnet_fused.testing import gradient_metrics
 
-#: Images that the gradients are compared on: float64 is slow.
-CHECKED = 2
+#: 1 - cosine that is allowed where eager's own is next to none.
+TURN_FLOOR = 1e-3
+
+#: Makes ready to train a network that is the caller's own, so that its parameters stay the same.
+Prepare = Callable[[nn.Module], Callable[[Tensor], Tensor]]
+OWN: Mapping[str, Prepare] = {
+    REFERENCE: lambda model: model,
+    FUSED: functools.partial(rf.fuse, inplace=True),
+    FUSED_LOW: functools.partial(rf.fuse, inplace=True, memory="low"),
+}
+PEERS: Mapping[str, Prepare] = {
+    "inductor-default": functools.partial(torch.compile, dynamic=False),
+    "inductor-max-autotune": functools.partial(
+        torch.compile, dynamic=False, mode="max-autotune-no-cudagraphs"
+    ),
+    "eager-nchw": lambda model: model,  # in its layout by `_trainer`
+}
+
+
+def contenders(peers: Sequence[str]) -> dict[str, Prepare]:
+    """Return who trains, the reference first; of the peers, those that are not for inference."""
+    return {**OWN, **{name: PEERS[name] for name in peers if name in PEERS}}
 
 
 class Trainer:
     """One network with its optimizer; a call is a step."""
 
-    def __init__(self, model: nn.Module, x: Tensor, target: Tensor, dtype: torch.dtype) -> None:
-        self.model, self._x, self._target, self._dtype = model, x, target, dtype
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        target: Tensor,
+        dtype: torch.dtype,
+        prepare: Prepare = OWN[REFERENCE],
+    ) -> None:
+        self.model, self._dtype = model, dtype
+        self._forward = prepare(model)
+        self._x, self._target = x, target
         self._optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        scaled = dtype == torch.float16
+        self._scaler = torch.amp.GradScaler(x.device.type, enabled=scaled)
 
     def loss(self) -> Tensor:
         """Run forward."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            return F.cross_entropy(self.model(self._x), self._target)
+        low = self._dtype in (torch.bfloat16, torch.float16)
+        kind = self._dtype if low else torch.bfloat16
+        with torch.autocast(self._x.device.type, kind, enabled=low):
+            return F.cross_entropy(self._forward(self._x), self._target)
 
     def __call__(self) -> None:
         """Run forward, backward and update."""
         self._optimizer.zero_grad(set_to_none=True)
-        self.loss().backward()
-        self._optimizer.step()
+        self._scaler.scale(self.loss()).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
 
     def gradient(self) -> Tensor:
         """Return the gradient of all parameters as one vector, in float64."""
         self._optimizer.zero_grad(set_to_none=True)
-        self.loss().backward()
+        self._scaler.scale(self.loss()).backward()
+        self._scaler.unscale_(self._optimizer)
+        self._scaler.update()
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return torch.cat([grad.flatten().double() for grad in grads])
+        return torch.cat([grad.flatten().double() for grad in grads]).cpu()
 
     def saved_mib(self) -> float:
         """Return MiB of unique storages kept for backward, parameters and buffers left out."""
@@ -75,66 +110,75 @@ class Trainer:
         return kept / 2**20
 
 
-def measure(name: str, dtype: torch.dtype, batch: int, rounds: int) -> list[str]:
-    """Return a row of the table: speeds, paired ratio, memory kept."""
-    torch.manual_seed(0)
-    model = rf.models.create_model(name).to(memory_format=torch.channels_last).train()
-    x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-    target = torch.randint(1000, (batch,))
-    kind_of_number = str(dtype).removeprefix("torch.")
-    networks = {"eager": model, **{kind: rf.fuse(model, memory=kind) for kind in MEMORY}}
-    turns = _turns(networks, x[:CHECKED], target[:CHECKED], dtype)
-    for kind in MEMORY:
-        if turns[kind] > 2 * turns["eager"] + 1e-3:
-            return [name, kind_of_number, "WRONG", f"{kind} turned {turns[kind]:.1e}"]
-    runs = {kind: Trainer(m, x, target, dtype) for kind, m in networks.items()}
-    saved = {kind: run.saved_mib() for kind, run in runs.items()}
-    calls: dict[str, Callable[[], object]] = dict(runs)
-    seconds = interleave(calls, Rounds(least=rounds, most=rounds))
-    row = [name, kind_of_number]
-    row += [f"{spread([batch / s for s in seconds[kind]]).median:.2f}" for kind in runs]
-    for kind in MEMORY:
-        ratio = paired_ratio(seconds["eager"], seconds[kind])
-        row += [f"{ratio.median:.2f}x ({ratio.p20:.2f}-{ratio.p80:.2f})"]
-        row += [f"{saved[kind] / saved['eager']:.2f}"]
-    return row
+def run_case(
+    network: Network, case: Case, setup: Setup, method: measure.Method, watch: Watch
+) -> list[Row]:
+    """Return a row per contender: images a second, memory at its highest, bytes kept."""
+    with measure.precision(case.dtype):
+        rows: dict[str, Row] = {}
+        steps: dict[str, Trainer] = {}
+        eager_turn = 0.0
+        for name, prepare in method.contenders.items():
+            watch.doing(f"{case}: building {name}", contender=name)
+            try:
+                rows[name], trainer = enter(name, prepare, network, case, setup, eager_turn)
+            except Exception as error:  # its own result; the others must still be measured
+                rows[name] = measure.failed(_row(network, case, name), error)
+                continue
+            if name == REFERENCE:
+                eager_turn = rows[name].error or 0.0
+            if rows[name].verdict == OK:
+                steps[name] = trainer
+        seconds = method.time(steps, lambda done: watch.doing(f"{case}: round {done}"))
+    return [measure.with_speed(row, seconds) for row in rows.values()]
 
 
-def _turns(
-    networks: dict[str, nn.Module], x: Tensor, target: Tensor, dtype: torch.dtype
-) -> dict[str, float]:
-    """Return 1 - cosine between each network's gradient and float64's."""
-    oracle = copy.deepcopy(networks["eager"]).double()
-    exact = Trainer(oracle, x.double(), target, torch.float64).gradient()
-    return {
-        kind: 1
-        - gradient_metrics(Trainer(copy.deepcopy(m), x, target, dtype).gradient(), exact).cosine
-        for kind, m in networks.items()
-    }
+def _row(network: Network, case: Case, name: str) -> Row:
+    # Backward is two convolutions for each one of forward: by its input and by its weight.
+    return Row(case, name, OK, 3 * network.macs / 1e9, network.params / 1e6)
 
 
-def main(
-    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="Models.")] = None,
-    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds per row.")] = 7,
-) -> None:
-    """Time training steps, fused by default and with memory="low" beside eager channels_last."""
-    console = Console(width=130)
-    table = Table("model", "dtype", "eager img/s", "fused img/s", "low img/s")
-    for kind in MEMORY:
-        table.add_column(f"{kind}: ratio (p20-p80)")
-        table.add_column("kept")
-    for name in options.usable_models("--model", options.split(model)) or options.MODELS:
-        for dtype in (torch.float32, torch.bfloat16):
-            with console.status(f"{name} {dtype}"):
-                table.add_row(*measure(name, dtype, batch, rounds))
-    console.print(table)
-    found = env.collect()
-    console.print(
-        f"{found['cpu']}, {torch.get_num_threads()} threads, torch {found['torch']}, "
-        f"commit {found['commit']}, batch {batch}; kept: bytes saved for backward, fused over eager"
-    )
+def enter(
+    name: str, prepare: Prepare, network: Network, case: Case, setup: Setup, eager_turn: float
+) -> tuple[Row, Trainer]:
+    """Check the gradient, then take a step for its memory."""
+    meter = memory.meter_for(setup.device)
+    before = meter.now()
+    trainer = _trainer(name, prepare, network.model, setup, setup.example)
+    trainer()
+    meter.restart()
+    trainer()
+    peak, saved = memory.growth_mib(before, meter.peak()), trainer.saved_mib()
+    exact = _exact(network, CHECKED if case.batch % CHECKED == 0 else case.batch)
+    check = check_batch(network.checked, case.batch)
+    checked = _trainer(name, prepare, network.model, setup, check)
+    turn = 1 - gradient_metrics(checked.gradient(), exact).cosine
+    row = replace(_row(network, case, name), peak_mib=peak, saved_mib=saved)
+    own = turn if name == REFERENCE else eager_turn
+    return measure.judged(row, turn, 2 * own + TURN_FLOOR), trainer
 
 
-if __name__ == "__main__":
-    typer.run(main)
+def _trainer(
+    name: str, prepare: Prepare, model: nn.Module, setup: Setup, images: Tensor
+) -> Trainer:
+    # TF32 is a precision of float32 and set by `precision`; 16 bits come by autocast.
+    layout = torch.contiguous_format if name == "eager-nchw" else torch.channels_last
+    twin = copy.deepcopy(model).to(device=setup.device, memory_format=layout).train()  # type: ignore[call-overload]
+    x = images.to(setup.device).contiguous(memory_format=layout)
+    return Trainer(twin, x, _targets(len(images)).to(setup.device), setup.dtype, prepare)
+
+
+def _targets(size: int) -> Tensor:
+    """Return a class for each image, the same for images that a check repeats."""
+    return check_batch(torch.tensor([2, 7]), size)
+
+
+@functools.lru_cache(maxsize=1)
+def _exact(network: Network, size: int) -> Tensor:
+    """Return the float64 gradient on the images whose answers are known, repeated to `size`.
+
+    A batch that repeats them evenly has the same statistics and the same gradient as they alone.
+    """
+    twin = copy.deepcopy(network.model).cpu().double().train()
+    x = check_batch(network.checked, size).double()
+    return Trainer(twin, x, _targets(size), torch.float64).gradient()

@@ -6,22 +6,23 @@ Imports are inside the commands, so that `--help` waits for nothing it does not 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.console import Console
+
+from resnet_fused.bench import terminal
 
 if TYPE_CHECKING:
     from resnet_fused.bench.options import Settings
     from resnet_fused.bench.results import Record
 
+PROGRAM = "resnet-fused"
+
 app = typer.Typer(
-    name="resnet-fused",
+    name=PROGRAM,
     rich_markup_mode="rich",
     no_args_is_help=True,
     add_completion=False,
@@ -60,7 +61,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the random weights and crops.")
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="resnet-fused")
+    app(prog_name=PROGRAM)
 
 
 @app.callback(invoke_without_command=True)
@@ -125,7 +126,7 @@ def bench(
     """
     with _one_line_errors():
         if compare:
-            _compare(compare, threshold)
+            terminal.compare_files(PROGRAM, *compare, threshold)
             return
         if threshold is not None:
             _refuse("--threshold: belongs to --compare A.json B.json")
@@ -253,7 +254,7 @@ def tune(
 
         report = tuning.run(
             model, batch=batch, image_size=image_size, dtype=dtype, device=device, force=force,
-            console=_console(stderr=True),
+            console=terminal.console(stderr=True),
         )  # fmt: skip
         typer.echo(str(report))
         raise typer.Exit(0 if report.ok else 1)
@@ -282,7 +283,7 @@ def inspect(
         from resnet_fused import inspection
 
         clean = inspection.show(
-            _console(), _console(stderr=True),
+            terminal.console(), terminal.console(stderr=True),
             model=model, batch=batch, dtype=dtype, arch=arch, shape=shape,
         )  # fmt: skip
         raise typer.Exit(0 if clean else 1)
@@ -297,59 +298,30 @@ def doctor(
     """Show versions, devices and backends; for each that is missing, why and what to do."""
     from resnet_fused import env
 
-    missing = env.show(_console())
+    missing = env.show(terminal.console())
     raise typer.Exit(1 if strict and missing else 0)
 
 
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn a `UsageError` into its one line and exit code 2; other errors keep their traceback."""
-    from resnet_fused.bench.options import UsageError
-
-    try:
-        yield
-    except UsageError as error:
-        _refuse(str(error))
+def _one_line_errors() -> contextlib.AbstractContextManager[None]:
+    return terminal.one_line_errors(PROGRAM)
 
 
 def _refuse(message: str) -> NoReturn:
-    typer.echo(f"resnet-fused: {message}", err=True)
-    raise typer.Exit(2)
-
-
-def _console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr)
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a file or a pipe has no width to keep to
-    return console
+    terminal.refuse(PROGRAM, message)
 
 
 def _run(settings: Settings) -> Record:
-    from resnet_fused import env
-    from resnet_fused.bench import job, progress
+    from resnet_fused.bench import conditions, job
 
-    found = env.collect()
-    conditions: dict[str, Any] = {
-        **found,
-        "device_kind": settings.device,
-        "device": found["cpu"] if settings.device == "cpu" else found["gpus"][0],
-        "threads": settings.threads,
-        "backend": settings.backend,
-        "seed": settings.seed,
-        "command": shlex.join(["resnet-fused", *sys.argv[1:]]),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-    console = _console(stderr=True)
-    if not console.is_terminal:
-        return job.run(settings, conditions, progress.LineWatch(console))
-    with progress.BarWatch(console) as watch:
-        return job.run(settings, conditions, watch)
+    found = conditions.of(settings, shlex.join([PROGRAM, *sys.argv[1:]]))
+    with terminal.progress() as watch:
+        return job.run(settings, found, watch)
 
 
 def _report(record: Record, out: Path) -> None:
     from resnet_fused.bench import chart, options, results, tables
 
-    console = _console()
+    console = terminal.console()
     tables.show(record, console)
     results.save(record, out / "bench.json")
     results.save_text(tables.markdown(record), out / "bench.md")
@@ -358,20 +330,5 @@ def _report(record: Record, out: Path) -> None:
         chart.save(record, out / "bench.png")
         written.append("bench.png")
     except options.UsageError as error:  # no matplotlib: the numbers are worth keeping all the same
-        typer.echo(f"resnet-fused: {error}", err=True)
+        typer.echo(f"{PROGRAM}: {error}", err=True)
     console.print(f"written to {out}: {', '.join(written)}", highlight=False, soft_wrap=True)
-
-
-def _compare(paths: tuple[Path, Path], threshold: float | None) -> None:
-    from resnet_fused.bench import compare, results
-
-    before, after = (results.load(path) for path in paths)
-    found = compare.differences(before, after)
-    console = _console()
-    compare.show(found, console)
-    for text in compare.unlike_conditions(before, after):
-        console.print(text, highlight=False, markup=False)
-    worse = [d for d in found if threshold is not None and d.regressed(threshold)]
-    if worse:
-        typer.echo(f"resnet-fused: {len(worse)} of {len(found)} slower or wrong in B", err=True)
-        raise typer.Exit(1)

@@ -41,6 +41,7 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "driver": _driver(),
+        "clocks": _clocks(),
         "compiler": _compiler(),
         "packages": {name: found for name in PACKAGES if (found := version(name))},
         "os": platform.platform(),
@@ -159,6 +160,19 @@ def _output(*command: str) -> str | None:
 def _compiler() -> str | None:
     text = _output("c++", "--version")
     return text.splitlines()[0] if text else None
+
+
+def _clocks() -> dict[str, str]:
+    """Return clocks and power as the drivers tell them: what a GPU runs at, or each CPU core."""
+    asked = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+    if text := _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"):
+        return dict(zip(asked.split(","), text.splitlines()[0].split(", "), strict=False))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    speeds = [line.partition(":")[2].strip() for line in lines if line.startswith("cpu MHz")]
+    return {"cpu MHz": ", ".join(speeds)} if speeds else {}
 
 
 def _driver() -> str | None:

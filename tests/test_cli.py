@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from resnet_fused.bench import contenders, job
+from resnet_fused.bench import contenders, job, measure
 from resnet_fused.cli import app
 
 
@@ -37,7 +37,7 @@ def small_job(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job of a second: a tiny network, and freezing left to its own tests."""
     monkeypatch.setattr("resnet_fused.models.create_model", network)
     monkeypatch.setattr("resnet_fused.bench.timing.SHORTEST_SAMPLE_S", 0.0)
-    monkeypatch.setattr(job, "OWN", {"eager": contenders.eager, "frozen": contenders.eager})
+    monkeypatch.setattr(measure, "OWN", {"eager": contenders.eager, "frozen": contenders.eager})
 
 
 @pytest.mark.usefixtures("small_job")
@@ -69,7 +69,7 @@ def test_a_wrong_answer_makes_the_exit_code_1(
         right = contenders.eager(setup)
         return right._replace(run=lambda x: right.run(x) * 2)
 
-    monkeypatch.setattr(job, "OWN", {"eager": contenders.eager, "frozen": wrong})
+    monkeypatch.setattr(measure, "OWN", {"eager": contenders.eager, "frozen": wrong})
     result = call(
         "bench", "-m", "resnet50", "-b", 1, "-d", "fp32", "--rounds", 1, "--out", tmp_path
     )
@@ -82,7 +82,7 @@ def test_a_regression_beyond_the_threshold_makes_the_exit_code_1(tmp_path: Path)
 
     for name, seconds in (("a", 0.2), ("b", 0.3)):
         row = Row(Case("resnet50", "float32", 8), "eager", OK, 4.1, 25.6)
-        save(Record({}, [job.with_speed(row, {"eager": [seconds] * 3})]), tmp_path / name)
+        save(Record({}, [measure.with_speed(row, {"eager": [seconds] * 3})]), tmp_path / name)
     paths = tmp_path / "a", tmp_path / "b"
     assert call("bench", "--compare", *paths).exit_code == 0
     assert call("bench", "--compare", *paths, "--threshold", 0.5).exit_code == 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_fused.bench.contenders import FROZEN, FUSED, REFERENCE
+from resnet_fused.bench.contenders import FROZEN, FUSED, FUSED_LOW, REFERENCE
 from resnet_fused.bench.options import SHORT_DTYPES, UsageError
 from resnet_fused.bench.results import OK, SKIPPED, Case, Record, Row, cases_of
 from resnet_fused.bench.tables import conditions_line
@@ -16,10 +16,16 @@ from resnet_fused.files import write_atomically
 COLOURS = {
     REFERENCE: "#b8bcc4",
     FUSED: "#f2a65a",
+    FUSED_LOW: "#d98e4a",
     FROZEN: "#c8553d",
     "inductor": "#6b8fb3",
     "onnxruntime": "#4f7a5b",
     "openvino": "#7d6aa8",
+    "inductor-default": "#9db8d1",
+    "inductor-max-autotune": "#3f6a96",
+    "eager-nchw": "#8d929c",
+    "cudnn": "#3b8f8a",
+    "jax": "#b0894f",
 }
 GROUP_WIDTH = 0.86
 
@@ -32,16 +38,12 @@ def save(record: Record, path: Path) -> None:
 
     Raises `UsageError` where matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError('the chart needs matplotlib: pip install "resnet_fused[bench]"') from None
-
+    figure_of = figure_class()
     dtypes = list(dict.fromkeys(case.dtype for case in cases_of(record.rows)))
     contenders = list(dict.fromkeys(r.contender for r in record.rows if r.verdict != SKIPPED))
     bars = max(len(_cases(record.rows, dtype)) for dtype in dtypes) * len(contenders)
     height = TOP + BOTTOM + PANEL * len(dtypes)
-    figure = Figure(figsize=(max(7.5, 1.5 + 0.36 * bars), height), dpi=140)
+    figure = figure_of(figsize=(max(7.5, 1.5 + 0.36 * bars), height), dpi=140)
     panels = figure.subplots(
         len(dtypes), 1, squeeze=False,
         gridspec_kw={"top": 1 - TOP / height, "bottom": BOTTOM / height, "hspace": 0.45},
@@ -54,6 +56,15 @@ def save(record: Record, path: Path) -> None:
     )
     _below(figure, record.conditions, contenders)
     write_atomically(path, lambda temporary: figure.savefig(temporary))
+
+
+def figure_class() -> Any:
+    """Return matplotlib's Figure, or raise `UsageError` where it is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError('the chart needs matplotlib: pip install "resnet_fused[bench]"') from None
+    return Figure
 
 
 def _below(figure: Any, conditions: dict[str, Any], contenders: list[str]) -> None:
@@ -85,7 +96,7 @@ def _panel(axes: Any, rows: Sequence[Row], dtype: str, contenders: list[str]) ->
         for position, case in enumerate(cases):
             if row := found.get((case, name)):
                 _bar(axes, row, position + shift, width * 0.94)
-    axes.set_xticks(range(len(cases)), [f"{case.model}\nbatch {case.batch}" for case in cases])
+    axes.set_xticks(range(len(cases)), [f"{case.subject}\nbatch {case.batch}" for case in cases])
     axes.set_xlim(-0.5, max(len(cases), 2) - 0.5)
     axes.set_ylim(0, max(1.25, axes.get_ylim()[1]))
     axes.set_ylabel("ratio")

@@ -59,6 +59,19 @@ def unlike_conditions(before: Record, after: Record) -> list[str]:
     ]
 
 
+def report(before: Record, after: Record, threshold: float | None, console: Console) -> str:
+    """Print how B differs from A; return what to complain of by the threshold, "" for nothing.
+
+    Raises `UsageError` where the two have no case in common.
+    """
+    found = differences(before, after)
+    show(found, console)
+    worse = [d for d in found if threshold is not None and d.regressed(threshold)]
+    for text in unlike_conditions(before, after):
+        console.print(text, highlight=False, markup=False)
+    return f"{len(worse)} of {len(found)} slower or wrong in B" if worse else ""
+
+
 def show(found: Sequence[Difference], console: Console) -> None:
     """Print the table of differences."""
     rows = [_cells(difference) for difference in found]
@@ -93,5 +106,5 @@ def _cells(difference: Difference) -> list[str]:
         for row in (difference.before, difference.after)
     ]
     ratio = f"{difference.ratio:.3f}" if difference.ratio else NONE
-    words = [case.model, SHORT_DTYPES[case.dtype], str(case.batch), difference.after.contender]
+    words = [case.subject, SHORT_DTYPES[case.dtype], str(case.batch), difference.after.contender]
     return [*words, *speeds, ratio, difference.verdict]

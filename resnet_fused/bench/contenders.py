@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 REFERENCE = "eager"
 FUSED = "fused"
+#: In training: block outputs are computed again in backward.
+FUSED_LOW = "fused-low"
 FROZEN = "frozen"
 
 

@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 CALIBRATION_BATCH = 8
 CALIBRATION_PASSES = 2
+#: Images whose float64 answers are worked out: a float64 ResNet-152 takes a second an image.
+CHECKED = 2
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,8 @@ class Network:
     answers: Tensor
 
 
-def build(name: str, crops: Tensor, *, seed: int, checked: int = 2) -> Network:
-    """Return network `name` with He-initialised weights and statistics calibrated on `crops`.
-
-    The float64 answers are worked out for the first `checked` crops only: a float64 ResNet-152
-    takes a second an image.
-    """
+def build(name: str, crops: Tensor, *, seed: int) -> Network:
+    """Return network `name` with He-initialised weights and statistics calibrated on `crops`."""
     from resnet_fused.flops import count
     from resnet_fused.models import create_model
 
@@ -43,7 +41,7 @@ def build(name: str, crops: Tensor, *, seed: int, checked: int = 2) -> Network:
     model = create_model(name)
     counted = count(model, (1, *crops.shape[1:]))
     calibrate(model, crops)
-    first = crops[:checked]
+    first = crops[:CHECKED]
     return Network(
         name=name,
         model=model,

@@ -12,14 +12,18 @@ from pathlib import Path
 import torch
 
 MODELS = ("resnet34", "resnet50", "resnet152")
-BATCHES = {"cpu": (1, 8), "cuda": (1, 64)}
+BATCHES = {"cpu": (1, 8), "cuda": (1, 256)}
 DEVICES = ("cpu", "cuda")
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+#: float32 tensors whose products a GPU rounds to 10 bits of mantissa.
+TF32 = "tf32"
+#: What can be measured: the dtypes, and one of them at another precision.
+PRECISIONS = {**DTYPES, TF32: torch.float32}
+SHORT_DTYPES = {"float32": "fp32", TF32: "tf32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class UsageError(ValueError):
@@ -88,6 +92,15 @@ def dtype_name(option: str, value: str) -> str:
     """Return torch's name of a dtype given by that name or its short one (`bf16`)."""
     long_names = {short: name for name, short in SHORT_DTYPES.items()}
     return one_of(option, long_names.get(value, value), DTYPES)
+
+
+def precision_name(option: str, value: str, device: str) -> str:
+    """Return the name of a dtype, or tf32 where the device has it."""
+    if value == TF32 and device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+        return TF32
+    if value == TF32:
+        raise UsageError(f"{option}: tf32 is a precision of NVIDIA GPUs from sm_80; accepted: fp32")
+    return dtype_name(option, value)
 
 
 def default_dtypes(device: str) -> tuple[str, ...]:
@@ -162,7 +175,8 @@ def checked(
     device = usable_device("--device", device)
     return Settings(
         models=usable_models("--model", split(models)) or MODELS,
-        dtypes=tuple(dtype_name("--dtype", d) for d in split(dtypes)) or default_dtypes(device),
+        dtypes=tuple(precision_name("--dtype", d, device) for d in split(dtypes))
+        or default_dtypes(device),
         batches=tuple(positive("--batch", size) for size in split(batches)) or BATCHES[device],
         device=device,
         threads=torch.get_num_threads() if threads is None else positive("--threads", threads),

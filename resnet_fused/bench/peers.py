@@ -1,4 +1,4 @@
-"""Other ways to run the same network, for comparison: Inductor, ONNX Runtime, OpenVINO.
+"""Other ways to run the same network, for comparison: Inductor, ONNX Runtime, OpenVINO, JAX.
 
 Imported only when asked for; they come with the extra `bench-peers`. All are held to the same
 number of threads and checked against the same float64 answers.
@@ -6,6 +6,7 @@ number of threads and checked against the same float64 answers.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import warnings
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from resnet_fused.bench.contenders import Build, Runner, Setup, own_copy, torch_runner
 from resnet_fused.bench.options import UsageError, one_of
+from resnet_fused.bench.xla import jax_peer
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Peer:
     needs: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[str, ...]
+    #: What pip is to be given.
+    install: str = '"resnet_fused[bench-peers]"'
 
     def declines(self, dtype: torch.dtype, device: str) -> str | None:
         """Return why it does not take part in a case, or None where it does."""
@@ -40,16 +44,46 @@ class Peer:
         return None
 
 
-def inductor(setup: Setup) -> Runner:
-    """`torch.compile` with freezing, its fastest setting for inference."""
-    import torch._inductor.config as config
+def eager_nchw(setup: Setup) -> Runner:
+    """Plain torch in its default layout, which most programs run in."""
+    model = copy.deepcopy(setup.model).to(device=setup.device, dtype=setup.dtype)
 
-    # For the whole process: `options={"freezing": True}` is ignored (torch 2.13), and a patch
-    # around the first call would leave a recompilation, for an input of other strides or one made
-    # in inference mode, unfrozen and slower.
-    config.freezing = True
-    torch._dynamo.reset()
-    return torch_runner(torch.compile(own_copy(setup), dynamic=False), setup)
+    def prepare(crops: Tensor) -> Tensor:
+        return crops.to(device=setup.device, dtype=setup.dtype).contiguous()
+
+    return Runner(prepare, model, torch.clone)
+
+
+def inductor(mode: str | None = None, *, freezing: bool = False) -> Build:
+    """`torch.compile` in one of its modes, with its weights frozen into the code or not."""
+
+    def build(setup: Setup) -> Runner:
+        import torch._inductor.config as config
+
+        module = torch.compile(own_copy(setup), dynamic=False, mode=mode)
+        runner = torch_runner(module, setup)
+        # It compiles here, and never again: freezing is read when it does, and its own option
+        # `options={"freezing": True}` is ignored (torch 2.13).
+        with config.patch(freezing=freezing), torch.inference_mode():
+            runner.run(runner.prepare(setup.example))
+        return runner
+
+    return build
+
+
+def cudnn(setup: Setup) -> Runner:
+    """`rf.fuse` on cuDNN alone: its fused calls where `tune` chose them."""
+    import resnet_fused as rf
+
+    model = rf.fuse(own_copy(setup), inplace=True)
+    chosen = rf.use_backend("cudnn")
+
+    def run(x: Tensor) -> Tensor:
+        with chosen:
+            y: Tensor = model(x)
+        return y
+
+    return torch_runner(run, setup)
 
 
 def onnxruntime(setup: Setup) -> Runner:
@@ -92,23 +126,37 @@ def openvino(setup: Setup) -> Runner:
 
 
 _ONNX = ("onnx", "onnxscript")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_ANYWHERE = ("cpu", "cuda")
 PEERS = {
-    "inductor": Peer(inductor, (), (torch.float32, torch.bfloat16, torch.float16), ("cpu", "cuda")),
+    "inductor": Peer(inductor(freezing=True), (), _FLOATS, _ANYWHERE),
     "onnxruntime": Peer(onnxruntime, (*_ONNX, "onnxruntime"), (torch.float32,), ("cpu",)),
     "openvino": Peer(openvino, (*_ONNX, "openvino"), (torch.float32, torch.bfloat16), ("cpu",)),
+    "inductor-default": Peer(inductor(), (), _FLOATS, _ANYWHERE),
+    # Without CUDA graphs of its own: either all contenders are captured or none.
+    "inductor-max-autotune": Peer(inductor("max-autotune-no-cudagraphs"), (), _FLOATS, _ANYWHERE),
+    "eager-nchw": Peer(eager_nchw, (), _FLOATS, _ANYWHERE),
+    "cudnn": Peer(cudnn, (), _FLOATS, ("cuda",)),
+    "jax": Peer(jax_peer, ("jax",), (torch.float32, torch.bfloat16), ("cpu",), "jax"),
 }
 
 
 def usable_peers(option: str, names: Sequence[str]) -> tuple[str, ...]:
     """Return the names if each is a peer and installed, or raise `UsageError`."""
     for name in names:
-        missing = [need for need in PEERS[one_of(option, name, PEERS)].needs if not _found(need)]
-        if missing:
-            raise UsageError(
-                f"{option}: {name} needs {', '.join(missing)}, not installed here: "
-                'pip install "resnet_fused[bench-peers]"'
-            )
+        if reason := absence(one_of(option, name, PEERS)):
+            raise UsageError(f"{option}: {name} {reason}")
     return tuple(names)
+
+
+def absence(name: str) -> str | None:
+    """Return why a peer cannot run in this environment, or None where it can."""
+    missing = [need for need in PEERS[name].needs if not _found(need)]
+    if not missing:
+        return None
+    return (
+        f'needs {", ".join(missing)}, not installed here: pip install "resnet_fused[bench-peers]"'
+    )
 
 
 def _found(module: str) -> bool:

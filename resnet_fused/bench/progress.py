@@ -6,9 +6,15 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-from resnet_fused.bench.options import SHORT_DTYPES
 from resnet_fused.bench.results import OK, SKIPPED, Case, Row
 
 
@@ -18,8 +24,8 @@ class Watch:
     def begin(self, cases: int) -> None:
         """Learn how many cases there are."""
 
-    def doing(self, step: str) -> None:
-        """Learn what happens now."""
+    def doing(self, step: str, contender: str | None = None) -> None:
+        """Learn what happens now, and who alone is at work."""
 
     def case_done(self, case: Case, rows: list[Row]) -> None:
         """Learn what a case gave."""
@@ -44,6 +50,7 @@ class BarWatch(Watch, AbstractContextManager["BarWatch"]):
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.description}"),
             console=console,
             transient=True,
@@ -68,7 +75,7 @@ class BarWatch(Watch, AbstractContextManager["BarWatch"]):
         """Set the bar's length."""
         self.progress.update(self.task, total=cases)
 
-    def doing(self, step: str) -> None:
+    def doing(self, step: str, contender: str | None = None) -> None:
         """Show the step beside the bar."""
         self.progress.update(self.task, description=step)
 
@@ -80,7 +87,7 @@ class BarWatch(Watch, AbstractContextManager["BarWatch"]):
 def line(case: Case, rows: list[Row]) -> str:
     """Return one line about a finished case."""
     parts = [f"{row.contender} {_outcome(row)}" for row in rows if row.verdict != SKIPPED]
-    return f"{case.model} {SHORT_DTYPES[case.dtype]} batch {case.batch}: {', '.join(parts)}"
+    return f"{case}: {', '.join(parts)}"
 
 
 def _outcome(row: Row) -> str:

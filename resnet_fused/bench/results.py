@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_fused.bench.contenders import FROZEN, OWN, REFERENCE
-from resnet_fused.bench.options import UsageError
+from resnet_fused.bench.options import SHORT_DTYPES, UsageError
 from resnet_fused.bench.timing import Spread, paired_ratio
 from resnet_fused.files import write_atomically
 
@@ -21,23 +21,46 @@ OK = "ok"
 WRONG = "WRONG"
 FAILED = "FAILED"
 SKIPPED = "skipped"
+OUT_OF_MEMORY = "out of memory"
+#: The process that ran it died, or had to be ended.
+CRASHED = "CRASHED"
+HUNG = "HUNG"
+#: What makes a run a failed one. Running out of memory is an answer about a batch size.
+FAULTS = (WRONG, FAILED, CRASHED, HUNG)
+
+OP, BLOCK, INFERENCE, COLD, TRAINING = LEVELS = ("op", "block", "inference", "cold", "training")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: a model, torch's name of a dtype, and a batch size."""
+    """One comparison: what runs, torch's name of a dtype (or tf32), and a batch size."""
 
+    #: Empty for an op or a block, which may be part of several.
     model: str
     dtype: str
     batch: int
+    level: str = INFERENCE
+    #: An op or a block by its shape.
+    layer: str = ""
+
+    @property
+    def subject(self) -> str:
+        """Return what is measured: a layer, or a model and what it does."""
+        doing = "" if self.level == INFERENCE else f" {self.level}"
+        return self.layer or f"{self.model}{doing}"
+
+    def __str__(self) -> str:
+        """Return the case in a few words."""
+        return f"{self.subject} {SHORT_DTYPES.get(self.dtype, self.dtype)} batch {self.batch}"
 
 
 @dataclass(frozen=True)
 class Row:
     """What one contender did in one case.
 
-    Only a row whose verdict is `ok` has a speed. `error` is max|y - y64| / max|y64|, None for an
-    output that is not finite; `seconds` holds one value per round, per call.
+    Only a row whose verdict is `ok` has a speed. `error` is max|y - y64| / max|y64| (in training
+    1 - cosine of the gradient and float64's), None for an output that is not finite; `seconds`
+    holds one value per round, per call.
     """
 
     case: Case
@@ -53,6 +76,15 @@ class Row:
     peak_mib: float | None = None
     seconds: list[float] = field(default_factory=list)
     note: str = ""
+    #: Bytes that a call must move and seconds that it must last by the roofline of this run.
+    nbytes: int | None = None
+    bound_s: float | None = None
+    #: MiB that a training step keeps for backward.
+    saved_mib: float | None = None
+    #: Seconds of each step of a cold start, by its name.
+    stages: dict[str, float] = field(default_factory=dict)
+    #: How often each model runs the op or block.
+    uses: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +97,7 @@ class Record:
     @property
     def right(self) -> bool:
         """Whether no contender gave a wrong answer or failed."""
-        return all(row.verdict in (OK, SKIPPED) for row in self.rows)
+        return not any(row.verdict in FAULTS for row in self.rows)
 
 
 @dataclass(frozen=True)

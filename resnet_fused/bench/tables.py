@@ -18,7 +18,6 @@ from resnet_fused.bench.options import SHORT_DTYPES
 from resnet_fused.bench.results import (
     OK,
     SKIPPED,
-    Case,
     Record,
     Row,
     against_peers,
@@ -28,6 +27,8 @@ from resnet_fused.bench.results import (
 from resnet_fused.bench.timing import Spread
 
 NONE = "-"
+#: Before a ratio that may as well be 1.
+SAME = "≈"
 #: From this width on, the columns of the widest table can stand apart.
 ROOMY = 96
 #: p80 over p20 of a speed above which something else was using the machine.
@@ -89,7 +90,7 @@ def closing_lines(record: Record) -> list[str]:
         lines.append(f"{name}: {mean:.2f}x {REFERENCE}, geometric mean of {right} cases of {total}")
     for row in record.rows:
         if row.verdict not in (OK, SKIPPED):
-            lines.append(f"{row.verdict}: {_where(row.case)} {row.contender}: {row.note}")
+            lines.append(f"{row.verdict}: {row.case} {row.contender}: {row.note}")
     device = record.conditions.get("device_kind", "cpu")
     return [*lines, *_noise(record.rows), *notes(device)]
 
@@ -108,7 +109,7 @@ def notes(device: str) -> list[str]:
     """Return what the columns mean."""
     return [
         f"{REFERENCE}: the model in plain torch, channels_last. ratio: against {REFERENCE}, paired "
-        "round by round, median.",
+        f"round by round, median. {SAME}: no difference, as its p20-p80 has 1 in it.",
         "GFLOP/s: two operations per multiply-add. error: max|y - y64| / max|y64| against float64; "
         "right is up to twice eager's (the weights are random, so only that comparison counts).",
         memory.NOTES[device] + ".",
@@ -131,10 +132,17 @@ def conditions_line(conditions: dict[str, Any]) -> str:
 
 def show(record: Record, console: Console) -> None:
     """Print the tables, what they come to, and the conditions."""
-    for grid in grids(record):
+    show_grids(grids(record), closing_lines(record), record.conditions, console)
+
+
+def show_grids(
+    grids: Sequence[Grid], closing: Sequence[str], conditions: dict[str, Any], console: Console
+) -> None:
+    """Print tables, lines under them, and the conditions."""
+    for grid in grids:
         console.print(grid.rich(console.width))
         console.print()
-    for text in (*closing_lines(record), conditions_line(record.conditions)):
+    for text in (*closing, conditions_line(conditions)):
         console.print(text, highlight=False, markup=False)
 
 
@@ -153,8 +161,11 @@ def markdown(record: Record) -> str:
 
 
 def ratio_text(ratio: Spread | None) -> str:
-    """Return a ratio as the tables show it."""
-    return f"{ratio.median:.2f}x" if ratio else NONE
+    """Return a ratio as the tables show it, marked where its range has 1 in it."""
+    if ratio is None:
+        return NONE
+    same = SAME if ratio.covers(1) and ratio.p20 != ratio.p80 else ""
+    return f"{same}{ratio.median:.2f}x"
 
 
 def _model_grid(name: str, rows: Sequence[Row]) -> Grid:
@@ -226,7 +237,3 @@ def _peer_grid(rows: Sequence[Row]) -> Grid | None:
         breaks=frozenset({len(body) - 1}),
         styles={len(body): "bold"},
     )
-
-
-def _where(case: Case) -> str:
-    return f"{case.model} {SHORT_DTYPES[case.dtype]} batch {case.batch}"

@@ -6,18 +6,26 @@ taken within a round, where both sides saw the same machine.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 
+from resnet_fused.tuning.measure import CudaClock
+
 T = TypeVar("T")
+#: Seconds per call of a function that is called so many times.
+Clock = Callable[[Callable[[], object], int], float]
 
 SHORTEST_SAMPLE_S = 0.04
+#: Bytes of a last-level cache where the system does not tell: more than most.
+LARGE_CACHE = 2**27
 MIN_ROUNDS = 3
 MAX_ROUNDS = 30
 
@@ -29,6 +37,10 @@ class Spread:
     median: float
     p20: float
     p80: float
+
+    def covers(self, value: float) -> bool:
+        """Whether the value lies in the range, so that a difference from it may be noise."""
+        return self.p20 <= value <= self.p80
 
     def overlaps(self, other: Spread) -> bool:
         """Whether the two ranges share a value, so that a difference may be noise."""
@@ -87,26 +99,56 @@ def elapsed_cuda(run: Callable[[], object], calls: int) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
-def clock_for(device: str) -> Callable[[Callable[[], object], int], float]:
-    """Return the function that times calls on `device`."""
-    return elapsed_cuda if device == "cuda" else elapsed_cpu
+def clock_for(device: str, *, cold: bool = False) -> Clock:
+    """Return the function that times calls on `device`, with empty caches before each if `cold`.
+
+    Hot, a call finds in the caches what the one before it left there, as in a loop over one layer.
+    Cold, it reads everything from memory, as a layer's weights in a large network.
+    """
+    if not cold:
+        return elapsed_cuda if device == "cuda" else elapsed_cpu
+    single: Callable[[Callable[[], object]], float]
+    if device == "cuda":
+        single = CudaClock(torch.device("cuda", torch.cuda.current_device()))
+    else:
+        single = _flushed_cpu(torch.empty(2 * _last_level_cache(), dtype=torch.uint8))
+    return lambda run, calls: sum(single(run) for _ in range(calls)) / calls
+
+
+def _last_level_cache() -> int:
+    """Return the bytes of the first CPU's largest cache."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(file.read_text().strip().removesuffix("K")) * 1024)
+    return max(sizes, default=LARGE_CACHE)
+
+
+def _flushed_cpu(flushed: torch.Tensor) -> Callable[[Callable[[], object]], float]:
+    def single(run: Callable[[], object]) -> float:
+        flushed.add_(1)
+        return elapsed_cpu(run, 1)
+
+    return single
 
 
 def interleave(
     runs: Mapping[str, Callable[[], object]],
     rounds: Rounds,
     *,
-    clock: Callable[[Callable[[], object], int], float] = elapsed_cpu,
+    clock: Clock = elapsed_cpu,
+    single: bool = False,
     on_round: Callable[[int], None] = lambda done: None,
 ) -> dict[str, list[float]]:
     """Time every run once per round and return its seconds per call, one value per round.
 
     All runs make the same number of calls per sample, enough for the quickest to last
-    `SHORTEST_SAMPLE_S`. Where that is more than one, an untimed call goes first: it brings the
+    `SHORTEST_SAMPLE_S`; a `single` one where the clock itself takes most of the time, as one that
+    empties the caches does. Where that is more than one, an untimed call goes first: it brings the
     contender's weights back into the cache that the one before it filled.
     """
     quickest = min(clock(run, 1) for run in runs.values())
-    calls = max(1, math.ceil(SHORTEST_SAMPLE_S / max(quickest, 1e-9)))
+    calls = 1 if single else max(1, math.ceil(SHORTEST_SAMPLE_S / max(quickest, 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     begin = time.perf_counter()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fused.bench import job
+from resnet_fused.bench import measure
 from resnet_fused.bench.options import Settings
 from resnet_fused.bench.results import FAILED, OK, SKIPPED, WRONG, Case, Record, Row
 
@@ -68,7 +68,7 @@ def make_row(contender: str, seconds: list[float] | None = None, **fields: objec
     row = Row(case, contender, fields.pop("verdict", OK), 4.089, 25.557, 1e-6, 1e-5, **fields)
     if not seconds:
         return row
-    return job.with_speed(row, {"eager": [0.4] * len(seconds), contender: seconds})
+    return measure.with_speed(row, {"eager": [0.4] * len(seconds), contender: seconds})
 
 
 @pytest.fixture

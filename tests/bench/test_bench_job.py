@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from resnet_fused.bench import accuracy, contenders, job, memory, networks, progress
+from resnet_fused.bench import accuracy, contenders, job, measure, memory, networks, progress
 from resnet_fused.bench.contenders import Runner, Setup
 from resnet_fused.bench.options import Settings
 from resnet_fused.bench.results import FAILED, OK, WRONG, Row
@@ -27,7 +27,7 @@ def off_by(amount: float) -> contenders.Build:
 
 def runs(settings: Settings, monkeypatch: pytest.MonkeyPatch, **own: object) -> dict[str, Row]:
     """Run the job with these contenders beside the reference; rows of the last case by name."""
-    monkeypatch.setattr(job, "OWN", {"eager": contenders.eager, **own})
+    monkeypatch.setattr(measure, "OWN", {"eager": contenders.eager, **own})
     record = job.run(settings, {}, WATCH)
     assert len(record.rows) == len(settings.batches) * (1 + len(own))
     return {row.contender: row for row in record.rows}
@@ -116,7 +116,7 @@ def test_a_contender_that_dies_does_not_take_the_others_along(
 @pytest.mark.usefixtures("tiny")
 def test_speed_follows_from_seconds(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     row = replace(runs(settings, monkeypatch)["eager"], seconds=[])
-    timed = job.with_speed(row, {"eager": [0.3, 0.3]})
+    timed = measure.with_speed(row, {"eager": [0.3, 0.3]})
     assert timed.img_s is not None
     assert timed.img_s.median == pytest.approx(row.case.batch / 0.3)
     assert timed.gflop_s == pytest.approx(2 * row.gmacs * timed.img_s.median)

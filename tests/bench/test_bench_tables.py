@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from resnet_fused.bench import chart, job, tables
+from resnet_fused.bench import chart, measure, tables
 from resnet_fused.bench.options import UsageError
 from resnet_fused.bench.results import Record, Row
 
@@ -40,7 +40,7 @@ def test_wrong_and_failed_runs_show_no_speed(record: Record) -> None:
 
 def test_a_noisy_machine_is_pointed_out(record: Record, row: Callable[..., Row]) -> None:
     assert "NOISY" not in shown(record, 120)
-    noisy = job.with_speed(row("eager"), {"eager": [0.1, 0.1, 0.2, 0.2]})
+    noisy = measure.with_speed(row("eager"), {"eager": [0.1, 0.1, 0.2, 0.2]})
     assert "NOISY: in 1 of 1 cases" in shown(replace(record, rows=[noisy]), 120)
 
 

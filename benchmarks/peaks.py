@@ -1,0 +1,76 @@
+"""What the device reaches at its best, measured in the run itself: the roof of its roofline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_fused.bench import timing
+from resnet_fused.bench.measure import precision
+from resnet_fused.bench.options import PRECISIONS
+from resnet_fused.bench.progress import Watch
+from resnet_fused.convert import fuse
+from resnet_fused.flops import meta_copy
+from resnet_fused.roofline import Device, Schedule, roofline
+
+#: Rows of the square matrices, and bytes of the copy: far more than any cache holds.
+MATRIX = {"cpu": 2048, "cuda": 8192}
+COPIED = {"cpu": 2**28, "cuda": 2**31}
+SAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Operations a second of a large matrix product by dtype, bytes a second of a large copy."""
+
+    flops: dict[str, float]
+    bandwidth: float
+
+    @classmethod
+    def of(cls, conditions: dict[str, Any]) -> Peaks | None:
+        """Return what a record's conditions hold, or None where nothing was measured."""
+        found = conditions.get("peaks")
+        return cls(**found) if found else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return them as the conditions keep them."""
+        return dict(json.loads(json.dumps(asdict(self))))
+
+    def schedule(self, model: nn.Module, input_size: Sequence[int], dtype: str) -> Schedule:
+        """Return the least that the layers of a model need here, the stem and the head one each."""
+        twin = meta_copy(model).eval()
+        if any(isinstance(module, nn.Conv2d) for module in twin.modules()):
+            twin = fuse(twin, inplace=True)
+        kind = PRECISIONS[dtype]
+        device = Device("as measured", {kind: self.flops[dtype]}, self.bandwidth)
+        return roofline(twin, input_size, device, kind).stem_joined
+
+
+def measured(device: str, dtypes: Sequence[str], threads: int, *, watch: Watch) -> Peaks:
+    """Measure the device: the best of a few products and copies, as nothing can be faster."""
+    torch.set_num_threads(threads)
+    watch.doing("peaks of the device: matrix products, a copy")
+    flops = {dtype: _product(device, dtype) for dtype in dtypes}
+    source = torch.ones(COPIED[device], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    # A byte copied is read once and written once.
+    return Peaks(flops, 2 * COPIED[device] / _best(device, lambda: target.copy_(source)))
+
+
+def _product(device: str, dtype: str) -> float:
+    n = MATRIX[device]
+    a, b = torch.randn(2, n, n, device=device).to(PRECISIONS[dtype])
+    out = torch.empty_like(a)
+    with precision(dtype):
+        return float(2 * n**3 / _best(device, lambda: torch.mm(a, b, out=out)))
+
+
+def _best(device: str, run: Callable[[], object]) -> float:
+    clock = timing.clock_for(device)
+    run()
+    return min(clock(run, 1) for _ in range(SAMPLES))

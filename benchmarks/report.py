@@ -1,0 +1,208 @@
+"""A record for people: tables on the terminal, and JSON, CSV, Markdown, pictures and a page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks import charts, limits, page
+from benchmarks.cold import STAGES
+from benchmarks.peaks import Peaks
+from resnet_fused.bench import tables
+from resnet_fused.bench.contenders import REFERENCE
+from resnet_fused.bench.options import SHORT_DTYPES
+from resnet_fused.bench.results import (
+    BLOCK,
+    COLD,
+    INFERENCE,
+    LEVELS,
+    OK,
+    OP,
+    SKIPPED,
+    Record,
+    Row,
+    cases_of,
+    save,
+    save_text,
+)
+from resnet_fused.bench.tables import NONE, Grid, conditions_line, ratio_text
+
+RECORD = "suite.json"
+CSV_COLUMNS = (
+    "level", "model", "layer", "dtype", "batch", "contender", "verdict", "p20_s", "p50_s", "p80_s",
+    "img_s", "ratio", "error", "gmacs", "nbytes", "bound_s", "peak_mib", "saved_mib", "note",
+)  # fmt: skip
+NOTES = (
+    "op, block: cold caches unless said otherwise; a model's layers follow one another, so that "
+    "what one wrote the next may still find in a cache, which the sum of ops does not count on.",
+    "bound: the longer of operations / peak and bytes / bandwidth, with the peaks of this run. "
+    "Operations are those of direct convolution: Winograd may pass its bound.",
+    "training: three times the multiply-adds of a forward; kept MiB: saved for backward; error: "
+    "1 - cosine between the gradient and float64's.",
+    "cold start: import of torch and the package, building, the first image, in a fresh process "
+    "with empty compiler caches; the weights are loaded in between, uncounted.",
+)
+
+
+def levels(record: Record) -> dict[str, Record]:
+    """Return the record's parts by level, in the order of LEVELS."""
+    parts = {
+        level: replace(record, rows=[r for r in record.rows if r.case.level == level])
+        for level in LEVELS
+    }
+    return {level: part for level, part in parts.items() if part.rows}
+
+
+def grids(record: Record, most: int | None = limits.MOST) -> list[Grid]:
+    """Return all tables of a record."""
+    found: list[Grid] = []
+    for level, part in levels(record).items():
+        if level in (OP, BLOCK):
+            found += _layers(level, part.rows)
+        elif level == INFERENCE:
+            found += tables.grids(part)
+        elif level == COLD:
+            found.append(_starts(part.rows))
+        else:
+            found.append(_training(part.rows))
+    return [*found, *limits.grids(record, most)]
+
+
+def closing_lines(record: Record) -> list[str]:
+    """Return what is said under the tables."""
+    conditions = record.conditions
+    lines = []
+    for row in record.rows:
+        if row.verdict not in (OK, SKIPPED):
+            lines.append(f"{row.verdict}: {row.case} {row.contender}: {row.note}")
+    lines += [f"absent: {name} {why}" for name, why in conditions.get("absent", {}).items()]
+    if peaks := Peaks.of(conditions):
+        products = ", ".join(f"{SHORT_DTYPES[d]} {f / 1e12:.3g}" for d, f in peaks.flops.items())
+        lines.append(f"peaks as measured: {products} TFLOP/s, {peaks.bandwidth / 1e9:.4g} GB/s")
+    cold = ", ".join(k for k, v in conditions.get("cold_caches", {}).items() if v) or "none"
+    graphs = "all contenders" if conditions.get("graphs") else "no contender"
+    lines.append(f"CUDA graphs: {graphs} (but for training); cold caches: {cold}")
+    if left := conditions.get("unfinished"):
+        lines.append(f"UNFINISHED: {left} cases are left; the same command with --resume goes on")
+    return [*lines, *tables.notes(conditions.get("device_kind", "cpu")), *NOTES]
+
+
+def show(record: Record, console: Console) -> None:
+    """Print the tables, what is said under them, and the conditions."""
+    tables.show_grids(grids(record), closing_lines(record), record.conditions, console)
+
+
+def write(record: Record, out: Path) -> list[Path]:
+    """Write every format into a directory and return the files.
+
+    Raises:
+        UsageError: matplotlib is missing; all but pictures and page are then written.
+    """
+    save(record, out / RECORD)
+    save_text(csv_text(record), out / "suite.csv")
+    save_text(markdown(record), out / "suite.md")
+    pictures = charts.save(record, out)
+    save_text(page.html(record, grids(record, None), closing_lines(record), pictures),
+              out / "suite.html")  # fmt: skip
+    return [out / RECORD, out / "suite.csv", out / "suite.md", *pictures, out / "suite.html"]
+
+
+def markdown(record: Record) -> str:
+    """Return the record as a Markdown page."""
+    head = [
+        "# resnet_fused benchmark suite",
+        conditions_line(record.conditions),
+        f"`{record.conditions.get('command', '')}`",
+    ]
+    body = [grid.markdown() for grid in grids(record, None)]
+    closing = "\n".join(f"- {text}" for text in closing_lines(record))
+    return "\n\n".join([*head, *body, closing]) + "\n"
+
+
+def csv_text(record: Record) -> str:
+    """Return a line per row, in plain units: seconds, bytes, MiB."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for row in record.rows:
+        case, speed = row.case, row.img_s
+        times = (case.batch / value for value in (speed.p80, speed.median, speed.p20)) if speed \
+            else ("", "", "")  # fmt: skip
+        writer.writerow([
+            case.level, case.model, case.layer, case.dtype, case.batch, row.contender, row.verdict,
+            *times, speed.median if speed else "", row.ratio.median if row.ratio else "",
+            row.error, row.gmacs, row.nbytes, row.bound_s, row.peak_mib, row.saved_mib, row.note,
+        ])  # fmt: skip
+    return text.getvalue()
+
+
+def _layers(level: str, rows: Sequence[Row]) -> list[Grid]:
+    """Return a table per dtype and batch: a line per layer, a column per contender."""
+    settings = dict.fromkeys((row.case.dtype, row.case.batch) for row in rows)
+    return [_layer_grid(level, rows, *setting) for setting in settings]
+
+
+def _layer_grid(level: str, rows: Sequence[Row], dtype: str, batch: int) -> Grid:
+    here = [row for row in rows if (row.case.dtype, row.case.batch) == (dtype, batch)]
+    found = {(row.case, row.contender): row for row in here}
+    names = list(dict.fromkeys(row.contender for row in here if row.verdict != SKIPPED))
+    cells = []
+    for case in cases_of(here):
+        reference = found[case, REFERENCE]
+        uses = "/".join(str(n) for n in reference.uses.values())
+        runs = [_time(found.get((case, name))) for name in names]
+        cells.append([case.layer, uses, *runs])
+    models = "/".join(dict.fromkeys(model for row in here for model in row.uses))
+    return Grid(
+        f"{level}s {SHORT_DTYPES[dtype]} batch {batch}: us a call (ratio to {REFERENCE}); "
+        f"times: in {models}",
+        (level, "times", *names),
+        cells,
+        left=(level,),
+    )
+
+
+def _time(row: Row | None) -> str:
+    if row is None or not row.seconds:
+        return NONE if row is None else row.verdict
+    text = f"{statistics.median(row.seconds) * 1e6:.1f}"
+    return text if row.contender == REFERENCE else f"{text} ({ratio_text(row.ratio)})"
+
+
+def _starts(rows: Sequence[Row]) -> Grid:
+    cells = [
+        [
+            row.case.model, SHORT_DTYPES[row.case.dtype], str(row.case.batch), row.contender,
+            *(f"{row.stages[stage]:.2f}" if row.stages else NONE for stage in STAGES),
+            f"{sum(row.stages.values()):.2f}" if row.stages else row.verdict,
+        ]
+        for row in rows
+        if row.verdict != SKIPPED
+    ]  # fmt: skip
+    columns = ("model", "dtype", "batch", "run", *STAGES, "in all")
+    return Grid("Cold start, seconds", columns, cells, left=("model", "dtype", "run"))
+
+
+def _training(rows: Sequence[Row]) -> Grid:
+    cells = [
+        [
+            row.case.model, SHORT_DTYPES[row.case.dtype], str(row.case.batch), row.contender,
+            f"{row.img_s.median:.2f}" if row.img_s else row.verdict,
+            f"{row.img_s.p20:.2f}-{row.img_s.p80:.2f}" if row.img_s else NONE,
+            ratio_text(row.ratio),
+            NONE if row.error is None else f"{row.error:.1e}",
+            NONE if row.saved_mib is None else f"{row.saved_mib:.1f}",
+            NONE if row.peak_mib is None else f"{row.peak_mib:.0f}",
+        ]
+        for row in rows
+        if row.verdict != SKIPPED
+    ]  # fmt: skip
+    columns = ("model", "dtype", "batch", "run", "img/s", "p20-p80", "ratio", "error", "kept MiB",
+               "peak MiB")  # fmt: skip
+    return Grid("A training step", columns, cells, left=("model", "dtype", "run"))

@@ -1,0 +1,136 @@
+"""What a run of the suite measures: its settings, and the cases they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks import subjects, training
+from benchmarks.graphs import captured
+from resnet_fused.bench import measure, timing
+from resnet_fused.bench.contenders import Build
+from resnet_fused.bench.options import Settings, UsageError, one_of
+from resnet_fused.bench.peers import PEERS, absence, usable_peers
+from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, OP, TRAINING, Case
+
+#: Peers that take part unless others are asked for. At the levels of single layers only those
+#: that need no compilation of their own: there are some forty layers.
+DEFAULT_PEERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "cpu": {
+        **dict.fromkeys((OP, BLOCK), ("eager-nchw",)),
+        **dict.fromkeys((INFERENCE, COLD), ("inductor", "onnxruntime", "openvino", "eager-nchw")),
+        TRAINING: ("inductor-default", "eager-nchw"),
+    },
+    "cuda": {
+        **dict.fromkeys((OP, BLOCK), ("cudnn", "eager-nchw")),
+        **dict.fromkeys((INFERENCE, COLD), ("inductor", "inductor-default", "cudnn", "eager-nchw")),
+        TRAINING: ("inductor-default", "eager-nchw"),
+    },
+}
+#: Seconds of timing per contender and case, unless others are asked for.
+SECONDS: Mapping[str, float] = {OP: 0.5, BLOCK: 0.5, INFERENCE: 3.0, COLD: 0.0, TRAINING: 5.0}
+#: Levels whose caches are emptied before each call: in a model, a layer's weights and whatever it
+#: reads have been pushed out by the layers before.
+COLD_CACHES = (OP, BLOCK)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Everything a run needs to know, each value already checked."""
+
+    settings: Settings
+    levels: tuple[str, ...]
+    #: By level.
+    peers: Mapping[str, tuple[str, ...]]
+    image_size: int
+    #: Whether caches are emptied before each call, by level.
+    cold_caches: Mapping[str, bool]
+    #: Whether every contender runs as a CUDA graph, but for training.
+    graphs: bool
+    #: Seconds that the rounds of a case may take per contender, by level.
+    seconds: Mapping[str, float]
+    #: Seconds after which a case is given up.
+    limit: float
+    #: Seconds after which no other case is begun; None for all of them.
+    budget: float | None = None
+
+    def contenders(self, case: Case) -> dict[str, Callable[..., Any]]:
+        """Return who takes part in a case, the reference first."""
+        if case.level == TRAINING:
+            return dict(training.contenders(self.peers[case.level]))
+        builds = measure.contenders(self.peers[case.level])
+        return {name: self.prepared(case, build) for name, build in builds.items()}
+
+    def prepared(self, case: Case, build: Build) -> Build:
+        """Return a contender as the suite runs it: captured, where graphs were asked for."""
+        return captured(build) if self.graphs and case.level != COLD else build
+
+    def rounds(self, case: Case) -> timing.Rounds:
+        """Return how many rounds a case has: those asked for, or what fits into its seconds."""
+        if asked := self.settings.rounds:
+            return timing.Rounds(asked, asked)
+        return timing.Rounds(seconds=self.seconds[case.level] * len(self.contenders(case)))
+
+
+def plan(suite: Suite) -> list[Case]:
+    """Return all cases, from the smallest parts to whole models."""
+    return [case for level in suite.levels for case in _of_level(level, suite)]
+
+
+def peers_by_level(
+    option: str, asked: list[str], device: str
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Return the peers of each level, and why those that might have been there are not.
+
+    `["all"]` and `[]`, for the default ones, take what is installed; a peer asked for by its own
+    name must be.
+
+    Raises:
+        UsageError: a peer that is unknown or, asked for by name, not installed.
+    """
+    if asked == ["none"]:
+        return dict.fromkeys(DEFAULT_PEERS[device], ()), {}
+    if asked and asked != ["all"]:
+        for name in asked:
+            one_of(option, name, [*PEERS, "all", "none"])
+            if name not in PEERS:
+                raise UsageError(f"{option}: {name!r} stands alone, without other names")
+        return dict.fromkeys(DEFAULT_PEERS[device], usable_peers(option, asked)), {}
+    every = dict.fromkeys(DEFAULT_PEERS[device], tuple(PEERS))
+    wanted = every if asked else DEFAULT_PEERS[device]
+    missing = {name: why for name in PEERS if (why := _why_not(name, device))}
+    usable = {
+        level: tuple(name for name in names if name not in missing)
+        for level, names in wanted.items()
+    }
+    return usable, missing
+
+
+def _why_not(name: str, device: str) -> str | None:
+    if device not in PEERS[name].devices:
+        return f"runs on {', '.join(PEERS[name].devices)} only"
+    return absence(name)
+
+
+def _of_level(level: str, suite: Suite) -> list[Case]:
+    asked = suite.settings
+    batches = asked.batches
+    if level == COLD:
+        batches = batches[:1]
+    if level == TRAINING:  # one image has no statistics to speak of
+        batches = tuple(size for size in batches if size > 1) or batches
+    if level not in (OP, BLOCK):
+        return [
+            Case(model, dtype, batch, level)
+            for model in asked.models
+            for dtype in asked.dtypes
+            for batch in batches
+        ]
+    found = subjects.layers(level, asked.models, suite.image_size)
+    return [
+        Case("", dtype, batch, level, layer)
+        for dtype in asked.dtypes
+        for batch in batches
+        for layer in found
+    ]

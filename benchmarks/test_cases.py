@@ -1,0 +1,70 @@
+"""pytest-benchmark over the suite's cases: ``pytest benchmarks --benchmark-only``.
+
+Grouped by case, so that its own tables and ``--benchmark-compare`` set the contenders side by side.
+They are run one after another, not in interleaved rounds: for ratios, ``python -m benchmarks``.
+Every answer is held against float64 before it is timed. ``-k "op and fused"`` and the like select.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import levels, suite, training
+from benchmarks.suite import Suite
+from resnet_fused.bench import measure, options
+from resnet_fused.bench.contenders import REFERENCE
+from resnet_fused.bench.progress import Watch
+from resnet_fused.bench.results import BLOCK, INFERENCE, LEVELS, OK, OP, SKIPPED, TRAINING, Case
+
+MODELS = ("resnet50",)
+MEASURED = (OP, BLOCK, INFERENCE, TRAINING)
+
+
+@functools.cache
+def _suite() -> Suite:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peers, _ = suite.peers_by_level("peers", [], device)
+    settings = options.Settings(
+        models=MODELS, dtypes=options.default_dtypes(device), batches=(8,), device=device,
+        threads=torch.get_num_threads(), backend="auto", rounds=None, seed=0, images=None,
+        out=Path(), peers=(),
+    )  # fmt: skip
+    return Suite(
+        settings, MEASURED, peers, image_size=224, cold_caches=dict.fromkeys(LEVELS, False),
+        graphs=False, seconds=suite.SECONDS, limit=0.0,
+    )  # fmt: skip
+
+
+def _cases() -> list[Any]:
+    return [
+        pytest.param(case, name, id=f"{case.level} {case} {name}")
+        for case in suite.plan(_suite())
+        for name in _suite().contenders(case)
+    ]
+
+
+@pytest.mark.parametrize(("case", "name"), _cases())
+def test_case(benchmark: Any, case: Case, name: str, tmp_path: Path) -> None:
+    benchmark.group = str(case)
+    network, setup, contenders, _ = levels.prepare(_suite(), case, tmp_path)
+    with measure.precision(case.dtype):
+        if case.level == TRAINING:
+            turn = 0.0
+            for who in dict.fromkeys((REFERENCE, name)):
+                row, step = training.enter(who, contenders[who], network, case, setup, turn)
+                turn = row.error or 0.0
+            assert row.verdict == OK, row.note
+            benchmark(step)
+            return
+        builds = {REFERENCE: contenders[REFERENCE], name: contenders[name]}
+        *_, entry = measure.entered(network, case, setup, builds, Watch())
+        if entry.row.verdict == SKIPPED:
+            pytest.skip(entry.row.note)
+        assert entry.row.verdict == OK, entry.row.note
+        with torch.inference_mode():
+            benchmark(entry.call)

@@ -1,0 +1,207 @@
+"""One case: every contender is built, checked, timed against the others, and checked again."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from resnet_fused.bench import accuracy, memory, timing
+from resnet_fused.bench.contenders import OWN, REFERENCE, Build, Runner, Setup
+from resnet_fused.bench.networks import Network
+from resnet_fused.bench.options import TF32
+from resnet_fused.bench.peers import PEERS
+from resnet_fused.bench.progress import Watch
+from resnet_fused.bench.results import FAILED, OK, OUT_OF_MEMORY, SKIPPED, WRONG, Case, Row
+
+
+@dataclass(frozen=True)
+class Method:
+    """Who takes part in a case, and how long and by which clock they are timed."""
+
+    #: By name, how each is built: a `Build`, or for training what makes a network ready for it.
+    contenders: Mapping[str, Callable[..., Any]]
+    #: Asked for when the timing begins, after the building and checking.
+    rounds: Callable[[], timing.Rounds]
+    clock: timing.Clock
+    #: Whether a sample is one call: see `timing.interleave`.
+    single: bool = False
+
+    def time(
+        self, runs: Mapping[str, Callable[[], object]], on_round: Callable[[int], None]
+    ) -> dict[str, list[float]]:
+        """Return the seconds per call of every run, one value per round."""
+        if not runs:
+            return {}
+        return timing.interleave(
+            runs, self.rounds(), clock=self.clock, single=self.single, on_round=on_round
+        )
+
+
+@dataclass
+class Entry:
+    """A contender in one case: what is known of it so far."""
+
+    row: Row
+    runner: Runner | None = None
+    input: Any = None
+
+    def call(self) -> object:
+        """Run once on the example: what is timed."""
+        assert self.runner is not None
+        return self.runner.run(self.input)
+
+
+def contenders(peers: tuple[str, ...]) -> dict[str, Build]:
+    """Return the package's own contenders and the peers, the reference first."""
+    return {**OWN, **{name: PEERS[name].build for name in peers}}
+
+
+def run_case(network: Network, case: Case, setup: Setup, method: Method, watch: Watch) -> list[Row]:
+    """Return a row per contender.
+
+    A contender whose answer is wrong before the timing is not timed, and one whose answer is wrong
+    after it (a reused buffer, say) loses its times.
+    """
+    _forget_compiled()
+    with precision(case.dtype):
+        return _run_case(network, case, setup, method, watch)
+
+
+@contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """Let float32 mean float32 and tf32 mean TF32 on a GPU; let cuDNN choose by measurement.
+
+    torch convolves float32 in TF32 unless told otherwise. The reference on a GPU deserves cuDNN's
+    measured choice, as a person in earnest would set it.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = dtype == TF32
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=True, allow_tf32=dtype != "float32"
+        ):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def with_speed(row: Row, seconds: Mapping[str, list[float]]) -> Row:
+    """Return the row with the speeds that its seconds per call give, if it has any.
+
+    GFLOP/s counts two operations per multiply-add of the convolutions and linear layers. `ratio`
+    is taken round by round against the reference and is above 1 for what is quicker.
+    """
+    own, reference = seconds.get(row.contender), seconds.get(REFERENCE)
+    if own is None:
+        return row
+    img_s = timing.spread([row.case.batch / value for value in own])
+    return replace(
+        row,
+        img_s=img_s,
+        gflop_s=2 * row.gmacs * img_s.median,
+        ratio=timing.paired_ratio(reference, own) if reference else None,
+        seconds=own,
+    )
+
+
+def failed(row: Row, error: BaseException) -> Row:
+    """Return the row of a contender that an error ended: out of memory, or failed."""
+    reason = (str(error).strip().splitlines() or [""])[0]
+    verdict = OUT_OF_MEMORY if _is_out_of_memory(error) else FAILED
+    return replace(row, verdict=verdict, note=f"{type(error).__name__}: {reason}")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # What torch's CPU allocator raises is a RuntimeError like any other.
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def entered(
+    network: Network, case: Case, setup: Setup, builds: Mapping[str, Build], watch: Watch
+) -> list[Entry]:
+    """Build every contender, the reference first, and hold its answer to the rule."""
+    entries: list[Entry] = []
+    eager_error = math.inf
+    for name, build in builds.items():
+        watch.doing(f"{case}: building {name}", contender=name)
+        entry = _enter(name, build, network, case, setup)
+        if entry.runner:
+            error = _error(entry.runner, case, network)
+            eager_error = error if name == REFERENCE else eager_error
+            allowed = accuracy.allowed_error(eager_error, setup.dtype, network.reduced)
+            entry.row = judged(entry.row, error, allowed)
+        entries.append(entry)
+    return entries
+
+
+def _run_case(
+    network: Network, case: Case, setup: Setup, method: Method, watch: Watch
+) -> list[Row]:
+    entries = entered(network, case, setup, method.contenders, watch)
+    runs = {entry.row.contender: entry.call for entry in entries if entry.row.verdict == OK}
+    with torch.inference_mode():
+        seconds = method.time(runs, lambda done: watch.doing(f"{case}: round {done}"))
+    for entry in entries:
+        row = entry.row
+        if row.verdict == OK and entry.runner:
+            error = max(row.error or 0.0, _error(entry.runner, case, network))
+            entry.row = judged(row, error, row.allowed_error or 0.0)
+    right = {e.row.contender: seconds[e.row.contender] for e in entries if e.row.verdict == OK}
+    return [with_speed(entry.row, right) for entry in entries]
+
+
+def _forget_compiled() -> None:
+    """Forget what torch.compile made for cases before: past some eight it would give up."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+def _enter(name: str, build: Build, network: Network, case: Case, setup: Setup) -> Entry:
+    """Build a contender and run it twice, the second time for its peak memory."""
+    row = Row(case, name, OK, network.macs / 1e9, network.params / 1e6)
+    declined = PEERS[name].declines(setup.dtype, setup.device) if name in PEERS else None
+    if declined:
+        return Entry(replace(row, verdict=SKIPPED, note=declined))
+    meter = memory.meter_for(setup.device)
+    before = meter.now()
+    try:
+        runner = build(setup)
+        # In inference mode, as the batches that are checked: a compiled peer tells them apart.
+        with torch.inference_mode():
+            example = runner.prepare(setup.example)
+            runner.run(example)
+            meter.restart()
+            runner.run(example)
+    # Whatever a contender dies of is its own result; the others must still be measured.
+    except Exception as error:
+        return Entry(failed(row, error))
+    peak = memory.growth_mib(before, meter.peak())
+    return Entry(replace(row, peak_mib=peak), runner, example)
+
+
+def _error(runner: Runner, case: Case, network: Network) -> float:
+    check = accuracy.check_batch(network.checked, case.batch)
+    with torch.inference_mode():
+        output = runner.read(runner.run(runner.prepare(check)))
+        return accuracy.relative_error(output, network.answers)
+
+
+def judged(row: Row, error: float, allowed: float) -> Row:
+    """Return the row with its error, and WRONG where that is more than allowed."""
+    finite = math.isfinite(error)
+    if error <= allowed:
+        verdict, note = OK, ""
+    elif finite:
+        verdict, note = WRONG, f"error {error:.1e}, allowed {allowed:.1e}"
+    else:
+        verdict, note = WRONG, "output of the wrong shape or not finite"
+    return replace(
+        row, verdict=verdict, error=error if finite else None, allowed_error=allowed, note=note
+    )

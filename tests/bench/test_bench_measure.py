@@ -1,0 +1,80 @@
+"""What a case is measured under: precision, caches, and how its errors are named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from resnet_fused.bench import measure
+from resnet_fused.bench.options import UsageError, precision_name
+from resnet_fused.bench.results import FAILED, OK, OUT_OF_MEMORY, Case, Row
+from resnet_fused.bench.tables import ratio_text
+from resnet_fused.bench.timing import Rounds, Spread, clock_for, interleave
+
+
+def flags() -> tuple[object, ...]:
+    return (
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark,
+        torch.backends.cuda.matmul.allow_tf32,
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "convolutions", "products"),
+    [("tf32", True, True), ("float32", False, False), ("bfloat16", True, False)],
+)
+def test_float32_is_float32_and_tf32_is_tf32(
+    dtype: str, convolutions: bool, products: bool
+) -> None:
+    """The Triton and cuDNN backends read the same flag of torch."""
+    before = flags()
+    with measure.precision(dtype):
+        convolution, chosen, product = flags()
+        assert (convolution == "tf32", chosen, product) == (convolutions, True, products)
+    assert flags() == before
+
+
+def test_tf32_needs_a_gpu_that_has_it() -> None:
+    with pytest.raises(UsageError, match="accepted: fp32"):
+        precision_name("--dtype", "tf32", "cpu")
+    assert precision_name("--dtype", "bf16", "cpu") == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (MemoryError("all of it"), OUT_OF_MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory"), OUT_OF_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), OUT_OF_MEMORY),
+        (RuntimeError("no such kernel\nand more"), FAILED),
+    ],
+)
+def test_running_out_of_memory_is_told_from_failing(error: Exception, verdict: str) -> None:
+    row = measure.failed(Row(Case("m", "float32", 1), "fused", OK, 1.0, 1.0), error)
+    assert row.verdict == verdict
+    assert "\n" not in row.note
+
+
+def test_a_cold_sample_is_one_call() -> None:
+    calls: list[str] = []
+    interleave(
+        {"a": lambda: calls.append("a")},
+        Rounds(3, 3),
+        clock=clock_for("cpu", cold=True),
+        single=True,
+    )
+    assert len(calls) == 1 + 3  # the estimate, and one a round, without a lead-in
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        (Spread(1.02, 0.98, 1.05), "≈1.02x"),
+        (Spread(1.02, 1.01, 1.05), "1.02x"),
+        (Spread(1.0, 1.0, 1.0), "1.00x"),  # the reference beside itself
+        (None, "-"),
+    ],
+)
+def test_a_ratio_within_the_noise_is_marked(ratio: Spread | None, text: str) -> None:
+    assert ratio_text(ratio) == text

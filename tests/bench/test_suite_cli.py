@@ -1,0 +1,131 @@
+"""The command ``python -m benchmarks``: what it refuses, compares and writes; nothing is timed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from benchmarks import __main__ as command
+from benchmarks import readme, runner
+from resnet_fused.bench.results import Record, load, save
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(command.app, [str(word) for word in words])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.Runner, "run", lambda self: pytest.fail("the run was begun"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ops", "-m", "resnt50"], "--model: unknown value 'resnt50'; did you mean resnet50"),
+        (["ops", "-d", "int8"], "--dtype: unknown value 'int8'; accepted: float32"),
+        (["ops", "-d", "tf32"], "--dtype: tf32 is a precision of NVIDIA GPUs"),
+        (["ops", "-b", "0"], "--batch: '0' given"),
+        (["models", "--peers", "tvm"], "--peers: unknown value 'tvm'"),
+        (["models", "--peers", "all,inductor"], "--peers: 'all' stands alone"),
+        (["models", "--device", "tpu"], "--device: unknown value 'tpu'"),
+        (["models", "--graphs"], "--graphs: CUDA graphs need --device cuda"),
+        (["blocks", "--cache", "warm"], "--cache: unknown value 'warm'; accepted: cold, hot"),
+        (["blocks", "--image-size", "8"], "--image-size: 8 given"),
+        (["training", "--limit", "0"], "--limit: 0 given; accepted: a number above 0"),
+        (["training", "--minutes", "-1"], "--minutes: -1 given"),
+        (["ops", "--seconds", "0"], "--seconds: 0 given"),
+        (["all", "--backend", "ondnn"], "did you mean onednn"),
+        (["compare", "/no/a", "/no/b"], "/no/a: No such file or directory"),
+        (["report", "/no/a"], "/no/a: No such file or directory"),
+        (["--save-table", "/no/README.md"], "/no/README.md"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(words: list[str], message: str, tmp_path: Path) -> None:
+    measuring = words[0] not in ("compare", "report", "--save-table")
+    result = call(*words, *(["--out", tmp_path] if measuring else []))
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("python -m benchmarks: ")
+    assert message in result.stderr
+
+
+def test_records_of_another_schema_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"schema": "other/9"}')
+    result = call("compare", tmp_path / "other.json", tmp_path / "other.json")
+    assert result.exit_code == 2
+    assert "its schema is 'other/9'; this version reads" in result.stderr
+
+
+def test_an_unfinished_run_is_not_written_over_unasked(record: Record, tmp_path: Path) -> None:
+    left = replace(record, conditions={**record.conditions, runner.UNFINISHED: 3})
+    save(left, tmp_path / "suite.json")
+    refused = call("models", "--peers", "none", "--out", tmp_path)
+    assert refused.exit_code == 2
+    assert "of which 3 cases are left: --resume goes on, --fresh begins again" in refused.stderr
+    other = call("models", "--peers", "none", "--out", tmp_path, "--resume")
+    assert other.exit_code == 2
+    assert "was measured with another device: Some CPU, now" in other.stderr
+
+
+def test_a_regression_beyond_the_threshold_exits_with_1(record: Record, tmp_path: Path) -> None:
+    slower = [
+        replace(row, img_s=replace(row.img_s, median=1.0, p20=1.0, p80=1.0)) if row.img_s else row
+        for row in record.rows
+    ]
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    save(record, a)
+    save(replace(record, rows=slower), b)
+    assert call("compare", a, a, "--threshold", 0.05).exit_code == 0
+    assert call("compare", a, b).exit_code == 0
+    worse = call("compare", a, b, "--threshold", 0.05)
+    assert worse.exit_code == 1
+    assert "slower or wrong in B" in worse.stderr
+
+
+def test_every_format_is_written_again_from_the_record(record: Record, tmp_path: Path) -> None:
+    save(record, tmp_path / "suite.json")
+    result = call("report", tmp_path / "suite.json", "--out", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "again" / "suite.html").exists()
+    assert load(tmp_path / "again" / "suite.json") == record
+
+
+def test_a_kept_record_makes_the_table(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    monkeypatch.setattr(readme, "RESULTS", results)
+    readme_file = tmp_path / "README.md"
+    readme_file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    save(record, tmp_path / "suite.json")
+    assert call("keep", tmp_path / "suite.json", "some-cpu").exit_code == 0
+    assert call("--save-table", readme_file).exit_code == 0
+    text = readme_file.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "| resnet50 | fp32 | 8 |" in text
+    assert "benchmarks/results/some-cpu.png" in text
+
+
+def test_an_unfinished_record_is_not_kept(record: Record, tmp_path: Path) -> None:
+    left = replace(record, conditions={**record.conditions, runner.UNFINISHED: 3})
+    save(left, tmp_path / "suite.json")
+    result = call("keep", tmp_path / "suite.json", "some-cpu")
+    assert result.exit_code == 2
+    assert "3 cases of the record are left" in result.stderr
+
+
+def test_the_documents_name_commands_that_are_there() -> None:
+    known = {entry.name or entry.callback.__name__ for entry in command.app.registered_commands}
+    root = Path(command.__file__).parents[1]
+    text = (root / "README.md").read_text() + (root / "CONTRIBUTING.md").read_text()
+    lines = re.findall(r"python -m benchmarks ((?:\w+(?: \| )?)+)", text)
+    named = {name for line in lines for name in line.split(" | ")}
+    assert named == {"ops", "blocks", "models", "training", "cold", "keep"}
+    assert named < known

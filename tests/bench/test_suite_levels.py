@@ -1,0 +1,187 @@
+"""The cases of the suite: what is harvested, and one small case of each level for real."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cold, levels, subjects, suite, training
+from benchmarks.peaks import Peaks
+from benchmarks.suite import Suite
+from resnet_fused.bench import networks
+from resnet_fused.bench.options import Settings, UsageError
+from resnet_fused.bench.progress import Watch
+from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, LEVELS, OK, OP, TRAINING, Case
+from resnet_fused.flops import count
+from resnet_fused.models import create_model
+
+PEAKS = Peaks(dict.fromkeys(("float32", "bfloat16"), 1e11), 1e10)
+
+
+NAME = "cifar_resnet20"
+
+
+@pytest.fixture
+def small(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Suite]:
+    """The smallest ResNet, on one thread: two wait for one another where the machine is busy."""
+    monkeypatch.setattr("resnet_fused.bench.timing.SHORTEST_SAMPLE_S", 0.0)
+    before = torch.get_num_threads()
+    yield Suite(
+        settings=replace(settings, models=(NAME,), batches=(1, 2), threads=1),
+        levels=LEVELS,
+        peers=dict.fromkeys(LEVELS, ("eager-nchw",)),
+        image_size=32,
+        cold_caches={level: level in suite.COLD_CACHES for level in LEVELS},
+        graphs=False,
+        seconds=suite.SECONDS,
+        limit=60.0,
+    )
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50"])
+@pytest.mark.parametrize("level", [OP, BLOCK])
+def test_the_layers_with_their_uses_are_the_whole_model(level: str, name: str) -> None:
+    """All multiply-adds are in the ops; the blocks lack the stem's and the head's."""
+    with torch.device("meta"):
+        whole = count(create_model(name))
+    total = 0
+    for layer in subjects.layers(level, (name,), 224).values():
+        with torch.device("meta"):
+            module = layer.build()
+        for part in module.modules():
+            if isinstance(part, subjects.Group):
+                part.fit(1)
+        total += layer.uses[name] * count(module, (1, *layer.input_shape)).macs
+    around = {"conv1", "fc"} if level == BLOCK else set()
+    assert total == sum(row.macs for row in whole.layers if row.name not in around)
+
+
+def test_layers_of_several_models_are_measured_once() -> None:
+    one, both = (subjects.layers(OP, names, 224) for names in
+                 (("resnet50",), ("resnet50", "resnet152")))  # fmt: skip
+    assert list(one) == list(both)
+    assert both["256x14x14 3x3 to 256 relu"].uses == {"resnet50": 5, "resnet152": 35}
+    assert "3x224x224 7x7 to 64 stride 2 relu max pool" in one
+    assert one["256x14x14 3x3 to 256 relu"].uses == {"resnet50": 5}
+
+
+def test_a_model_without_fused_calls_is_refused() -> None:
+    with pytest.raises(UsageError, match="makes no fused call"):
+        subjects.layers(OP, ("vgg16",), 64)
+
+
+def test_the_plan_goes_from_ops_to_training(small: Suite) -> None:
+    cases = suite.plan(small)
+    assert list(dict.fromkeys(case.level for case in cases)) == list(LEVELS)
+    assert {case.batch for case in cases if case.level == TRAINING} == {2}
+    assert {case.batch for case in cases if case.level == COLD} == {1}
+    assert {case.batch for case in cases if case.level == OP} == {1, 2}
+
+
+def test_default_peers_are_those_installed_and_the_others_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(suite, "absence", lambda name: "is away" if name == "openvino" else None)
+    peers, absent = suite.peers_by_level("--peers", [], "cpu")
+    assert peers[INFERENCE] == ("inductor", "onnxruntime", "eager-nchw")
+    assert absent == {"openvino": "is away", "cudnn": "runs on cuda only"}
+    every, _ = suite.peers_by_level("--peers", ["all"], "cpu")
+    assert set(every[OP]) >= {"inductor-max-autotune", "onnxruntime"}
+    assert set(suite.peers_by_level("--peers", ["none"], "cpu")[0].values()) == {()}
+    with pytest.raises(UsageError, match="stands alone"):
+        suite.peers_by_level("--peers", ["all", "inductor"], "cpu")
+
+
+@pytest.mark.parametrize("words", ["3x3 to 64 add relu", "linear to 10"])
+def test_an_op_is_right_in_all_and_has_a_bound(small: Suite, words: str, tmp_path: Path) -> None:
+    layer = next(n for n in subjects.layers(OP, (NAME,), 32) if words in n)
+    case = Case("", "float32", 3, OP, layer)
+    names = tuple(small.contenders(case))
+    rows = levels.run_case(small, case, names, PEAKS.to_dict(), tmp_path, watch=Watch())
+    assert [row.verdict for row in rows] == [OK] * 4
+    row = rows[0]
+    assert row.uses[NAME] >= 1
+    assert row.nbytes is not None
+    assert row.bound_s == pytest.approx(max(2e9 * row.gmacs * 3 / 1e11, row.nbytes / 1e10))
+    assert len(row.seconds) == 2
+
+
+def test_a_model_is_right_and_has_a_bound(small: Suite, tmp_path: Path) -> None:
+    case = Case(NAME, "float32", 2)
+    rows = levels.run_case(small, case, ("eager", "frozen"), PEAKS.to_dict(), tmp_path,
+                           watch=Watch())  # fmt: skip
+    assert [(row.contender, row.verdict) for row in rows] == [("eager", OK), ("frozen", OK)]
+    assert rows[0].bound_s is not None
+
+
+def test_training_is_held_to_the_gradient_and_keeps_less(small: Suite, tmp_path: Path) -> None:
+    case = Case(NAME, "float32", 2, TRAINING)
+    rows = levels.run_case(small, case, ("eager", "fused"), None, tmp_path, watch=Watch())
+    eager, fused = rows
+    assert [eager.verdict, fused.verdict] == [OK, OK], (eager.note, fused.note)
+    assert eager.saved_mib is not None
+    assert fused.saved_mib is not None
+    assert fused.saved_mib < eager.saved_mib
+    assert fused.img_s is not None
+
+
+def test_a_wrong_gradient_has_no_speed(
+    small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turned(model: torch.nn.Module) -> object:
+        return lambda x: -model(x)
+
+    monkeypatch.setattr(training, "OWN", {**training.OWN, "fused": turned})
+    case = Case(NAME, "float32", 2, TRAINING)
+    _, fused = levels.run_case(small, case, ("eager", "fused"), None, tmp_path, watch=Watch())
+    assert fused.verdict == "WRONG"
+    assert fused.img_s is None
+
+
+def test_a_cold_start_tells_its_stages(small: Suite, tmp_path: Path,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """With the new process's work done in this one: the first import of torch is not repeated."""
+    commands: list[list[str]] = []
+
+    class Finished:
+        returncode, stderr = 0, ""
+
+        def __init__(self, command: list[str], **options: object) -> None:
+            commands.append(command)
+            self.stdout = "a word from a library\n" + json.dumps(cold._start(*command[3:]))
+
+    monkeypatch.setattr(cold.subprocess, "run", Finished)
+    case = Case(NAME, "float32", 1, COLD)
+    rows = levels.run_case(small, case, ("eager", "frozen"), None, tmp_path, watch=Watch())
+    assert [command[1:3] for command in commands] == [["-m", "benchmarks.cold"]] * 4
+    for row in rows:
+        assert row.verdict == OK
+        assert list(row.stages) == list(cold.STAGES)
+        assert len(row.seconds) == 2
+        assert row.img_s is not None
+
+
+def test_a_cold_start_that_fails_says_why(
+    small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        returncode, stdout, stderr = 1, "", "Traceback\nImportError: no torch"
+
+    monkeypatch.setattr(cold.subprocess, "run", lambda *args, **options: Broken())
+    case = Case(NAME, "float32", 1, COLD)
+    (row,) = levels.run_case(small, case, ("eager",), None, tmp_path, watch=Watch())
+    assert (row.verdict, row.note) == ("FAILED", "ImportError: no torch")
+
+
+def test_the_exact_gradient_is_that_of_the_repeated_images(small: Suite) -> None:
+    network = networks.build(NAME, torch.randn(4, 3, 32, 32), seed=0)
+    repeated, alone = training._exact(network, 4), training._exact(network, 2)
+    assert float((repeated - alone).norm() / alone.norm()) < 1e-10
+    assert math.isfinite(float(alone.norm()))
