@@ -9,6 +9,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import device_of
 from torch import Tensor, nn
 
 import resnet_fused as rf
@@ -37,12 +38,12 @@ def fresh(args: tuple) -> tuple:
 
 
 def declined(op: str, backend: str, args: tuple) -> bool:
-    module = ORDER.get(backend)
-    return module is not None and module.supports(op, *args) is not None
+    with rf.use_backend(backend):
+        return backend in ORDER and ORDER[backend].supports(op, *args) is not None
 
 
 def samples(op: str, dtype: torch.dtype, backend: str = "reference") -> list[tuple]:
-    drawn = TRAINING[op].samples("cpu", dtype)
+    drawn = TRAINING[op].samples(device_of(backend), dtype)
     return [args for args in drawn if not declined(op, backend, args)]
 
 

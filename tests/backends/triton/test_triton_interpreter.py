@@ -37,6 +37,10 @@ def test_every_path_of_the_kernels():
     assert interpreted(HERE / "interpreted.py") > 150
 
 
+def test_the_ops_of_training():
+    assert interpreted(HERE / "interpreted_training.py") > 30
+
+
 @pytest.mark.parametrize(
     ("tests", "least"),
     [

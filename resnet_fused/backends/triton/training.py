@@ -1,0 +1,225 @@
+"""The ops of training on the Triton kernels, each taking its op's arguments.
+
+Sums over pixels are cut by the shape and merged in one order, so that every run gives the same
+bits. This module does not import triton; what does is loaded by the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from resnet_fused.backends.triton.launch import Launch
+
+
+def _empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(
+        tuple(shape), dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+def _run(x: Tensor, launches: Iterable[Launch]) -> None:
+    with torch.cuda.device_of(x):
+        for launch in launches:
+            launch.run()
+
+
+def bn_act(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    act: str | None,
+) -> Tensor:
+    """Run the op in one pass, in float32, rounded once."""
+    from resnet_fused.backends.triton import bn_launch
+
+    y = _empty(x, x.shape)
+    if y.numel():
+        own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
+        _run(x, [bn_launch.bn_act(x, y, own, act, residual)])
+    return y
+
+
+def dual_bn_act(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    residual_mean: Tensor,
+    residual_var: Tensor,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    eps: float,
+    residual_eps: float,
+    act: str | None,
+) -> Tensor:
+    """Run the op in one pass, in float32, rounded once."""
+    from resnet_fused.backends.triton import bn_launch
+
+    y = _empty(x, x.shape)
+    if y.numel():
+        own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
+        theirs = bn_launch.BatchNorm(
+            residual_mean, residual_var, residual_weight, residual_bias, residual_eps
+        )
+        _run(x, [bn_launch.bn_act(x, y, own, act, residual, theirs)])
+    return y
+
+
+def bn_act_max_pool(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Run the op in one pass: each output normalises what its window holds."""
+    from resnet_fused.backends.triton import bn_launch
+
+    sizes = zip(x.shape[2:], pool_size, pool_stride, pool_padding, strict=True)
+    shape = (*x.shape[:2], *((n + 2 * p - k) // s + 1 for n, k, s, p in sizes))
+    y, index = _empty(x, shape), _empty(x, shape, torch.uint8)
+    if y.numel():
+        own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
+        pool = (pool_size, pool_stride, pool_padding)
+        _run(x, [bn_launch.max_pool(x, own, act, pool, y, index)])
+    return y, index
+
+
+def bn_act_backward_reduce(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    masked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the op."""
+    from resnet_fused.backends.triton import bn_launch
+
+    written = _empty(x, x.shape) if masked else None
+    sum_g, sum_gx = torch.zeros_like(mean), torch.zeros_like(mean)
+    if x.numel():
+        own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
+        launches, (sum_g, sum_gx) = bn_launch.backward_reduce(grad, x, own, y, act, written)
+        _run(x, launches)
+    return sum_g, sum_gx, x.new_empty(0) if written is None else written
+
+
+def bn_act_backward_apply(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    sum_g: Tensor,
+    sum_gx: Tensor,
+    eps: float,
+    act: str | None,
+    count: int,
+) -> Tensor:
+    """Run the op in one pass."""
+    from resnet_fused.backends.triton import bn_launch
+
+    grad_x = _empty(x, x.shape)
+    if x.numel():
+        own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
+        sums = (sum_g, sum_gx)
+        _run(x, [bn_launch.backward_apply(grad, x, own, y, sums, act, count, grad_x)])
+    return grad_x
+
+
+def dual_bn_act_backward_reduce(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    residual: Tensor,
+    residual_mean: Tensor,
+    y: Tensor | None,
+    act: str | None,
+) -> tuple[Tensor, ...]:
+    """Run the op; ReLU's output is there, so that neither BatchNorm's other vectors are read."""
+    from resnet_fused.backends.triton import bn_launch
+
+    if not x.numel():
+        return tuple(torch.zeros_like(mean) for _ in range(3))
+    own = bn_launch.BatchNorm(mean, mean, None, None, 0.0)
+    launches, sums = bn_launch.backward_reduce(
+        grad, x, own, y, act, residual=residual, residual_mean=residual_mean
+    )
+    _run(x, launches)
+    return sums
+
+
+def dual_bn_act_backward_apply(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    residual: Tensor,
+    residual_mean: Tensor,
+    residual_var: Tensor,
+    residual_weight: Tensor | None,
+    y: Tensor | None,
+    sum_g: Tensor,
+    sum_gx: Tensor,
+    sum_gr: Tensor,
+    eps: float,
+    residual_eps: float,
+    act: str | None,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """Run the op in one pass, which reads the gradient once."""
+    from resnet_fused.backends.triton import bn_launch
+
+    grad_x, grad_r = _empty(x, x.shape), _empty(x, x.shape)
+    if x.numel():
+        own = bn_launch.BatchNorm(mean, var, weight, None, eps)
+        theirs = bn_launch.BatchNorm(
+            residual_mean, residual_var, residual_weight, None, residual_eps
+        )
+        step = bn_launch.backward_apply(
+            grad, x, own, y, (sum_g, sum_gx, sum_gr), act, count, grad_x, residual, theirs, grad_r
+        )
+        _run(x, [step])
+    return grad_x, grad_r
+
+
+def max_pool_backward(
+    grad: Tensor,
+    index: Tensor,
+    x_size: Sequence[int],
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> Tensor:
+    """Run the op: each input adds up what the outputs that took it give, in one order."""
+    from resnet_fused.backends.triton import bn_launch
+
+    grad_x = _empty(grad, x_size)
+    if grad_x.numel():
+        pool = (pool_size, pool_stride, pool_padding)
+        _run(grad, [bn_launch.max_pool_backward(grad, index, grad_x, pool)])
+    return grad_x

@@ -1,0 +1,149 @@
+"""The kernels of training in Triton's interpreter; test_triton_interpreter.py runs this.
+
+Every op on its own samples, which leave blocks unfilled on every side; then what they do not show:
+several levels of merging, 64-bit offsets, values that are not finite, means far from zero.
+"""
+
+import pytest
+import torch
+from formulas import call
+from test_training_ops import fresh, peak, terms
+
+import resnet_fused as rf
+from resnet_fused.backends.triton import bn_launch, passes
+from resnet_fused.ops import TRAINING
+from resnet_fused.testing import max_error, to_float64, two_x_rule
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPS = [name for name, op in TRAINING.items() if not op.mutates]
+each_op = pytest.mark.parametrize("op", OPS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def _asked_for():
+    with rf.use_backend("triton"):
+        yield
+
+
+def results(op: str, args: tuple) -> tuple:
+    out = call(op, fresh(args))
+    return out if isinstance(out, tuple) else (out,)
+
+
+def references(op: str, args: tuple) -> tuple:
+    out = TRAINING[op].reference(*args)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def assert_right(op: str, args: tuple, outs: tuple) -> None:
+    plains, oracles = references(op, args), references(op, to_float64(args))
+    for out, plain, oracle in zip(outs, plains, oracles, strict=True):
+        assert (out.shape, out.dtype) == (plain.shape, plain.dtype)
+        assert out.stride() == plain.stride() or not out.numel()
+        if not out.is_floating_point():
+            assert torch.equal(out, plain)
+            continue
+        check = two_x_rule(out, plain, oracle, terms(args))
+        slack = 0.0
+        if out.dim() == 1 and out.numel():  # sums cancel: the size of their terms counts
+            slack = torch.finfo(torch.float32).eps * peak(args) * terms(args) ** 0.5
+        assert check.error <= check.allowed + slack, check
+
+
+def same(a: tuple, b: tuple) -> bool:
+    return all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+
+
+@each_op
+def test_result(op):
+    """The dtypes take turns over the samples, so that each meets most branches."""
+    for first, dtype in enumerate(DTYPES):
+        for args in list(TRAINING[op].samples("cpu", dtype))[first::3]:
+            outs = results(op, args)
+            assert_right(op, args, outs)
+
+
+@each_op
+def test_64_bit_offsets(op, monkeypatch):
+    args = next(iter(TRAINING[op].samples("cpu", torch.float16)))
+    narrow = results(op, args)
+    for module in (bn_launch,):
+        monkeypatch.setattr(module, "WIDE_FROM", 1)
+    assert same(results(op, args), narrow)
+
+
+@each_op
+def test_not_finite(op):
+    """One value that is not finite spoils what it reaches and nothing else."""
+    *_, args = (a for a in TRAINING[op].samples("cpu", torch.float32) if a[0].numel() > 64)
+    for place, value in ((0, torch.nan), (0, torch.inf), (1, -torch.inf)):
+        given = fresh(args)
+        if not given[place].is_floating_point():
+            continue
+        given[place].view(-1)[given[place].numel() // 2] = value
+        for out, plain in zip(results(op, given), references(op, given), strict=True):
+            assert torch.equal(out.isnan(), plain.isnan())
+            assert torch.equal(out.isinf(), plain.isinf())
+
+
+def reduction(shape: tuple, dtype: torch.dtype) -> tuple:
+    """bn_act_backward_reduce's arguments."""
+    grad, x = (torch.randn(shape).to(dtype) for _ in range(2))
+    var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    gamma, beta = torch.randn(2, shape[1])
+    return grad, x, mean, var, gamma, beta, None, 1e-5, "relu", True
+
+
+@pytest.mark.parametrize("merged", [2, 4])
+def test_sums_merged_in_several_levels(merged, monkeypatch):
+    args = reduction((2, 70, 14, 9), torch.bfloat16)
+    whole = results("bn_act_backward_reduce", args)
+    monkeypatch.setattr(passes, "MERGED", merged)
+    outs = results("bn_act_backward_reduce", args)
+    assert_right("bn_act_backward_reduce", args, outs)
+    assert torch.equal(outs[2], whole[2])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("merged", [2, 128])
+def test_statistics_of_a_map(offset, merged, monkeypatch):
+    """Means ten thousand deviations away, and parts merged in one level or in several."""
+    monkeypatch.setattr(passes, "MERGED", merged)
+    x = torch.randn(5, 66, 11, 13) * (torch.rand(66, 1, 1) + 0.5) + offset
+    launches, mean, var = bn_launch.bn_stats(x)
+    for launch in launches:
+        launch.run()
+    assert len(launches) == (2 if merged == 128 else 4)
+    exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(var.double(), exact[0], rtol=1e-4, atol=0)
+
+
+def test_a_channel_with_one_infinity():
+    x = torch.randn(2, 3, 5, 5)
+    x[0, 1, 2, 2] = torch.inf
+    launches, mean, var = bn_launch.bn_stats(x)
+    for launch in launches:
+        launch.run()
+    assert mean[1] == torch.inf
+    assert var.isnan().tolist() == [False, True, False]
+
+
+@each_dtype
+def test_the_mask_is_the_forward_s(dtype):
+    """Where the output was above zero the gradient passes, though the mask is made again."""
+    grad, x, *vectors, _, eps, act, masked = reduction((2, 40, 9, 9), dtype)
+    out = torch.ops.resnet_fused.bn_act(x, *vectors, None, eps, act)
+    args = (torch.ones_like(grad), x, *vectors, None, eps, act, masked)
+    assert torch.equal(results("bn_act_backward_reduce", args)[2] > 0, out > 0)
+
+
+def test_rounding_is_to_the_nearest():
+    """Also here, where the interpreter's own would be towards zero."""
+    x = torch.randn(1, 16, 9, 9)
+    zeros, ones = torch.zeros(16), torch.ones(16)
+    residual = (x - x.bfloat16().float()).bfloat16()
+    out = torch.ops.resnet_fused.bn_act(x.bfloat16(), zeros, ones, None, None, residual, 0.0, None)
+    exact = x.bfloat16().float() + residual.float()
+    assert max_error(out, exact.bfloat16()) == 0
