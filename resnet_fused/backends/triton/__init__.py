@@ -22,7 +22,9 @@ from resnet_fused.backends.triton import training
 from resnet_fused.backends.triton.training import bn_act as bn_act
 from resnet_fused.backends.triton.training import bn_act_backward_apply as bn_act_backward_apply
 from resnet_fused.backends.triton.training import bn_act_backward_reduce as bn_act_backward_reduce
+from resnet_fused.backends.triton.training import bn_act_conv_bn_stats as bn_act_conv_bn_stats
 from resnet_fused.backends.triton.training import bn_act_max_pool as bn_act_max_pool
+from resnet_fused.backends.triton.training import conv_bn_stats as conv_bn_stats
 from resnet_fused.backends.triton.training import dual_bn_act as dual_bn_act
 from resnet_fused.backends.triton.training import (
     dual_bn_act_backward_apply as dual_bn_act_backward_apply,

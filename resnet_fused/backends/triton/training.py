@@ -6,13 +6,17 @@ bits. This module does not import triton; what does is loaded by the first call.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from resnet_fused.backends.triton.shapes import Problem
+
 if TYPE_CHECKING:
+    from resnet_fused.backends.triton.bn_launch import BatchNorm
     from resnet_fused.backends.triton.launch import Launch
 
 
@@ -26,6 +30,61 @@ def _run(x: Tensor, launches: Iterable[Launch]) -> None:
     with torch.cuda.device_of(x):
         for launch in launches:
             launch.run()
+
+
+def conv_bn_stats(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the op; a tile's statistics are taken while it is in registers."""
+    problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups)
+    return _conv_bn_stats(x, weight, problem, None, None)
+
+
+def bn_act_conv_bn_stats(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the op; the input is normalised on its way from memory to the products."""
+    from resnet_fused.backends.triton import bn_launch
+
+    problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups)
+    own = bn_launch.BatchNorm(mean, var, bn_weight, bn_bias, eps)
+    return _conv_bn_stats(x, weight, problem, own, act)
+
+
+def _problem(*geometry: Any) -> Problem:
+    return dataclasses.replace(Problem.of(*geometry, False), training=True)
+
+
+def _conv_bn_stats(
+    x: Tensor, weight: Tensor, problem: Problem, own: BatchNorm | None, act: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from resnet_fused.backends.triton import conv_launch, run
+
+    y = _empty(x, (problem.n, problem.o * problem.groups, *problem.out_size))
+    if not y.numel():
+        nothing = torch.full(y.shape[1:2], torch.nan, device=y.device)
+        return y, nothing, nothing.clone()
+    launches, mean, var = conv_launch.conv_bn_stats(
+        x, weight, y, problem, run.capability(x.device), own, act
+    )
+    _run(x, launches)
+    return y, mean, var
 
 
 def bn_act(

@@ -20,9 +20,9 @@ def moments(values, inside, count, AXIS: tl.constexpr):
 
 @triton.jit
 def corrected(mean, squares, error, count):
-    """Take the mean's rounding, ``error``, out of both; of an infinite mean it is not known."""
+    """Take the mean's rounding, ``error``, out of both; as in torch, infinity leaves NaN."""
     squares = tl.maximum(squares - count * error * error, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(error == error, mean + error, mean), squares
+    return mean + error, squares
 
 
 @triton.jit
