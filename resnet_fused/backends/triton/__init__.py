@@ -24,6 +24,8 @@ from resnet_fused.backends.triton.training import bn_act_backward_apply as bn_ac
 from resnet_fused.backends.triton.training import bn_act_backward_reduce as bn_act_backward_reduce
 from resnet_fused.backends.triton.training import bn_act_conv_bn_stats as bn_act_conv_bn_stats
 from resnet_fused.backends.triton.training import bn_act_max_pool as bn_act_max_pool
+from resnet_fused.backends.triton.training import conv_backward_data as conv_backward_data
+from resnet_fused.backends.triton.training import conv_backward_weight as conv_backward_weight
 from resnet_fused.backends.triton.training import conv_bn_stats as conv_bn_stats
 from resnet_fused.backends.triton.training import dual_bn_act as dual_bn_act
 from resnet_fused.backends.triton.training import (

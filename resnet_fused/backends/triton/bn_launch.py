@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -111,45 +112,42 @@ def merge_moments(
     parts: Tensor, pixels: int, part_rows: int
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """Return the launches that merge (parts, 2, C) moments, and what receives mean and variance."""
-    count, _, channels = parts.shape
     mean, var = (torch.empty_like(parts[0, 0]) for _ in range(2))
     launches = []
     while True:
-        left = math.ceil(count / passes.MERGED)
-        merged = None if left == 1 else parts.new_empty((left, 2, channels))
+        count, _, channels = parts.shape
+        cut = passes.merging(count)
+        grid = cut.grid(count, channels)
+        merged = None if grid[0] == 1 else parts.new_empty((grid[0], 2, channels))
         arguments = {
             "parts_ptr": parts, "out_ptr": merged, "mean_ptr": mean, "var_ptr": var, "m": pixels,
             "parts": count, "part_rows": part_rows, "CHANNELS": channels,
+            "BLOCK_P": cut.block_m, "BLOCK_C": cut.block_c,
         }  # fmt: skip
-        launches.append(_merge(merge_moments_kernel, arguments, left))
+        launches.append(Launch(merge_moments_kernel, grid, arguments))
         if merged is None:
             return launches, mean, var
-        parts, count, part_rows = merged, left, part_rows * passes.MERGED
+        parts, part_rows = merged, part_rows * cut.block_m
 
 
-def _merge(kernel: Any, arguments: dict[str, Any], left: int) -> Launch:
-    block_c = passes.MERGED_CHANNELS
-    grid = (left, math.ceil(arguments["CHANNELS"] / block_c), 1)
-    return Launch(kernel, grid, {**arguments, "BLOCK_P": passes.MERGED, "BLOCK_C": block_c})
-
-
-def _merge_sums(parts: Tensor) -> tuple[list[Launch], tuple[Tensor, ...]]:
-    count, sums, channels = parts.shape
-    out = tuple(torch.empty_like(parts[0, 0]) for _ in range(sums))
+def merge_sums(parts: Tensor, out: Sequence[Tensor]) -> list[Launch]:
+    """Return the launches that add up (parts, sums, C) into as many tensors of C elements."""
     names = ("sum_g_ptr", "sum_gx_ptr", "sum_gr_ptr")
-    vectors = dict(zip(names, (*out, None), strict=False))
+    vectors = dict(zip_longest(names, out))
     launches = []
     while True:
-        left = math.ceil(count / passes.MERGED)
-        merged = None if left == 1 else parts.new_empty((left, sums, channels))
+        count, sums, channels = parts.shape
+        cut = passes.merging(count)
+        grid = cut.grid(count, channels)
+        merged = None if grid[0] == 1 else parts.new_empty((grid[0], sums, channels))
         arguments = {
             "parts_ptr": parts, "out_ptr": merged, **vectors, "parts": count,
-            "CHANNELS": channels, "SUMS": sums,
+            "CHANNELS": channels, "SUMS": sums, "BLOCK_P": cut.block_m, "BLOCK_C": cut.block_c,
         }  # fmt: skip
-        launches.append(_merge(merge_sums_kernel, arguments, left))
+        launches.append(Launch(merge_sums_kernel, grid, arguments))
         if merged is None:
-            return launches, out
-        parts, count = merged, left
+            return launches
+        parts = merged
 
 
 def backward_reduce(
@@ -172,8 +170,8 @@ def backward_reduce(
     step = _pass(bn_act_bwd_reduce_kernel, x, arguments)
     parts = torch.empty((step.grid[0], sums, channels), dtype=torch.float32, device=x.device)
     step.arguments["sums_ptr"] = parts
-    merges, out = _merge_sums(parts)
-    return [step, *merges], out
+    out = tuple(torch.empty_like(parts[0, 0]) for _ in range(sums))
+    return [step, *merge_sums(parts, out)], out
 
 
 def backward_apply(

@@ -56,7 +56,10 @@ def shared_bytes(problem: Problem, precision: str, config: Config, capability: i
     if problem.training:  # the input's scale and shift
         loads += 2 * 4 * config.block_k
     stages = config.num_stages - (0 if asynchronous(precision, capability) else 1)
-    return max(stages * loads, 4 * block) + 1024  # sums are transposed in float32
+    staged = stages * loads
+    if problem.training and not asynchronous(precision, capability):  # once more, normalised
+        staged += config.block_m * config.block_k * size
+    return max(staged, 4 * block) + 1024  # sums are transposed in float32
 
 
 def occupancy(problem: Problem, precision: str, config: Config, capability: int) -> int:

@@ -114,7 +114,7 @@ def conv(
     tensors = {"x_ptr": x, "w_ptr": packed, "y_ptr": y, **vectors, "residual_ptr": residual}
     elements = max(x.numel(), y.numel() * config.split_k)
     common = {
-        **_geometry(problem), "m": problem.m, "h": problem.h, "w": problem.w,
+        **geometry(problem), "m": problem.m, "h": problem.h, "w": problem.w,
         "OUT": problem.o, "GROUPS": problem.groups, "RELU": relu, "WIDE": elements >= WIDE_FROM,
         "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
@@ -125,7 +125,7 @@ def conv(
         return [Launch(depthwise_fwd_kernel, grid, {**tensors, **common}, config.num_warps)]
     arguments = {
         **tensors, **common, "partial_ptr": None, "IN": problem.c, "PITCH": packed.shape[1],
-        "PRECISION": _dot_precision(kind), "FLAT": problem.flat, "SPLIT_K": config.split_k,
+        "PRECISION": dot_precision(kind), "FLAT": problem.flat, "SPLIT_K": config.split_k,
         "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
     }  # fmt: skip
     grid = (rows * math.ceil(problem.o / config.block_n), config.split_k, problem.groups)
@@ -138,7 +138,8 @@ def conv(
     return [launch, affine(partial, scale, shift, residual, y, act, parts=config.split_k)]
 
 
-def _geometry(problem: Problem) -> dict[str, int]:
+def geometry(problem: Problem) -> dict[str, int]:
+    """Return the kernels' arguments of a convolution's geometry, but its stride."""
     (kh, kw), (pad_h, pad_w), (dil_h, dil_w) = problem.kernel, problem.padding, problem.dilation
     oh, ow = problem.out_size
     return {
@@ -147,7 +148,8 @@ def _geometry(problem: Problem) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _dot_precision(kind: str) -> str:
+def dot_precision(kind: str) -> str:
+    """Return the word of Triton's products for a precision."""
     return "tf32" if kind == "tf32" else "ieee"
 
 
@@ -175,9 +177,9 @@ def _tma(
         "w_desc": _descriptor(packed, packed.shape, (config.block_n, config.block_k)),
         "y_desc": _descriptor(y, out, out_box),
         "residual_desc": None if residual is None else _descriptor(residual, out, out_box),
-        **vectors, **_geometry(problem), "images": n, "oh": oh, "ow": ow,
+        **vectors, **geometry(problem), "images": n, "oh": oh, "ow": ow,
         "IN": problem.c, "OUT": problem.o, "STRIDE": s, "RELU": relu,
-        "PRECISION": _dot_precision(kind), "BOX_N": box_n, "BOX_H": box_h, "BOX_W": box_w,
+        "PRECISION": dot_precision(kind), "BOX_N": box_n, "BOX_H": box_h, "BOX_W": box_w,
         "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
     }  # fmt: skip
     resident = occupancy(problem, kind, config, capability)

@@ -16,8 +16,8 @@ _WIDEST = 64
 _PASSING, _STAYING = 2048, 8192
 #: A program takes several blocks as long as so many programs are left, several a processor.
 _PROGRAMS = 1024
-#: Parts that one program merges, and channels it merges them for.
-MERGED, MERGED_CHANNELS = 128, 32
+#: Parts that one program merges at most, and values it holds.
+MERGED, _MERGED_VALUES = 128, 4096
 
 
 class Cut(NamedTuple):
@@ -49,3 +49,9 @@ def staying(channels: int) -> Cut:
     """Return the cut of a pass that keeps a block in registers."""
     block_c = min(_WIDEST, power(channels))
     return Cut(_STAYING // block_c, block_c, 1)
+
+
+def merging(parts: int) -> Cut:
+    """Return the cut of one level of a merge, of parts for pixels: up to MERGED become one."""
+    block_m = min(MERGED, max(2, power(parts)))
+    return Cut(block_m, _MERGED_VALUES // block_m, 1)

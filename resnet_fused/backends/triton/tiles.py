@@ -119,7 +119,8 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
     if not asynchronous(precision, capability):
         # Operands of mma and a row's addresses and masks leave room for few pixels a thread.
         most = 128 if config.block_n == 256 and not beside else 64
-        return sums <= most and config.block_m <= threads
+        rows = threads // 2 if problem.training else threads
+        return sums <= most and config.block_m <= rows
     return sums <= (64 if precision == "tf32" and beside else 128)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -67,8 +67,16 @@ def bn_act_conv_bn_stats(
     return _conv_bn_stats(x, weight, problem, own, act)
 
 
-def _problem(*geometry: Any) -> Problem:
-    return dataclasses.replace(Problem.of(*geometry, False), training=True)
+def _problem(
+    x_size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Problem:
+    problem = Problem.of(x_size, weight_size, stride, padding, dilation, groups, False)
+    return dataclasses.replace(problem, training=True)
 
 
 def _conv_bn_stats(
@@ -85,6 +93,54 @@ def _conv_bn_stats(
     )
     _run(x, launches)
     return y, mean, var
+
+
+def conv_backward_data(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Run the op: a convolution of stride 1 for every phase of the input's pixels."""
+    from resnet_fused.backends.triton import conv_launch, run
+
+    problem = _problem(x_size, weight.shape, stride, padding, dilation, groups)
+    grad_x = _empty(grad, x_size)
+    if grad_x.numel():
+        arch = run.capability(grad.device)
+        _run(grad, conv_launch.backward_data(grad, weight, grad_x, problem, arch))
+    return grad_x
+
+
+def conv_backward_weight(
+    grad: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """Run the op: a product over pixels, in parts that are added in order."""
+    from resnet_fused.backends.triton import conv_launch, run
+
+    problem = _problem(x.shape, weight_size, stride, padding, dilation, groups)
+    o, c, kh, kw = weight_size
+    rows = grad.new_empty((o, kh * kw * c))
+    if grad.numel():
+        arch = run.capability(grad.device)
+        _run(grad, conv_launch.backward_weight(grad, x, rows, problem, arch))
+    else:
+        rows.zero_()
+    if channels_last:
+        return rows.as_strided((o, c, kh, kw), (kh * kw * c, 1, kw * c, c))
+    if kh * kw == 1 or c == 1:
+        return rows.view(o, c, kh, kw)
+    return rows.view(o, kh, kw, c).permute(0, 3, 1, 2).contiguous()
 
 
 def bn_act(

@@ -16,6 +16,7 @@ if triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
 
 HERE = Path(__file__).parent
 CONTRACT = HERE.parents[1] / "ops/test_contract.py"
+TRAINING = HERE.parents[1] / "ops/test_training_ops.py"
 
 
 def interpreted(*arguments: str | Path) -> int:
@@ -38,7 +39,8 @@ def test_every_path_of_the_kernels():
 
 
 def test_the_ops_of_training():
-    assert interpreted(HERE / "interpreted_training.py") > 30
+    assert interpreted(HERE / "interpreted_training.py") > 45
+    assert interpreted(TRAINING, "-k", "triton and (chain and bfloat16 or far_from_zero)") == 3
 
 
 @pytest.mark.parametrize(

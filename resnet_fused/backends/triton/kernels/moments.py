@@ -8,6 +8,8 @@ pairwise as sums are (Chan, Golub, LeVeque, "Algorithms for computing the sample
 import triton
 import triton.language as tl
 
+from resnet_fused.backends.triton.kernels.shared import rounded
+
 
 @triton.jit
 def moments(values, inside, count, AXIS: tl.constexpr):
@@ -104,4 +106,4 @@ def merge_sums_kernel(
             out = sum_gx_ptr
         else:
             out = sum_gr_ptr
-        tl.store(out + channels, total, mask=channel_in)
+        tl.store(out + channels, rounded(total, out.dtype.element_ty), mask=channel_in)
