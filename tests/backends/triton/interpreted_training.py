@@ -64,8 +64,9 @@ def same(a: tuple, b: tuple) -> bool:
 @each_op
 def test_result(op):
     """The dtypes take turns over the samples, so that each meets most branches."""
+    every = 6 if "pool" in op else 3  # the pools' samples are many
     for first, dtype in enumerate(DTYPES):
-        for args in list(TRAINING[op].samples("cpu", dtype))[first::3]:
+        for args in list(TRAINING[op].samples("cpu", dtype))[first::every]:
             outs = results(op, args)
             assert_right(op, args, outs)
 
@@ -106,18 +107,16 @@ def reduction(shape: tuple, dtype: torch.dtype) -> tuple:
     return grad, x, mean, var, gamma, beta, None, 1e-5, "relu", True
 
 
-@pytest.mark.parametrize("merged", [2, 4])
-def test_sums_merged_in_several_levels(merged, monkeypatch):
+def test_sums_merged_in_several_levels(monkeypatch):
     args = reduction((2, 70, 14, 9), torch.bfloat16)
     whole = results("bn_act_backward_reduce", args)
-    monkeypatch.setattr(passes, "MERGED", merged)
+    monkeypatch.setattr(passes, "MERGED", 2)
     outs = results("bn_act_backward_reduce", args)
     assert_right("bn_act_backward_reduce", args, outs)
     assert torch.equal(outs[2], whole[2])
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e4])
-@pytest.mark.parametrize("merged", [2, 128])
+@pytest.mark.parametrize(("offset", "merged"), [(0.0, 128), (1e4, 2)])
 def test_statistics_of_a_map(offset, merged, monkeypatch):
     """Means ten thousand deviations away, and parts merged in one level or in several."""
     monkeypatch.setattr(passes, "MERGED", merged)
