@@ -162,4 +162,4 @@ def candidates(op: str, *args: object) -> dict[str, Callable[..., Tensor]]:
     if op == "conv_bn_act":
         return run.conv_candidates(*args)  # type: ignore[arg-type]
     alone: dict[str, Callable[..., Tensor]] = {"bn_apply": bn_apply, "add_relu": add_relu}
-    return {"default": alone[op]}
+    return {"default": alone.get(op) or getattr(training, op)}

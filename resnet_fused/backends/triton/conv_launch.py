@@ -30,7 +30,6 @@ def conv_bn_stats(
     capability: int,
     own: BatchNorm | None = None,
     act: str | None = None,
-    config: Config | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """Return the launches of a convolution with its output's statistics, and what receives these.
 
@@ -42,9 +41,8 @@ def conv_bn_stats(
         capability: of the device, such as 90.
         own: normalises the input.
         act: behind that.
-        config: how to cut it, by default as :func:`tiles.heuristic` says.
     """
-    config = config or tiles.heuristic(problem, launch.precision(x.dtype), capability)
+    config = tiles.heuristic(problem, launch.precision(x.dtype), capability)
     if problem.depthwise:
         return _depthwise(x, weight, y, problem, config, capability, own, act)
     convolve = launch.conv(
@@ -171,12 +169,7 @@ def _blocks(config: Config) -> dict[str, int]:
 
 
 def backward_weight(
-    grad: Tensor,
-    x: Tensor,
-    out: Tensor,
-    problem: Problem,
-    capability: int,
-    config: Config | None = None,
+    grad: Tensor, x: Tensor, out: Tensor, problem: Problem, capability: int
 ) -> list[Launch]:
     """Return the launches of the weight's gradient: of the parts of K, and their sum in order.
 
@@ -186,12 +179,10 @@ def backward_weight(
         out: receives the gradient, (O, KH · KW · C/groups), contiguous.
         problem: the convolution.
         capability: of the device, such as 90.
-        config: how to cut it, by default as :func:`gradients.weight_config` says.
     """
     kind = launch.precision(x.dtype)
-    config = config or gradients.weight_config(problem, kind, capability)
-    grad, x, flat = channels_last(grad), channels_last(x), problem.flat or problem.depthwise
-    parts = out[None]
+    config = gradients.weight_config(problem, kind, capability)
+    grad, x, parts = channels_last(grad), channels_last(x), out[None]
     if config.split_k > 1:
         parts = torch.empty((config.split_k, *out.shape), dtype=torch.float32, device=out.device)
     steps = math.ceil(problem.m / (config.block_k * config.split_k))
@@ -199,13 +190,13 @@ def backward_weight(
         "grad_ptr": grad, "x_ptr": x, "out_ptr": parts, "m": problem.m, "h": problem.h,
         "w": problem.w, **launch.geometry(problem), "steps": steps, "IN": problem.c,
         "OUT": problem.o, "GROUPS": problem.groups, "STRIDE_H": problem.stride[0],
-        "STRIDE_W": problem.stride[1], "FLAT": flat, "PRECISION": launch.dot_precision(kind),
+        "STRIDE_W": problem.stride[1], "FLAT": gradients.flat(problem),
+        "PRECISION": launch.dot_precision(kind),
         "WIDE": max(grad.numel(), x.numel()) >= WIDE_FROM, **_blocks(config),
     }  # fmt: skip
-    columns = math.ceil(problem.c / config.block_n) * problem.taps
-    if flat:
-        columns = math.ceil(out.shape[1] / config.block_n)
-    grid = (math.ceil(problem.o / config.block_m) * columns, config.split_k, problem.groups)
+    tiles_m = math.ceil(problem.o / config.block_m)
+    tiles_n = gradients.column_tiles(problem, config.block_n)
+    grid = (tiles_m * tiles_n, config.split_k, problem.groups)
     step = Launch(conv_bwd_weight_kernel, grid, arguments, config.num_warps, config.num_stages)
     if config.split_k == 1:
         return [step]

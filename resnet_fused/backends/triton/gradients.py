@@ -65,6 +65,21 @@ _BLOCKS, _STEPS = 4, 8
 _MOST_PARTS = 256
 
 
+def flat(problem: Problem) -> bool:
+    """Return whether the weight's gradient has taps and channels as one axis of columns."""
+    return problem.taps > 1 and (problem.flat or problem.depthwise)
+
+
+def columns(problem: Problem) -> int:
+    """Return the columns that one tap has, or all of them in a flat kernel."""
+    return problem.taps * problem.c if flat(problem) else problem.c
+
+
+def column_tiles(problem: Problem, block_n: int) -> int:
+    """Return how many tiles of columns there are, over all taps."""
+    return math.ceil(columns(problem) / block_n) * (1 if flat(problem) else problem.taps)
+
+
 def weight_config(problem: Problem, precision: str, capability: int) -> Config:
     """Return how to cut the weight's gradient, a product over pixels.
 
@@ -74,14 +89,12 @@ def weight_config(problem: Problem, precision: str, capability: int) -> Config:
     """
     exact = precision == "fp32"
     widest = 64 if exact else 128
-    columns = problem.taps * problem.c if problem.flat or problem.depthwise else problem.c
     block_m = min(widest, max(16, power(problem.o)))
-    block_n = min(64 if columns > problem.c else widest, max(16, power(columns)))
+    block_n = min(widest, max(16, power(columns(problem))))
     block_k = 16 if exact else 128 // ITEMSIZE[precision]
-    if columns > problem.c:
-        block_k = min(block_k, 32)  # elements loaded one by one
-    tiles = math.ceil(problem.o / block_m) * math.ceil(columns / block_n) * problem.groups
-    tiles *= 1 if columns > problem.c else problem.taps
+    if flat(problem):  # elements loaded one by one
+        block_n, block_k = min(block_n, 64), min(block_k, 32)
+    tiles = math.ceil(problem.o / block_m) * column_tiles(problem, block_n) * problem.groups
     steps = math.ceil(problem.m / block_k)
     wanted = min(_BLOCKS * arch_of(capability).processors // tiles, steps // _STEPS, _MOST_PARTS)
     parts = 1 << max(0, wanted.bit_length() - 1)

@@ -15,6 +15,7 @@ from test_drawn import calls
 from test_training_ops import fresh, peak, terms
 
 import resnet_fused as rf
+from resnet_fused.backends import triton
 from resnet_fused.backends.triton import bn_launch, conv_launch, gradients, launch, passes
 from resnet_fused.backends.triton.shapes import Config
 from resnet_fused.ops import TRAINING
@@ -69,6 +70,12 @@ def test_result(op):
         for args in list(TRAINING[op].samples("cpu", dtype))[first::every]:
             outs = results(op, args)
             assert_right(op, args, outs)
+
+
+@each_op
+def test_one_candidate(op):
+    args = next(iter(TRAINING[op].samples("cpu", torch.float16)))
+    assert triton.candidates(op, *args) == {"default": getattr(triton, op)}
 
 
 @each_op
