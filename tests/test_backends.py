@@ -9,7 +9,7 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused.backends import ORDER, _derived, _requested, choose, requested
-from resnet_fused.ops import OPS
+from resnet_fused.ops import OPS, TRAINING
 
 X, WEIGHT = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3)
 NAMES = [*ORDER, "reference"]
@@ -29,6 +29,14 @@ def test_a_backend_has_what_the_registry_asks_for(name):
     assert module.available() is None or module.available()
     assert module.ADVICE
     assert any(hasattr(module, op) for op in OPS)
+
+
+@pytest.mark.parametrize("name", [n for n in ORDER if hasattr(ORDER[n], "bn_act")])
+def test_a_backend_that_trains_has_every_op_of_training(name):
+    """`trains` asks for one of them only."""
+    module = ORDER[name]
+    assert not [op for op, o in TRAINING.items() if not o.mutates and not hasattr(module, op)]
+    assert all(dtype.is_floating_point for dtype in module.FASTER_IN_TRAINING)
 
 
 def test_use_backend_as_a_block_and_nested():

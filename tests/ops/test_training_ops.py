@@ -9,6 +9,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import device_of, moved
 from torch import Tensor, nn
 
 import resnet_fused as rf
@@ -19,6 +20,7 @@ from resnet_fused.testing import gradient_rule, to_float64, two_x_rule
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BACKENDS = [b.name for b in rf.backends() if b.available]
 PAIRS = [(op, b) for op in TRAINING for b in BACKENDS if b == "reference" or hasattr(ORDER[b], op)]
+TRAINING_BACKENDS = [b for b in BACKENDS if b == "reference" or hasattr(ORDER[b], "bn_act")]
 FORWARD = [name for name, op in TRAINING.items() if op.backward is not None]
 
 each_op = pytest.mark.parametrize("op", TRAINING)
@@ -36,13 +38,13 @@ def fresh(args: tuple) -> tuple:
     return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
 
 
-def declined(op: str, backend: str, args: tuple) -> bool:
-    module = ORDER.get(backend)
-    return module is not None and module.supports(op, *args) is not None
+def declined(op: str, backend: str, args: tuple) -> str | None:
+    with rf.use_backend(backend):
+        return ORDER[backend].supports(op, *args) if backend in ORDER else None
 
 
 def samples(op: str, dtype: torch.dtype, backend: str = "reference") -> list[tuple]:
-    drawn = TRAINING[op].samples("cpu", dtype)
+    drawn = TRAINING[op].samples(device_of(backend), dtype)
     return [args for args in drawn if not declined(op, backend, args)]
 
 
@@ -170,15 +172,16 @@ def differentiate(function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(function(*leaves), leaves, grad.to(leaves[0].dtype)))
 
 
-@pytest.mark.parametrize("backend", ["reference", *(b for b in BACKENDS if b == "cpu")])
+@pytest.mark.parametrize("backend", TRAINING_BACKENDS)
 @each_dtype
 def test_gradients_of_a_chain(backend, dtype):
-    if backend == "cpu" and dtype not in (torch.float32, torch.bfloat16):
-        pytest.skip("the native kernels take float32 and bfloat16")
-    inputs, seen = chain_inputs(dtype), []
+    inputs, seen = moved(tuple(chain_inputs(dtype)), device_of(backend)), []
+    if reason := declined("bn_act", backend, (inputs[0],)):
+        pytest.skip(reason)
     with rf.use_backend(backend):
         ours_of = functools.partial(fused_chain, seen=seen)
-        grad = torch.randn(4, 8, 6, 5, generator=torch.Generator().manual_seed(9)).to(dtype)
+        grad = torch.randn(4, 8, 6, 5, generator=torch.Generator().manual_seed(9))
+        grad = grad.to(inputs[0])
         ours = differentiate(ours_of, inputs, grad)
     masks = [t > 0 for t in seen]
 
@@ -259,12 +262,12 @@ def test_running_statistics_are_torchs(momentum, dtype):
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-@pytest.mark.parametrize("backend", ["reference", *(b for b in BACKENDS if b == "cpu")])
+@pytest.mark.parametrize("backend", TRAINING_BACKENDS)
 def test_statistics_far_from_zero(offset, backend):
     """A mean ten thousand deviations away leaves the variance right to float32."""
     x = torch.randn(8, 4, 16, 16, dtype=torch.float64) + offset
-    x = x.float()
-    identity = torch.eye(4).view(4, 4, 1, 1)
+    x = x.float().to(device_of(backend))
+    identity = torch.eye(4).view(4, 4, 1, 1).to(x)
     with rf.use_backend(backend):
         z, mean, var = torch.ops.resnet_fused.conv_bn_stats(x, identity, [1, 1], [0, 0], [1, 1], 1)
     exact = torch.var_mean(z.double(), (0, 2, 3), correction=0)

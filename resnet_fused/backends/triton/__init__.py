@@ -17,7 +17,25 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import _requested
-from resnet_fused.backends.triton import pair_tiles
+from resnet_fused.backends.triton import pair_tiles, training
+
+# Ops of training, run as they stand there.
+from resnet_fused.backends.triton.training import bn_act as bn_act
+from resnet_fused.backends.triton.training import bn_act_backward_apply as bn_act_backward_apply
+from resnet_fused.backends.triton.training import bn_act_backward_reduce as bn_act_backward_reduce
+from resnet_fused.backends.triton.training import bn_act_conv_bn_stats as bn_act_conv_bn_stats
+from resnet_fused.backends.triton.training import bn_act_max_pool as bn_act_max_pool
+from resnet_fused.backends.triton.training import conv_backward_data as conv_backward_data
+from resnet_fused.backends.triton.training import conv_backward_weight as conv_backward_weight
+from resnet_fused.backends.triton.training import conv_bn_stats as conv_bn_stats
+from resnet_fused.backends.triton.training import dual_bn_act as dual_bn_act
+from resnet_fused.backends.triton.training import (
+    dual_bn_act_backward_apply as dual_bn_act_backward_apply,
+)
+from resnet_fused.backends.triton.training import (
+    dual_bn_act_backward_reduce as dual_bn_act_backward_reduce,
+)
+from resnet_fused.backends.triton.training import max_pool_backward as max_pool_backward
 
 ADVICE = (
     "Use an NVIDIA GPU from Ampere on (sm_80) with a CUDA build of torch, which brings triton; "
@@ -69,6 +87,11 @@ def _too_old(device: int) -> bool:
     return torch.cuda.get_device_capability(device) < LEAST_CAPABILITY
 
 
+#: Dtypes in which a fused training step was measured to be no slower than torch's: none yet. In the
+#: others the ops of training run where this backend is asked for by name.
+FASTER_IN_TRAINING: tuple[torch.dtype, ...] = ()
+
+
 def available() -> str | None:
     """Return why Triton kernels cannot be used here, or None."""
     return _load_error()
@@ -76,15 +99,18 @@ def available() -> str | None:
 
 def supports(op: str, x: Tensor, *args: Any) -> str | None:
     """Return why the kernels do not take this call, or None."""
+    by_name = _requested.name() == "triton"
     if x.dtype not in _DTYPES:
         return f"takes float32, bfloat16 and float16, x is {x.dtype}"
     if interpreted():
-        if _requested.name() != "triton":
+        if not by_name:
             return "its interpreter (TRITON_INTERPRET=1) runs only what asks for triton by name"
     elif x.device.type != "cuda":
         return f"runs on CUDA GPUs, x is on {x.device}"
     elif _too_old(x.device.index):
         return f"needs a GPU of sm_80 or later, {_name(x.device.index)}"
+    elif hasattr(training, op) and x.dtype not in FASTER_IN_TRAINING and not by_name:
+        return "its kernels of training are not measured: by name only"
     if op == "conv_bn_act_max_pool" and (groups := args[6]) != 1:
         return f"takes this op with groups of 1, got {groups}"
     if op == "conv_bn_act_conv_bn_act":
@@ -233,4 +259,4 @@ def candidates(op: str, *args: Any) -> dict[str, Callable[..., Tensor]]:
     alone: dict[str, Callable[..., Tensor]] = {
         "bn_apply": bn_apply, "add_relu": add_relu, "avg_pool_linear": avg_pool_linear
     }  # fmt: skip
-    return {"default": alone[op]}
+    return {"default": alone.get(op) or getattr(training, op)}

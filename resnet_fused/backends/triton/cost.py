@@ -53,8 +53,13 @@ def shared_bytes(problem: Problem, precision: str, config: Config, capability: i
     if config.tma:  # beside the stages: the output's tile, the residual's, barriers
         return config.num_stages * loads + (2 if problem.residual else 1) * block * size + 4096
     # mma reads registers, filled a stage ahead.
+    if problem.training:  # the input's scale and shift
+        loads += 2 * 4 * config.block_k
     stages = config.num_stages - (0 if asynchronous(precision, capability) else 1)
-    return max(stages * loads, 4 * block) + 1024  # sums are transposed in float32
+    staged = stages * loads
+    if problem.training and not asynchronous(precision, capability):  # once more, normalised
+        staged += config.block_m * config.block_k * size
+    return max(staged, 4 * block) + 1024  # sums are transposed in float32
 
 
 def occupancy(problem: Problem, precision: str, config: Config, capability: int) -> int:

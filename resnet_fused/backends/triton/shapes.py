@@ -29,6 +29,9 @@ class Problem:
     dilation: tuple[int, int]
     groups: int
     residual: bool = False
+    #: Whether statistics are taken of a tile, or its input is normalised: by blocks of the kernel
+    #: that gathers by pointer and sums all of K.
+    training: bool = False
 
     @staticmethod
     def of(

@@ -111,19 +111,22 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
         return False  # elements loaded one by one
     if config.num_warps == 8 and sums < 8:
         return False
+    if problem.training and sums > 64:
+        return False  # addresses, masks and what the statistics take
     beside = problem.residual and not config.tma
     if precision == "fp32":
         return sums <= 32  # operands of products without tensor cores
     if not asynchronous(precision, capability):
         # Operands of mma and a row's addresses and masks leave room for few pixels a thread.
         most = 128 if config.block_n == 256 and not beside else 64
-        return sums <= most and config.block_m <= threads
+        rows = threads // 2 if problem.training else threads
+        return sums <= most and config.block_m <= rows
     return sums <= (64 if precision == "tf32" and beside else 128)
 
 
 def _splits(problem: Problem, config: Config, arch: Arch) -> Iterator[Config]:
     yield config
-    if config.tma:
+    if config.tma or problem.training:
         return
     tiles, steps = count(problem, config), problem.steps(config.block_k)
     for split_k in (2, 4, 8, 16):
@@ -139,6 +142,8 @@ def takes_tma(problem: Problem, precision: str, config: Config, capability: int)
     """Return whether descriptors can say this problem: rows of 16 bytes, one stride, no groups."""
     size, stride = ITEMSIZE[precision], problem.stride[0]
     if capability < 90 or problem.groups > 1 or problem.flat or precision == "fp32":
+        return False
+    if problem.training:
         return False
     if problem.c * size % 16 or problem.o * size % 16 or config.split_k > 1:
         return False

@@ -30,3 +30,11 @@ def compiled(problem, dtype, config, capability, precision="tf32", act="relu"):
 
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     return aot.compile_conv(problem, dtype, config, capability, act)
+
+
+def compiled_launches(build, precision, capability, *args):
+    """The kernels of the launches that ``build(*args)`` returns, on tensors without data."""
+    from resnet_fused.backends.triton import aot
+
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    return [aot.compile_launch(step, capability) for step in build(*args)]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import resnet_fused as rf
-from resnet_fused.backends import ORDER, _requested, triton
+from resnet_fused.backends import ORDER, _requested, trains, triton
 from resnet_fused.backends.triton.shapes import Config
+from resnet_fused.ops import TRAINING
 
 X = torch.randn(1, 4, 6, 6)
 
@@ -131,6 +132,28 @@ def test_kernels_are_launched_on_the_device_of_x(monkeypatch):
     run.conv_bn_act(x, weight, *rest, config=Config.parse("m16n64k64w4s2x4g8"))
     run.bn_apply(x, None, None, x, "relu")
     assert launched == ["conv_fwd_kernel", "affine_kernel", "affine_kernel"]
+
+
+def test_training_is_not_chosen_but_by_name(monkeypatch):
+    """No GPU has measured it, so cuDNN's convolutions stay."""
+    gpu(monkeypatch, (9, 0))
+    for op in TRAINING:
+        reason = None if TRAINING[op].mutates else "its kernels of training are not measured"
+        assert str(reason) in str(triton.supports(op, OnGpu()))
+    assert triton.supports("bn_apply", OnGpu()) is None
+    monkeypatch.setattr(_requested, "_name", "triton")
+    assert all(triton.supports(op, OnGpu()) is None for op in TRAINING)
+
+
+def test_trains_in_the_interpreter_by_name_only(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys.modules["resnet_fused.backends"], "_trains", {})
+    half, wide = ((torch.device("cpu"), d) for d in (torch.float16, torch.float64))
+    assert not trains(*half)
+    with rf.use_backend("triton"):
+        assert trains(*half)
+        assert not trains(*wide)
 
 
 def test_the_interpreter_runs_only_what_asks_for_it_by_name(monkeypatch):

@@ -17,6 +17,7 @@ if triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]
 CONTRACT = TESTS / "ops/test_contract.py"
+TRAINING = TESTS / "ops/test_training_ops.py"
 
 
 def interpreted(*arguments: str | Path) -> int:
@@ -41,6 +42,12 @@ def test_every_path_of_the_kernels(tests, least):
 
 def test_the_stem_and_the_head():
     assert interpreted(HERE / "interpreted_ends.py") > 40
+
+
+def test_the_ops_of_training():
+    """All of interpreted_training.py, and what the ops' own tests hold every backend to."""
+    chosen = "interpreted_training or triton and (chain and bfloat16 or far_from_zero)"
+    assert interpreted(HERE / "interpreted_training.py", TRAINING, "-k", chosen) > 45
 
 
 @pytest.mark.parametrize(

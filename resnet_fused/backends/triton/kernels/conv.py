@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from resnet_fused.backends.triton.kernels.shared import activate, affine, multiply, tile_of
+from resnet_fused.backends.triton.kernels.moments import moments, store_moments
+from resnet_fused.backends.triton.kernels.normalise import normalise, vector
+from resnet_fused.backends.triton.kernels.shared import (
+    activate,
+    affine,
+    multiply,
+    rounded,
+    tile_of,
+)
 
 
 # Sizes stay ordinary arguments, so that another batch or image size compiles nothing.
@@ -15,7 +23,8 @@ def conv_fwd_kernel(
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, FLAT: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP_M: tl.constexpr, in_scale_ptr=None, in_shift_ptr=None, moments_ptr=None,
+    IN_RELU: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of BLOCK_M output pixels and BLOCK_N output channels of one group.
 
@@ -26,6 +35,10 @@ def conv_fwd_kernel(
     IN and OUT count the channels of one group; a row of the weight, (GROUPS · OUT, PITCH), is
     (KH, KW, IN). With SPLIT_K > 1 each part's float32 sums go to ``partial_ptr``,
     (SPLIT_K, m, GROUPS · OUT), for ``affine_kernel`` to add in order.
+
+    In training, with ``in_scale_ptr`` and ``in_shift_ptr``, the input is act(x · scale + shift),
+    rounded, and padding is zero behind that; the moments of the tile's rounded output go to
+    ``moments_ptr``, (tiles, 2, GROUPS · OUT), for ``merge_moments_kernel``.
     """
     tile_m, tile_n = tile_of(
         tl.program_id(0), (m + BLOCK_M - 1) // BLOCK_M, (OUT + BLOCK_N - 1) // BLOCK_N, GROUP_M
@@ -66,6 +79,7 @@ def conv_fwd_kernel(
             offsets = (down * w + right) * (IN * GROUPS) + k % IN
             a = tl.load(x_rows[:, None] + offsets[None, :], mask=inside, other=0.0)
             known = column_in[:, None] & (k < PITCH)[None, :]
+            channel, channel_in = k % IN, k < KH * KW * IN
         else:
             # One loop over taps and blocks, as Triton pipelines the innermost loop only.
             tap, first = step // BLOCKS, step % BLOCKS * BLOCK_K
@@ -84,6 +98,13 @@ def conv_fwd_kernel(
                 inside &= step < STEPS
                 known &= step < STEPS
             a = tl.load(x_rows[:, None] + offsets[None, :], mask=inside, other=0.0)
+            channel, channel_in = first + ks, first + ks < IN
+        if in_scale_ptr is not None:
+            scale = vector(in_scale_ptr + group * IN, channel, channel_in)
+            shift = vector(in_shift_ptr + group * IN, channel, channel_in)
+            a = rounded(normalise(a, scale[None, :], shift[None, :], IN_RELU), a.dtype)
+            if PADDED:
+                a = tl.where(inside, a, 0.0)
         b = tl.load(w_rows[:, None] + k[None, :], mask=known, other=0.0)
         acc = multiply(b, a.T, acc, PRECISION)
 
@@ -94,7 +115,15 @@ def conv_fwd_kernel(
         tl.store(partial_ptr + offsets, acc.T, mask=wanted)
     else:
         offsets = rows[:, None] * (OUT * GROUPS) + channels[None, :]
+        if moments_ptr is not None:
+            values = rounded(acc, y_ptr.dtype.element_ty).to(tl.float32)
+            count = tl.minimum(m - tile_m * BLOCK_M, BLOCK_M).to(tl.float32)
+            mean, squares = moments(values, row_in[None, :], count, 1)
+            store_moments(
+                moments_ptr, tile_m, channels, column_in, mean, squares, OUT * GROUPS
+            )  # fmt: skip
         acc = affine(acc, scale_ptr, shift_ptr, channels, column_in).T
         if residual_ptr is not None:
             acc += tl.load(residual_ptr + offsets, mask=wanted, other=0.0).to(tl.float32)
-        tl.store(y_ptr + offsets, activate(acc, RELU).to(y_ptr.dtype.element_ty), mask=wanted)
+        acc = rounded(activate(acc, RELU), y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offsets, acc, mask=wanted)

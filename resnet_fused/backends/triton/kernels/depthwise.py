@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from resnet_fused.backends.triton.kernels.shared import activate
+from resnet_fused.backends.triton.kernels.shared import activate, rounded
 
 
 @triton.jit(do_not_specialize=["m", "h", "w", "oh", "ow"])
@@ -49,4 +49,5 @@ def depthwise_fwd_kernel(
     wanted = row_in[:, None] & channel_in[None, :]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + offsets, mask=wanted, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, activate(acc, RELU).to(y_ptr.dtype.element_ty), mask=wanted)
+    acc = rounded(activate(acc, RELU), y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, acc, mask=wanted)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from resnet_fused.backends.triton.kernels.shared import activate
+from resnet_fused.backends.triton.kernels.shared import activate, rounded
 
 
 # A number of elements that 16 divides, which Triton then knows, keeps loads 16 bytes wide.
@@ -34,4 +34,5 @@ def affine_kernel(
         acc += tl.load(shift_ptr + channels, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, activate(acc, RELU).to(y_ptr.dtype.element_ty), mask=inside)
+    acc = rounded(activate(acc, RELU), y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, acc, mask=inside)

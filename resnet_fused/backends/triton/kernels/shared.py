@@ -40,3 +40,14 @@ def activate(value, RELU: tl.constexpr):
     if RELU:
         value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return value
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """Return a float32 value in DTYPE, the nearest, of two the even one."""
+    # The interpreter would cut the digits off.
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = value.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        value = tl.where(value == value, nearest, bits).to(tl.float32, bitcast=True)
+    return value.to(DTYPE)

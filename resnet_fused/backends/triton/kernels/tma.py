@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from resnet_fused.backends.triton.kernels.shared import activate, affine, multiply, tile_of
+from resnet_fused.backends.triton.kernels.shared import (
+    activate,
+    affine,
+    multiply,
+    rounded,
+    tile_of,
+)
 
 
 @triton.jit(do_not_specialize=["images", "oh", "ow"])
@@ -57,5 +63,5 @@ def conv_tma_fwd_kernel(
         if residual_desc is not None:
             residual = residual_desc.load([image, top, left, first])
             acc += residual.reshape(BLOCK_M, BLOCK_N).to(tl.float32)
-        acc = activate(acc, RELU).to(y_desc.dtype).reshape(BOX_N, BOX_H, BOX_W, BLOCK_N)
+        acc = rounded(activate(acc, RELU), y_desc.dtype).reshape(BOX_N, BOX_H, BOX_W, BLOCK_N)
         y_desc.store([image, top, left, first], acc)

@@ -1,0 +1,203 @@
+"""Launches of the convolutions of training: with statistics, and their gradients.
+
+Maps of any layout are converted, those to write are channels_last. Tensors on the meta device give
+the same launches, to be compiled where no GPU is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends._derived import derived
+from resnet_fused.backends.triton import bn_launch, gradients, launch, tiles
+from resnet_fused.backends.triton.bn_launch import BatchNorm
+from resnet_fused.backends.triton.kernels.conv_backward import (
+    conv_bwd_data_kernel,
+    conv_bwd_weight_kernel,
+)
+from resnet_fused.backends.triton.launch import WIDE_FROM, Launch, channels_last
+from resnet_fused.backends.triton.shapes import Config, Problem
+
+
+def conv_bn_stats(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    problem: Problem,
+    capability: int,
+    own: BatchNorm | None = None,
+    act: str | None = None,
+) -> tuple[list[Launch], Tensor, Tensor]:
+    """Return the launches of a convolution with its output's statistics, and what receives these.
+
+    Args:
+        x: the input, or, with ``own``, what that BatchNorm and ``act`` make it from.
+        weight: of the convolution.
+        y: receives the output.
+        problem: the convolution, in training.
+        capability: of the device, such as 90.
+        own: normalises the input.
+        act: behind that.
+    """
+    config = tiles.heuristic(problem, launch.precision(x.dtype), capability)
+    if problem.depthwise:
+        return _depthwise(x, weight, y, problem, config, capability, own, act)
+    convolve = launch.conv(
+        channels_last(x), weight, None, None, None, y, problem, config, None, capability
+    )[0]  # fmt: skip
+    shape = (math.ceil(problem.m / config.block_m), 2, y.shape[1])
+    parts = torch.empty(shape, dtype=torch.float32, device=y.device)
+    convolve.arguments["moments_ptr"] = parts
+    launches = [convolve]
+    if own is not None:
+        first, scale, shift = bn_launch.scale_shift(own)
+        convolve.arguments.update(in_scale_ptr=scale, in_shift_ptr=shift, IN_RELU=act == "relu")
+        launches = [first, convolve]
+    merges, mean, var = bn_launch.merge_moments(parts, problem.m, config.block_m)
+    return [*launches, *merges], mean, var
+
+
+def _depthwise(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    problem: Problem,
+    config: Config,
+    capability: int,
+    own: BatchNorm | None,
+    act: str | None,
+) -> tuple[list[Launch], Tensor, Tensor]:
+    """Return the launches one by one: there is little to a depthwise convolution but its maps."""
+    before, a = [], channels_last(x)
+    if own is not None:
+        a = torch.empty_like(a)
+        before = [bn_launch.bn_act(x, a, own, act)]
+    convolve = launch.conv(
+        a, weight, None, None, None, y, problem, config, None, capability
+    )  # fmt: skip
+    after, mean, var = bn_launch.bn_stats(y)
+    return [*before, *convolve, *after], mean, var
+
+
+def backward_data(
+    grad: Tensor, weight: Tensor, grad_x: Tensor, problem: Problem, capability: int
+) -> list[Launch]:
+    """Return the launches of the input's gradient, one for each pair of phases.
+
+    Pixels that no tap meets, such as three in four at a strided 1x1 convolution, get their zeros
+    from a launch without products.
+    """
+    grad = channels_last(grad)
+    packed, strides = _packed(weight, problem)
+    vertical, horizontal = (
+        gradients.phases(size, *axis)
+        for size, axis in zip((problem.h, problem.w), _axes(problem), strict=True)
+    )
+    return [
+        _phase(grad, packed, strides, grad_x, problem, capability, v, h)
+        for v in vertical
+        for h in horizontal
+    ]
+
+
+def _packed(weight: Tensor, problem: Problem) -> tuple[Tensor, dict[str, int]]:
+    """Return the weight as the input's gradient reads it, and its strides.
+
+    In 16 bits as the forward packs it. Tensor cores take float32 only with K, here the output's
+    channels, running fastest.
+    """
+    _, c, kh, kw = weight.shape
+    o, taps = problem.o, kh * kw
+    if weight.dtype != torch.float32:  # a depthwise weight, too, in rows
+        packed = derived((weight,), ("triton", 1), lambda: launch.pack(weight, 1))
+        pitch = packed.shape[1]
+        return packed, {"W_IN": 1, "W_OUT": pitch, "W_TAP": c, "W_GROUP": o * pitch}
+    packed = derived(
+        (weight,),
+        ("triton", "turned", problem.groups),
+        lambda: weight.detach().view(-1, o, c, kh, kw).permute(0, 2, 3, 4, 1).contiguous(),
+    )
+    return packed, {"W_IN": taps * o, "W_OUT": 1, "W_TAP": o, "W_GROUP": c * taps * o}
+
+
+def _axes(problem: Problem) -> list[tuple[int, ...]]:
+    geometry = (problem.kernel, problem.stride, problem.padding, problem.dilation)
+    return list(zip(*geometry, strict=True))
+
+
+def _phase(
+    grad: Tensor,
+    packed: Tensor,
+    strides: dict[str, int],
+    grad_x: Tensor,
+    problem: Problem,
+    capability: int,
+    vertical: gradients.Phase,
+    horizontal: gradients.Phase,
+) -> Launch:
+    kind = launch.precision(grad.dtype)
+    config = tiles.heuristic(
+        gradients.as_convolution(problem, vertical, horizontal), kind, capability
+    )
+    gh, gw = grad.shape[2:]
+    m = problem.n * vertical.size * horizontal.size
+    arguments = {
+        "grad_ptr": grad, "w_ptr": packed, "grad_x_ptr": grad_x, "m": m, "gh": gh, "gw": gw,
+        "h": problem.h, "w": problem.w, "rows": vertical.size, "columns": horizontal.size,
+        "IN": problem.c, "OUT": problem.o, "GROUPS": problem.groups, **strides,
+        "KW": problem.kernel[1], "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
+        "LEAVES": vertical.leaves(gh) or horizontal.leaves(gw),
+        "WIDE": max(grad.numel(), grad_x.numel()) >= WIDE_FROM,
+        "PRECISION": launch.dot_precision(kind), **_blocks(config), "GROUP_M": config.group_m,
+    }  # fmt: skip
+    for axis, phase in (("H", vertical), ("W", horizontal)):
+        arguments |= {
+            f"FIRST_{axis}": phase.first, f"TAPS_{axis}": phase.taps, f"TAP_{axis}": phase.tap,
+            f"EVERY_{axis}": phase.every, f"SHIFT_{axis}": phase.shift,
+            f"DIL_{axis}": phase.dilation,
+        }  # fmt: skip
+    tiles_m, tiles_n = math.ceil(m / config.block_m), math.ceil(problem.c / config.block_n)
+    grid = (tiles_m * tiles_n, problem.groups, 1)
+    return Launch(conv_bwd_data_kernel, grid, arguments, config.num_warps, config.num_stages)
+
+
+def _blocks(config: Config) -> dict[str, int]:
+    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+
+
+def backward_weight(
+    grad: Tensor, x: Tensor, out: Tensor, problem: Problem, capability: int
+) -> list[Launch]:
+    """Return the launches of the weight's gradient: of the parts of K, and their sum in order.
+
+    Args:
+        grad: of the output.
+        x: the input.
+        out: receives the gradient, (O, KH · KW · C/groups), contiguous.
+        problem: the convolution.
+        capability: of the device, such as 90.
+    """
+    kind = launch.precision(x.dtype)
+    config = gradients.weight_config(problem, kind, capability)
+    grad, x, parts = channels_last(grad), channels_last(x), out[None]
+    if config.split_k > 1:
+        parts = torch.empty((config.split_k, *out.shape), dtype=torch.float32, device=out.device)
+    steps = math.ceil(problem.m / (config.block_k * config.split_k))
+    arguments = {
+        "grad_ptr": grad, "x_ptr": x, "out_ptr": parts, "m": problem.m, "h": problem.h,
+        "w": problem.w, **launch.geometry(problem), "steps": steps, "IN": problem.c,
+        "OUT": problem.o, "GROUPS": problem.groups, "STRIDE_H": problem.stride[0],
+        "STRIDE_W": problem.stride[1], "FLAT": gradients.flat(problem),
+        "PRECISION": launch.dot_precision(kind),
+        "WIDE": max(grad.numel(), x.numel()) >= WIDE_FROM, **_blocks(config),
+    }  # fmt: skip
+    tiles_m = math.ceil(problem.o / config.block_m)
+    tiles_n = gradients.column_tiles(problem, config.block_n)
+    grid = (tiles_m * tiles_n, config.split_k, problem.groups)
+    step = Launch(conv_bwd_weight_kernel, grid, arguments, config.num_warps, config.num_stages)
+    if config.split_k == 1:
+        return [step]
+    return [step, *bn_launch.merge_sums(parts.flatten(1)[:, None], (out,))]

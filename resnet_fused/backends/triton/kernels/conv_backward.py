@@ -1,0 +1,131 @@
+"""The gradients of a convolution as implicit GEMMs over channels_last maps."""
+
+import triton
+import triton.language as tl
+
+from resnet_fused.backends.triton.kernels.shared import multiply, rounded, tile_of
+
+
+@triton.jit(do_not_specialize=["m", "gh", "gw", "h", "w", "rows", "columns"])
+def conv_bwd_data_kernel(
+    grad_ptr, w_ptr, grad_x_ptr, m, gh, gw, h, w, rows, columns,
+    IN: tl.constexpr, OUT: tl.constexpr, GROUPS: tl.constexpr, W_IN: tl.constexpr,
+    W_OUT: tl.constexpr, W_TAP: tl.constexpr, W_GROUP: tl.constexpr,
+    KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    FIRST_H: tl.constexpr, FIRST_W: tl.constexpr, TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
+    TAP_H: tl.constexpr, TAP_W: tl.constexpr, EVERY_H: tl.constexpr, EVERY_W: tl.constexpr,
+    SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    LEAVES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One tile of the input's gradient: BLOCK_M of a phase's m pixels, BLOCK_N channels of a group.
+
+    A phase, see :class:`gradients.Phase`, is (rows, columns) pixels of each image. IN and OUT count
+    the channels of one group of the convolution; K runs over its taps and, inside, over OUT.
+    W_IN to W_GROUP are the weight's strides.
+    """
+    tile_m, tile_n = tile_of(
+        tl.program_id(0), (m + BLOCK_M - 1) // BLOCK_M, (IN + BLOCK_N - 1) // BLOCK_N, GROUP_M
+    )
+    group = tl.program_id(1)
+    if WIDE:
+        tile_m = tile_m.to(tl.int64)
+    pixels = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    pixel_in, channel_in = pixels < m, channels < IN
+    image, row, column = pixels // (columns * rows), pixels // columns % rows, pixels % columns
+    top, left = row + SHIFT_H, column + SHIFT_W
+    grad_rows = grad_ptr + ((image * gh + top) * gw + left) * (OUT * GROUPS) + group * OUT
+    w_rows = w_ptr + group * W_GROUP + channels * W_IN
+
+    BLOCKS: tl.constexpr = (OUT + BLOCK_K - 1) // BLOCK_K
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    if TAPS_H * TAPS_W > 0:
+        for step in range(TAPS_H * TAPS_W * BLOCKS):
+            tap, k = step // BLOCKS, step % BLOCKS * BLOCK_K + ks
+            down, right = tap // TAPS_W, tap % TAPS_W
+            inside = pixel_in
+            if LEAVES:
+                y_in, x_in = top - down * DIL_H, left - right * DIL_W
+                inside &= (y_in >= 0) & (y_in < gh) & (x_in >= 0) & (x_in < gw)
+            inside, known = inside[:, None], channel_in[:, None]
+            if OUT % BLOCK_K != 0:
+                inside &= (k < OUT)[None, :]
+                known &= (k < OUT)[None, :]
+            offsets = k - (down * DIL_H * gw + right * DIL_W) * (OUT * GROUPS)
+            a = tl.load(grad_rows[:, None] + offsets[None, :], mask=inside, other=0.0)
+            place = (TAP_H + down * EVERY_H) * KW + TAP_W + right * EVERY_W
+            offsets = k * W_OUT + place * W_TAP
+            b = tl.load(w_rows[:, None] + offsets[None, :], mask=known, other=0.0)
+            acc = multiply(b, a.T, acc, PRECISION)
+
+    out = (image * h + FIRST_H + row * STRIDE_H) * w + FIRST_W + column * STRIDE_W
+    offsets = out[:, None] * (IN * GROUPS) + (group * IN + channels)[None, :]
+    value = rounded(acc.T, grad_x_ptr.dtype.element_ty)
+    tl.store(grad_x_ptr + offsets, value, mask=pixel_in[:, None] & channel_in[None, :])
+
+
+@triton.jit(do_not_specialize=["m", "h", "w", "oh", "ow", "steps"])
+def conv_bwd_weight_kernel(
+    grad_ptr, x_ptr, out_ptr, m, h, w, oh, ow, steps,
+    IN: tl.constexpr, OUT: tl.constexpr, GROUPS: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
+    FLAT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of the weight's gradient: BLOCK_M output channels, BLOCK_N input channels of a tap.
+
+    In a FLAT kernel the columns run over (tap, channel) as one axis. K runs over ``steps`` blocks
+    of one part of the m output pixels; the result is a row (GROUPS · OUT) of (KH, KW, IN) for each
+    part, to be added in order.
+    """
+    WIDTH: tl.constexpr = KH * KW * IN
+    COLUMNS: tl.constexpr = WIDTH if FLAT else IN
+    TILES_M: tl.constexpr = (OUT + BLOCK_M - 1) // BLOCK_M
+    TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    tile, part, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tap = tile // TILES_M // TILES_N
+    rows = tile % TILES_M * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile // TILES_M % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_in, column_in = rows < OUT, columns < COLUMNS
+    ks = tl.arange(0, BLOCK_K)
+    first = part * steps * BLOCK_K
+    if WIDE:
+        first = part.to(tl.int64) * steps * BLOCK_K
+    if FLAT:
+        tap, channel = columns // IN, columns % IN
+    down, right = tap // KW * DIL_H - PAD_H, tap % KW * DIL_W - PAD_W
+
+    PLAIN: tl.constexpr = KH * KW * STRIDE_H * STRIDE_W == 1 and PAD_H + PAD_W == 0 and not FLAT
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(steps):
+        pixels = first + step * BLOCK_K + ks
+        pixel_in = pixels < m
+        grad = tl.load(
+            grad_ptr + pixels[:, None] * (OUT * GROUPS) + (group * OUT + rows)[None, :],
+            mask=pixel_in[:, None] & row_in[None, :], other=0.0,
+        )  # fmt: skip
+        top, left = pixels // ow % oh * STRIDE_H, pixels % ow * STRIDE_W
+        image = pixels // (ow * oh) * h
+        if FLAT:
+            y_in, x_in = top[:, None] + down[None, :], left[:, None] + right[None, :]
+            inside = pixel_in[:, None] & (y_in >= 0) & (y_in < h) & (x_in >= 0) & (x_in < w)
+            offsets = ((image[:, None] + y_in) * w + x_in) * (IN * GROUPS) + channel[None, :]
+        elif PLAIN:
+            inside = pixel_in[:, None]
+            offsets = pixels[:, None] * (IN * GROUPS) + columns[None, :]
+        else:
+            y_in, x_in = top + down, left + right
+            inside = pixel_in & (y_in >= 0) & (y_in < h) & (x_in >= 0) & (x_in < w)
+            inside = inside[:, None]
+            offsets = ((image + y_in) * w + x_in)[:, None] * (IN * GROUPS) + columns[None, :]
+        x = tl.load(x_ptr + group * IN + offsets, mask=inside & column_in[None, :], other=0.0)
+        acc = multiply(grad.T, x, acc, PRECISION)
+
+    if not FLAT:
+        columns += tap * IN
+    offsets = (part * (OUT * GROUPS) + group * OUT + rows)[:, None] * WIDTH + columns[None, :]
+    value = rounded(acc, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets, value, mask=row_in[:, None] & column_in[None, :])

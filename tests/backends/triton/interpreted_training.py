@@ -1,0 +1,238 @@
+"""The kernels of training in Triton's interpreter; test_triton_interpreter.py runs this.
+
+Every op on its own samples, which leave blocks unfilled on every side; then what they do not show:
+several levels of merging, 64-bit offsets, values that are not finite, means far from zero.
+"""
+
+import copy
+
+import pytest
+import torch
+from formulas import call
+from hypothesis import given, settings
+from nets import SmallNet
+from test_drawn import calls
+from test_training_ops import fresh, peak, terms
+
+import resnet_fused as rf
+from resnet_fused.backends import triton
+from resnet_fused.backends.triton import bn_launch, conv_launch, gradients, launch, passes
+from resnet_fused.backends.triton.shapes import Config
+from resnet_fused.ops import TRAINING
+from resnet_fused.testing import gradient_metrics, max_error, to_float64, two_x_rule
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPS = [name for name, op in TRAINING.items() if not op.mutates]
+each_op = pytest.mark.parametrize("op", OPS)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def _asked_for():
+    with rf.use_backend("triton"):
+        yield
+
+
+def results(op: str, args: tuple) -> tuple:
+    out = call(op, fresh(args))
+    return out if isinstance(out, tuple) else (out,)
+
+
+def references(op: str, args: tuple) -> tuple:
+    out = TRAINING[op].reference(*args)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def assert_right(op: str, args: tuple, outs: tuple) -> None:
+    plains, oracles = references(op, args), references(op, to_float64(args))
+    for out, plain, oracle in zip(outs, plains, oracles, strict=True):
+        assert (out.shape, out.dtype) == (plain.shape, plain.dtype)
+        assert out.stride() == plain.stride() or not out.numel()
+        if not out.is_floating_point():
+            assert torch.equal(out, plain)
+            continue
+        check = two_x_rule(out, plain, oracle, terms(args))
+        slack = 0.0
+        if out.dim() == 1 and out.numel():  # sums cancel: the size of their terms counts
+            slack = torch.finfo(torch.float32).eps * peak(args) * terms(args) ** 0.5
+        assert check.error <= check.allowed + slack, check
+
+
+def same(a: tuple, b: tuple) -> bool:
+    return all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True))
+
+
+@each_op
+def test_result(op):
+    """The dtypes take turns over the samples, so that each meets most branches."""
+    every = 6 if "pool" in op else 3  # the pools' samples are many
+    for first, dtype in enumerate(DTYPES):
+        for args in list(TRAINING[op].samples("cpu", dtype))[first::every]:
+            outs = results(op, args)
+            assert_right(op, args, outs)
+
+
+@each_op
+def test_one_candidate(op):
+    args = next(iter(TRAINING[op].samples("cpu", torch.float16)))
+    assert triton.candidates(op, *args) == {"default": getattr(triton, op)}
+
+
+@each_op
+def test_64_bit_offsets(op, monkeypatch):
+    args = next(iter(TRAINING[op].samples("cpu", torch.float16)))
+    narrow = results(op, args)
+    for module in (bn_launch, conv_launch, launch):
+        monkeypatch.setattr(module, "WIDE_FROM", 1)
+    assert same(results(op, args), narrow)
+
+
+#: Operands whose partner is padded: in torch, too, the algorithm decides if they meet its zeros.
+MEETS_PADDING = {("conv_backward_weight", 0), ("conv_backward_data", 1), ("conv_bn_stats", 1)}
+
+
+@each_op
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's own arithmetic
+def test_not_finite(op):
+    """One value that is not finite spoils what it reaches and nothing else."""
+    args = [a for a in TRAINING[op].samples("cpu", torch.float32) if a[0].numel() > 64][-1]
+    for place, value in ((0, torch.nan), (0, torch.inf), (1, -torch.inf)):
+        given = fresh(args)
+        if (op, place) in MEETS_PADDING or not given[place].is_floating_point():
+            continue
+        given[place].view(-1)[given[place].numel() // 2] = value
+        for out, plain in zip(results(op, given), references(op, given), strict=True):
+            assert torch.equal(out.isnan(), plain.isnan())
+            assert torch.equal(out.isinf(), plain.isinf())
+
+
+def reduction(shape: tuple, dtype: torch.dtype) -> tuple:
+    """bn_act_backward_reduce's arguments."""
+    grad, x = (torch.randn(shape).to(dtype) for _ in range(2))
+    var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    gamma, beta = torch.randn(2, shape[1])
+    return grad, x, mean, var, gamma, beta, None, 1e-5, "relu", True
+
+
+def test_sums_merged_in_several_levels(monkeypatch):
+    args = reduction((2, 70, 14, 9), torch.bfloat16)
+    whole = results("bn_act_backward_reduce", args)
+    monkeypatch.setattr(passes, "MERGED", 2)
+    outs = results("bn_act_backward_reduce", args)
+    assert_right("bn_act_backward_reduce", args, outs)
+    assert torch.equal(outs[2], whole[2])
+
+
+@pytest.mark.parametrize(("offset", "merged"), [(0.0, 128), (1e4, 2)])
+def test_statistics_of_a_map(offset, merged, monkeypatch):
+    """Means ten thousand deviations away, and parts merged in one level or in several."""
+    monkeypatch.setattr(passes, "MERGED", merged)
+    x = torch.randn(5, 66, 11, 13) * (torch.rand(66, 1, 1) + 0.5) + offset
+    launches, mean, var = bn_launch.bn_stats(x)
+    for step in launches:
+        step.run()
+    assert len(launches) == (2 if merged == 128 else 4)
+    exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(var.double(), exact[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_channel_with_one_infinity():
+    x = torch.randn(2, 3, 5, 5)
+    x[0, 1, 2, 2] = torch.inf
+    launches, mean, var = bn_launch.bn_stats(x)
+    for step in launches:
+        step.run()
+    exact = torch.var_mean(x, (0, 2, 3), correction=0)
+    assert torch.equal(mean.isnan(), exact[1].isnan())
+    assert torch.equal(var.isnan(), exact[0].isnan())
+
+
+@each_dtype
+def test_the_mask_is_the_forward_s(dtype):
+    """Where the output was above zero the gradient passes, though the mask is made again."""
+    grad, x, *vectors, _, eps, act, masked = reduction((2, 40, 9, 9), dtype)
+    out = torch.ops.resnet_fused.bn_act(x, *vectors, None, eps, act)
+    args = (torch.ones_like(grad), x, *vectors, None, eps, act, masked)
+    assert torch.equal(results("bn_act_backward_reduce", args)[2] > 0, out > 0)
+
+
+def test_rounding_is_to_the_nearest():
+    """Also here, where the interpreter's own would be towards zero."""
+    x = torch.randn(1, 16, 9, 9)
+    zeros, ones = torch.zeros(16), torch.ones(16)
+    residual = (x - x.bfloat16().float()).bfloat16()
+    out = torch.ops.resnet_fused.bn_act(x.bfloat16(), zeros, ones, None, None, residual, 0.0, None)
+    exact = x.bfloat16().float() + residual.float()
+    assert max_error(out, exact.bfloat16()) == 0
+
+
+# --- convolutions --------------------------------------------------------------------------------
+
+
+def single(t):
+    return t.float() if t.dtype == torch.float64 else t
+
+
+@settings(derandomize=True, deadline=None, max_examples=6)
+@given(args=calls())
+def test_drawn_convolutions(args):
+    """Any geometry and layout, groups and empty batches too."""
+    x, weight, *_, stride, padding, dilation, groups, act = args
+    x, weight, geometry = single(x), single(weight), (stride, padding, dilation, groups)
+    var, mean = torch.ones(2, x.shape[1])
+    normalised = (x, mean, var, None, None, weight, 1e-5, act, *geometry)
+    y, *_ = results("bn_act_conv_bn_stats", normalised)
+    if y.numel() > y.shape[1]:
+        assert_right(
+            "bn_act_conv_bn_stats", normalised, results("bn_act_conv_bn_stats", normalised)
+        )
+    grad = torch.randn(y.shape).to(x.dtype)
+    data = (grad, weight, list(x.shape), *geometry)
+    assert_right("conv_backward_data", data, results("conv_backward_data", data))
+    of_weight = (grad, x, list(weight.shape), *geometry, not weight.is_contiguous())
+    assert_right("conv_backward_weight", of_weight, results("conv_backward_weight", of_weight))
+
+
+def test_a_fused_model_trains():
+    """One step of a fused network, which asks for the backend by name, beside torch's own."""
+    model = SmallNet().train()
+    fused, oracle = rf.fuse(model), copy.deepcopy(model).double()
+    x = torch.randn(2, 3, 20, 20)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        fused(x).square().sum().backward()
+    called = {event.key for event in profile.key_averages()}
+    assert not {f"resnet_fused::{op}" for op in TRAINING} - called
+    model(x).square().sum().backward()
+    oracle(x.double()).square().sum().backward()
+    off = [
+        sum(1 - gradient_metrics(p.grad, q.grad).cosine for p, q in pairs)
+        for pairs in (zip(m.parameters(), oracle.parameters(), strict=True) for m in (fused, model))
+    ]
+    assert off[0] <= 2 * off[1] + 1e-6
+    for ours, plain, exact in zip(fused.buffers(), model.buffers(), oracle.buffers(), strict=True):
+        if ours.is_floating_point():
+            assert two_x_rule(ours, plain, exact, x.numel()).ok
+        assert ours.is_floating_point() or torch.equal(ours, exact)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_padding_stays_zero_behind_the_activation():
+    """relu(BN(0)) is 1 here; a tile that normalised the padding would add it at the border."""
+    x, weight = -torch.ones(2, 16, 4, 4), torch.ones(16, 16, 3, 3)
+    zeros, ones = torch.zeros(16), torch.ones(16)
+    y, *_ = torch.ops.resnet_fused.bn_act_conv_bn_stats(
+        x, zeros, ones, ones, ones, weight, 0.0, "relu", (1, 1), (1, 1), (1, 1), 1
+    )
+    assert torch.equal(y, torch.zeros(2, 16, 4, 4))
+
+
+def test_the_weight_s_gradient_in_parts(monkeypatch):
+    grad, x = (torch.randn(2, 16, 6, 6).bfloat16() for _ in range(2))
+    args = (grad, x, [16, 16, 3, 3], (1, 1), (1, 1), (1, 1), 1, True)
+    config = Config(16, 16, 16, 4, 2, split_k=4)
+    monkeypatch.setattr(gradients, "weight_config", lambda *_: config)
+    out = results("conv_backward_weight", args)
+    assert_right("conv_backward_weight", args, out)
+    assert torch.equal(out[0], results("conv_backward_weight", args)[0])

@@ -1,0 +1,163 @@
+"""What the kernels of training compile to on GPUs that are not here: see test_triton_aot.py.
+
+The cases are some of ResNet-50's layers, each with the tiles that are used where none was measured.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from compiling import compiled_launches, compilers
+
+from resnet_fused.backends.triton.cost import arch_of
+from resnet_fused.backends.triton.shapes import Problem
+
+pytest.importorskip("triton")
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
+PRODUCTS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+
+
+def problem(n, c, size, o, k, stride=1) -> Problem:
+    pairs = ((stride, stride), (k // 2, k // 2), (1, 1))
+    made = Problem.of((n, c, size, size), (o, c, k, k), *pairs, 1, False)
+    return dataclasses.replace(made, training=True)
+
+
+LAYERS = {
+    "stem": problem(256, 3, 224, 64, 7, 2),
+    "3x3": problem(256, 64, 56, 64, 3),
+    "strided": problem(256, 128, 56, 128, 3, 2),
+    "shortcut": problem(256, 256, 56, 512, 1, 2),
+    "expand": problem(256, 256, 14, 1024, 1),
+}
+
+
+def tensor(*shape, dtype=torch.float32) -> torch.Tensor:
+    t = torch.empty(shape, dtype=dtype, device="meta")
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def normalisation(channels):
+    from resnet_fused.backends.triton.bn_launch import BatchNorm
+
+    return BatchNorm(*(tensor(channels) for _ in range(4)), 1e-5)
+
+
+def maps(p: Problem, dtype) -> tuple:
+    y = tensor(p.n, p.o, *p.out_size, dtype=dtype)
+    return tensor(p.n, p.c, p.h, p.w, dtype=dtype), tensor(p.o, p.c, *p.kernel, dtype=dtype), y
+
+
+def statistics(layer, dtype, capability):
+    from resnet_fused.backends.triton import conv_launch
+
+    p = LAYERS[layer]
+    own = None if layer == "stem" else normalisation(p.c)
+    launches, *_ = conv_launch.conv_bn_stats(*maps(p, dtype), p, capability, own, "relu")
+    return launches
+
+
+def data(layer, dtype, capability):
+    from resnet_fused.backends.triton import conv_launch
+
+    x, weight, y = maps(LAYERS[layer], dtype)
+    return conv_launch.backward_data(y, weight, x, LAYERS[layer], capability)
+
+
+def weight(layer, dtype, capability):
+    from resnet_fused.backends.triton import conv_launch
+
+    p = LAYERS[layer]
+    x, w, y = maps(p, dtype)
+    rows = tensor(p.o, w[0].numel(), dtype=dtype)
+    return conv_launch.backward_weight(y, x, rows, p, capability)
+
+
+def passes(layer, dtype, capability):
+    from resnet_fused.backends.triton import bn_launch as bn
+
+    x = maps(LAYERS[layer], dtype)[2]
+    c, h = x.shape[1:3]
+    own, sums = normalisation(c), [tensor(c) for _ in range(3)]
+    pool, y = ((3, 3), (2, 2), (1, 1)), tensor(x.shape[0], c, h // 2, h // 2, dtype=dtype)
+    return [
+        bn.bn_act(x, x, own, "relu", x),
+        bn.bn_act(x, x, own, "relu", x, own),
+        bn.backward_apply(x, x, own, None, sums[:2], "relu", 9, x),
+        bn.backward_apply(x, x, own, x, sums, "relu", 9, x, x, own, x),
+        *bn.backward_reduce(x, x, own, None, "relu", x)[0],
+        *bn.backward_reduce(x, x, own, x, "relu", None, x, sums[0])[0],
+        *bn.bn_stats(x)[0],
+        bn.max_pool(x, own, "relu", pool, y, y.to(torch.uint8)),
+        bn.max_pool_backward(y, y.to(torch.uint8), x, pool),
+    ]
+
+
+CASES = [
+    *((statistics, layer, "bf16", 90) for layer in ("stem", "3x3")),
+    *((statistics, *case) for case in (("3x3", "fp16", 80), ("3x3", "tf32", 90))),
+    (statistics, "expand", "bf16", 100),
+    *((data, layer, "bf16", 90) for layer in ("3x3", "strided", "shortcut")),
+    *((data, *case) for case in (("3x3", "fp16", 80), ("3x3", "tf32", 90))),
+    (data, "expand", "bf16", 100),
+    *((weight, layer, "bf16", 90) for layer in ("stem", "3x3", "shortcut")),
+    *((weight, *case) for case in (("strided", "fp16", 80), ("3x3", "tf32", 90))),
+    (weight, "expand", "bf16", 100),
+    (passes, "stem", "bf16", 90),
+]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> dict:
+    """The kernels of every case, compiled two at a time."""
+    with compilers(tmp_path_factory.mktemp("triton")) as pool:
+        running = {}
+        for build, layer, precision, capability in CASES:
+            given = functools.partial(build, layer, DTYPES[precision], capability)
+            task = pool.submit(compiled_launches, given, precision, capability)
+            running[build, layer, precision, capability] = task
+        return {case: task.result() for case, task in running.items()}
+
+
+def named(case) -> str:
+    return f"{case[0].__name__}-{'-'.join(map(str, case[1:]))}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_kernels(kernels, case):
+    """Nothing spilled, memory that a block has, tensor cores, loads of 16 bytes."""
+    build, layer, precision, capability = case
+    for kernel in kernels[case]:
+        assert kernel.spilled == 0, kernel
+        assert kernel.shared <= arch_of(capability).block_shared, kernel
+        products = kernel.kernel.startswith("conv") and kernel.loads  # none: pixels without a tap
+        assert kernel.instruction == (PRODUCTS[capability] if products else "fma"), kernel
+        widths = {int(load.split()[-1]) for load in kernel.loads}
+        if kernel.kernel == "scale_shift_kernel" or (layer == "stem" and build is not passes):
+            continue  # one channel a thread; pixels of three channels
+        if build is weight and precision == "tf32" and kernel.kernel.startswith("conv"):
+            # Products in TF32 take K, here the pixels, running fastest only: turned one by one.
+            assert widths == {4}, kernel
+        elif build is statistics:  # scale and shift beside the tiles
+            assert 16 in widths <= {4, 16}, kernel
+        else:
+            assert widths <= {16}, kernel
+
+
+def test_the_model_of_shared_memory_is_no_lower_than_triton_s(kernels):
+    from resnet_fused.backends.triton import tiles
+    from resnet_fused.backends.triton.cost import shared_bytes
+
+    for (build, layer, precision, capability), made in kernels.items():
+        if build is statistics:
+            config = tiles.heuristic(LAYERS[layer], precision, capability)
+            (convolution,) = (k for k in made if k.kernel == "conv_fwd_kernel")
+            estimate = shared_bytes(LAYERS[layer], precision, config, capability)
+            assert convolution.shared <= estimate, layer
+
+
+def test_a_strided_pointwise_gradient_multiplies_no_zeros(kernels):
+    made = kernels[data, "shortcut", "bf16", 90]
+    assert [k.instruction for k in made] == ["wgmma", "fma", "fma", "fma"]
