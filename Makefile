@@ -2,6 +2,7 @@
 # make test    lint, format and type checks, then the tests
 # make gpu-test       correctness on an NVIDIA GPU; fails where there is none
 # make gpu-sanitize   the Triton kernels under compute-sanitizer: memcheck, racecheck, initcheck
+# make sanitize  the native kernels' tests under AddressSanitizer and UBSan; builds them anew
 # VENV=0       use the current interpreter as it is and install nothing (torch 2.10 or later there)
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ READY := .venv/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help bench test gpu-test gpu-sanitize gpu check build clean
+.PHONY: help bench test gpu-test gpu-sanitize gpu check build sanitize clean
 
 help:
 	@sed -n 's/^# \(make .*\|VENV.*\)/\1/p' Makefile
@@ -68,6 +69,9 @@ gpu-sanitize: gpu build
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
 	        $(PY) -m pytest tests/backends/triton/test_triton_gpu.py $(ARGS) || exit 1; \
 	done
+
+sanitize: $(READY)
+	@$(PY) tests/native/sanitize.py $(ARGS)
 
 clean:
 	rm -rf .venv build out *.egg-info resnet_fused/_C*.so

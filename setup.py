@@ -1,92 +1,120 @@
 """Builds the optional native extension; pyproject.toml holds all the rest.
 
-RESNET_FUSED_CUDA=auto|0|1 (default auto) says whether the CUDA kernels are built too.
+RESNET_FUSED_CUDA=auto|0|1 (default auto): the CUDA kernels too where there is a usable nvcc; never;
+or one error that says what is missing. TORCH_CUDA_ARCH_LIST, CUDA_HOME, CUTLASS_PATH, CXX and
+MAX_JOBS mean what they mean elsewhere. Neither torch, a GPU nor the network is asked for anything.
 """
 
 import os
+import re
+import shlex
+import shutil
 import subprocess
-import tempfile
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.absolute()
+sys.path.insert(0, str(ROOT / "csrc"))
 
+import build_plan  # noqa: E402
+from build_plan import Plan  # noqa: E402
 
-def cuda_mode() -> str:
-    """The value of RESNET_FUSED_CUDA, checked."""
-    mode = os.environ.get("RESNET_FUSED_CUDA", "auto")
-    if mode not in ("auto", "0", "1"):
-        raise SystemExit(f"RESNET_FUSED_CUDA={mode!r}: expected auto, 0 or 1")
-    if mode == "1":
-        raise SystemExit("RESNET_FUSED_CUDA=1: this version has no CUDA sources; use auto or 0")
-    return mode
-
-
-def compiler_fault() -> str | None:
-    """Why no extension can be built here, or None."""
-    try:
-        import pybind11
-    except ImportError:
-        return "pybind11 is not installed"
-    import sysconfig
-
-    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
-    program = (
-        "#include <Python.h>\n#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text(program)
-        include = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
-        command = [*compiler, "-std=c++17", "-fopenmp", *include, "-c", str(source), "-o"]
-        try:
-            done = subprocess.run(
-                [*command, str(Path(folder, "probe.o"))], capture_output=True, text=True
-            )
-        except OSError as error:
-            return f"no C++ compiler ({error})"
-    return None if done.returncode == 0 else f"{compiler[0]} cannot compile C++17 with OpenMP"
+CXX_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-g0",
+             "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # fmt: skip
+NVCC_FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
-def native() -> dict:
-    """The arguments of setup() that build resnet_fused._C, empty where it cannot be built."""
-    cuda_mode()
-    fault = compiler_fault()
-    if fault:
+def sources(plan: Plan, root: Path = ROOT) -> list[Path]:
+    """Return what the plan compiles. A name that ends in _sm90 says: by CUTLASS, for Hopper."""
+    found = [p for p in sorted(root.glob("csrc/**/*")) if p.suffix in (".cpp", ".cu")]
+    if not plan.nvcc:
+        found = [p for p in found if p.parent.name != "cuda"]
+    if not plan.hopper:
+        found = [p for p in found if not p.stem.endswith("_sm90")]
+    return found
+
+
+def ninja_file(plan: Plan, cxx: list[str], linker: list[str], target: Path, root: Path) -> str:
+    """Return the build as ninja reads it: one edge per source, its headers known by a depfile."""
+    rules = {"cxx": [*cxx, *CXX_FLAGS, *build_plan.includes(), "-MMD", "-MF"]}
+    if plan.nvcc:
+        nvcc = [plan.nvcc.path, *build_plan.host_compiler()]
+        rules["nvcc"] = [*nvcc, *NVCC_FLAGS, "-MD", "-MF"]
+        static = ["-shared", "-cudart", "static", "-forward-unknown-to-host-compiler"]
+        linker = [*nvcc, *static, *(word for word in linker if word.startswith("-"))]
+    lines = []
+    for name, command in rules.items():
+        lines += [f"rule {name}", "  deps = gcc", "  depfile = $out.d"]
+        lines += [f"  command = {shlex.join(command)} $out.d $flags -c $in -o $out"]
+    lines += ["rule link", f"  command = {shlex.join(linker)} $in -fopenmp -o $out"]
+    objects = []
+    for source in sources(plan, root):
+        objects.append(f"{source.relative_to(root)}.o")
+        rule = "nvcc" if source.suffix == ".cu" else "cxx"
+        lines.append(f"build {objects[-1]}: {rule} {escaped(source)}")
+        lines.append(f"  flags = {shlex.join(flags(plan, source))}")
+    lines.append(f"build {escaped(target)}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def flags(plan: Plan, source: Path) -> list[str]:
+    """Return the arguments of one source alone."""
+    if source.suffix == ".cu":
+        if not source.stem.endswith("_sm90"):
+            return build_plan.gencode(plan.archs)
+        headers = [f"-I{plan.cutlass}/{place}" for place in ("include", "tools/util/include")]
+        return [*build_plan.gencode(plan.hopper), *headers]
+    # The CPU kernels know nothing of this: they need not be compiled again for it.
+    if not plan.nvcc or source.parent.name == "cpu":
+        return []
+    return [f'-DRF_CUDA_ARCHS="{" ".join(plan.archs)}"', *(["-DRF_SM90"] if plan.hopper else [])]
+
+
+def escaped(path: Path) -> str:
+    """Return a path as ninja reads it."""
+    return re.sub(r"([$: ])", r"$\1", str(path.absolute()))
+
+
+class BuildExt(build_ext):
+    """Builds the extension with ninja; what was left out is said in one line."""
+
+    def run(self) -> None:
+        """Try the CUDA compiler, then build."""
+        self.plan = PLAN
+        if PLAN.nvcc and (fault := build_plan.nvcc_fault(PLAN.nvcc)):
+            self.plan = build_plan.without_cuda(os.environ, fault)
+        super().run()
+        print(f"resnet_fused: {self.plan}", flush=True)
+
+    def build_extension(self, ext: Extension) -> None:
+        """Write the ninja file and run it; only what changed is compiled."""
+        import ninja
+
+        folder = Path(self.build_temp).absolute()
+        if self.force:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name))
+        compilers = self.compiler.compiler_so_cxx, self.compiler.linker_so_cxx
+        (folder / "build.ninja").write_text(ninja_file(self.plan, *compilers, target, ROOT))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "--quiet", *jobs]
+        if subprocess.run(command).returncode:
+            raise SystemExit("resnet_fused: the native extension does not compile; see above")
+
+
+if __name__ == "__main__":
+    PLAN = build_plan.decide(os.environ, build_plan.find_tools(os.environ))
+    if fault := build_plan.cxx_fault():
+        build_plan.without_cuda(os.environ, fault)  # an error if CUDA was asked for
         print(f"resnet_fused: pure Python, no native kernels: {fault}")
-        return {}
-    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-
-    included = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.inl")]
-
-    def changed(obj: str, src: str) -> bool:
-        """Whether src or any file it may include is newer than obj."""
-        newest = max(path.stat().st_mtime for path in (ROOT / src, *included))
-        return newest > os.path.getmtime(obj)
-
-    class BuildExt(build_ext):
-        def run(self) -> None:
-            super().run()
-            print("resnet_fused: built resnet_fused._C with the CPU kernels, no CUDA kernels")
-
-    ParallelCompile(needs_recompile=changed).install()
-    extension = Pybind11Extension(
-        "resnet_fused._C",
-        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in included),
-        cxx_std=17,
-        extra_compile_args=[
-            "-O3",
-            "-fopenmp",
-            "-g0",
-            "-Wno-uninitialized",
-            "-Wno-maybe-uninitialized",
-            "-fno-math-errno",
-        ],
-        extra_link_args=["-fopenmp"],
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExt}}
-
-
-setup(**native())
+        setup()
+    else:
+        # All files, whatever the plan compiles: a source distribution holds them too.
+        files = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.*"))]
+        files = [name for name in files if "__pycache__" not in name]
+        extension = Extension("resnet_fused._C", files)
+        setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})

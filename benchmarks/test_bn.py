@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends import _cpu_training as kernels
+from resnet_fused.backends import _training_kernels as kernels
 from resnet_fused.backends import cpu
 from resnet_fused.testing import two_x_rule
 

@@ -5,8 +5,8 @@ namespace rf {
 void register_cpu_isa(pybind11::module_& m);
 void register_conv_bn_act(pybind11::module_& m);
 void register_pool_head(pybind11::module_& m);
-void register_bn(pybind11::module_& m);
-void register_max_pool_training(pybind11::module_& m);
+void register_cpu_training(pybind11::module_& m);
+void register_cuda(pybind11::module_& m);
 }  // namespace rf
 
 PYBIND11_MODULE(_C, m) {
@@ -14,6 +14,8 @@ PYBIND11_MODULE(_C, m) {
   rf::register_cpu_isa(m);
   rf::register_conv_bn_act(m);
   rf::register_pool_head(m);
-  rf::register_bn(m);
-  rf::register_max_pool_training(m);
+  rf::register_cpu_training(m);
+#ifdef RF_CUDA_ARCHS
+  rf::register_cuda(m);
+#endif
 }

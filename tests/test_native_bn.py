@@ -18,7 +18,7 @@ from native_maps import (
     vectors,
 )
 
-from resnet_fused.backends import _cpu_training as kernels
+from resnet_fused.backends import _training_kernels as kernels
 from resnet_fused.testing import max_error
 
 _C = pytest.importorskip("resnet_fused._C")

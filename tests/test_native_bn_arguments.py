@@ -7,7 +7,7 @@ import pytest
 import torch
 from native_maps import backward_maps, each_run, vectors
 
-from resnet_fused.backends import _cpu_training as kernels
+from resnet_fused.backends import _training_kernels as kernels
 
 _C = pytest.importorskip("resnet_fused._C")
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from native_maps import each_run, is_channels_last, maps, rule
 
-from resnet_fused.backends import _cpu_training as kernels
+from resnet_fused.backends import _training_kernels as kernels
 from resnet_fused.testing import max_error
 
 _C = pytest.importorskip("resnet_fused._C")

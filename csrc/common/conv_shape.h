@@ -4,9 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace rf {
 
-enum class DType : int { f32 = 0, bf16 = 1 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };  // f16 on GPUs only
 
 inline size_t itemsize(DType d) { return d == DType::f32 ? 4 : 2; }
 
@@ -21,9 +23,9 @@ struct ConvShape {
   int64_t og() const { return o / groups; }  // output channels of one group
 };
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+RF_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+RF_HOST_DEVICE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+RF_HOST_DEVICE constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+RF_HOST_DEVICE constexpr int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace rf

@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define RF_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define RF_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace rf {
 
@@ -25,6 +21,20 @@ struct MomentsMerge {
     sum0 += sum;
   }
 };
+
+// The sum and the squared deviations of n values, from sums of x - shift and of (x - shift)^2.
+RF_HOST_DEVICE void unshifted(double n, double by_n, float shift, float sum_s, float square_s,
+                              double& sum, double& m2) {
+  const double s = sum_s, deviations = square_s - s * s * by_n;
+  sum = n * (double)shift + s;
+  m2 = deviations < 0 ? 0 : deviations;  // below zero by rounding only; NaN stays
+}
+
+// The rows of one part of a reduction.
+RF_HOST_DEVICE int64_t part_begin(int64_t rows, int64_t parts, int64_t part) {
+  const int64_t more = rows % parts;
+  return rows / parts * part + (part < more ? part : more);
+}
 
 // Into how many parts of rows a reduction over (rows, c) is cut: a function of the shape alone, so
 // that sums do not depend on the number of threads. Enough for many threads, and no part so small

@@ -3,8 +3,6 @@
 // Sums run in float32 over this many rows, then in double.
 constexpr int64_t kBlock = 256;
 
-enum class Shortcut { none, plain, affine };
-
 // The arguments by value here and below: through a reference, every store might change them.
 template <class E, Shortcut S, bool RELU>
 static void bn_act_rows(const BnActArgs g, int64_t first, int64_t last) {
@@ -57,11 +55,6 @@ static void add_relu(const AddReluArgs& g) {
   });
 }
 
-// The rows of one part of a reduction.
-static inline int64_t part_begin(int64_t rows, int64_t parts, int64_t part) {
-  return rows / parts * part + min64(part, rows % parts);
-}
-
 // Whether a reduction that reads so many maps goes over several rows at once, which touches the sums
 // less often, or row by row, which reads memory in order. Measured on two Zen 4 cores: at once is
 // up to 1.6 times faster on short rows and in cache, up to 1.7 times slower on long rows from memory.
@@ -78,11 +71,8 @@ static inline void add_moments(const typename E::T* x, int64_t c, float* work) {
     // The rows among themselves first: fewer roundings at the size of the whole sum.
     auto sum_r = Vec::zero(), square_r = Vec::zero();
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const auto d = Vec::sub(get<E>(x + r * c + j, lanes), s);
-      sum_r = Vec::add(sum_r, d);
-      square_r = Vec::fma(d, d, square_r);
-    }
+    for (int r = 0; r < R; ++r)
+      bn_add_moments<Vec>(get<E>(x + r * c + j, lanes), s, sum_r, square_r);
     put<F32>(work + c + j, Vec::add(sum, sum_r), lanes);
     put<F32>(work + 2 * c + j, Vec::add(square, square_r), lanes);
   });
@@ -91,7 +81,7 @@ static inline void add_moments(const typename E::T* x, int64_t c, float* work) {
 // Sum and squared deviations of a part. Each block of rows is shifted by the mean of its first few:
 // being a mean of k of the block's n values it is within sqrt(n/k) standard deviations of the
 // block's own mean, whatever the data, so the variance's relative error is at most 1 + n/k = 33
-// times that of a sum. Rounded as x is, so that differences of bfloat16 are exact.
+// times that of a sum.
 template <class E>
 static void part_moments(const typename E::T* x, int64_t rows, int64_t c, bool several,
                          double* sums, double* m2s, float* work) {
@@ -102,8 +92,7 @@ static void part_moments(const typename E::T* x, int64_t rows, int64_t c, bool s
     each_vector(c, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
       auto s = Vec::zero();
       for (int64_t r = 0; r < few; ++r) s = Vec::add(s, get<E>(at + r * c + j, lanes));
-      s = Vec::finite_or_zero(E::rounded(Vec::mul(s, Vec::set1(1.0f / (float)few))));
-      put<F32>(work + j, s, lanes);
+      put<F32>(work + j, bn_shift<E>(s, 1.0f / (float)few), lanes);
       put<F32>(work + c + j, Vec::zero(), lanes);
       put<F32>(work + 2 * c + j, Vec::zero(), lanes);
     });
@@ -112,9 +101,9 @@ static void part_moments(const typename E::T* x, int64_t rows, int64_t c, bool s
     for (; r < n; ++r) add_moments<E, 1>(at + r * c, c, work);
     const MomentsMerge merge((double)row, (double)n);
     for (int64_t j = 0; j < c; ++j) {
-      const double sum = work[c + j], m2 = work[2 * c + j] - sum * sum * merge.by_n;
-      // Below zero by rounding only; NaN stays.
-      merge.add(sums[j], m2s[j], n * (double)work[j] + sum, m2 < 0 ? 0 : m2);
+      double sum, m2;
+      unshifted((double)n, merge.by_n, work[j], work[c + j], work[2 * c + j], sum, m2);
+      merge.add(sums[j], m2s[j], sum, m2);
     }
   }
 }
@@ -151,8 +140,6 @@ static void bn_stats(const BnStatsArgs& g) {
     }
   }
 }
-
-enum class Mask { none, from_y, recomputed };
 
 // The gradient behind the ReLU at element i, channel j.
 template <class E, Mask M, class L>

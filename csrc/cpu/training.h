@@ -1,71 +1,11 @@
 // What one build of the training kernels (one instruction set, one dtype) offers to the bindings.
-// Maps are dense NHWC read as (rows, c); vectors have c floats; a null pointer is an absent operand.
 #pragma once
 
 #include "../common/conv_shape.h"
 #include "../common/moments.h"
+#include "../common/training_args.h"
 
 namespace rf::cpu {
-
-struct BnStatsArgs {
-  const void* x;
-  float *mean, *var;
-  char* scratch;
-  int64_t rows, c;
-};
-
-struct BnActArgs {
-  const void* x;
-  const float *scale, *shift;
-  const void* residual;
-  const float *residual_scale, *residual_shift;
-  void* y;
-  int64_t rows, c;
-  bool relu;
-};
-
-// The gradient as it comes in, and what says where the ReLU let it pass: y, or scale and shift.
-struct BnGradient {
-  const void* grad;
-  const void* x;
-  const void* x2;  // of the BatchNorm in the shortcut
-  const float *scale, *shift;
-  const void* y;
-  int64_t rows, c;
-  bool relu;
-};
-
-struct BnReduceArgs : BnGradient {
-  const float *mean, *mean2;
-  float *sum_g, *sum_gx, *sum_gx2;
-  void* masked;
-  char* scratch;
-};
-
-struct BnApplyArgs : BnGradient {
-  const float *a, *b, *d, *a2, *b2, *d2;
-  void *grad_x, *grad_x2;
-};
-
-struct AddReluArgs {
-  const void *x, *residual;
-  void* y;
-  int64_t n;
-};
-
-struct PoolIndexArgs {
-  const void* x;
-  void* y;
-  uint8_t* index;  // like y
-  int64_t n, h, w, c, k, s, p;
-};
-
-struct PoolBackwardArgs {
-  const void* grad;
-  const uint8_t* index;
-  void* grad_x;
-  int64_t n, h, w, c, k, s, p;
-};
 
 struct TrainingTable {
   void (*bn_stats)(const BnStatsArgs&);

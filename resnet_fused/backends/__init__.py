@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from resnet_fused.backends import _requested, _tuned, cpu, cudnn, onednn, triton
+from resnet_fused.backends import _requested, _tuned, cpu, cuda, cudnn, onednn, triton
 from resnet_fused.backends._requested import AUTO
 
 #: Tried in this order by "auto"; the reference runs what none of them takes.
 ORDER: dict[str, ModuleType] = {
     "cpu": cpu,
     "onednn": onednn,
+    "cuda": cuda,
     "triton": triton,
     "cudnn": cudnn,
 }

@@ -60,8 +60,16 @@ def _is_free(block: torch.UntypedStorage) -> bool:
     return bool(torch._C._storage_Use_Count(block._cdata) == 1)
 
 
-def empty_channels_last(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return an empty channels_last CPU tensor."""
+CPU = torch.device("cpu")
+
+
+def empty_channels_last(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device = CPU
+) -> Tensor:
+    """Return an empty channels_last tensor; on a GPU, torch's own allocator keeps the blocks."""
+    if device.type != "cpu":
+        kind = torch.channels_last
+        return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=kind)
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     block = _blocks.take(nbytes) if nbytes >= _LEAST else None
     if block is None:
@@ -81,11 +89,14 @@ def channels_last(x: Tensor) -> Tensor:
 _local = threading.local()
 
 
-def scratch(size: int) -> Tensor:
+def scratch(size: int, device: torch.device = CPU) -> Tensor:
     """Return this thread's scratch memory of at least ``size`` bytes, 64-byte aligned.
 
-    It is kept, as touching fresh pages is slow; the next call may return the same memory.
+    On the CPU it is kept, as touching fresh pages is slow; the next call may return the same one.
+    On a GPU it belongs to the current stream, and to a graph being captured there.
     """
+    if device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=device)
     kept: Tensor | None = getattr(_local, "scratch", None)
     if kept is None or kept.nbytes < size:
         kept = torch.empty(size, dtype=torch.uint8)

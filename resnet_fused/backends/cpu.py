@@ -7,23 +7,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.backends import _cpu_training, native
+from resnet_fused.backends import _torch_conv, _training_kernels, native
+from resnet_fused.backends._cpu_conv import Call, Convolution, convolve_once
+from resnet_fused.backends._outputs import empty_channels_last, scratch
 
 # Ops of training, run as they stand there.
-from resnet_fused.backends._cpu_bn import bn_act as bn_act
-from resnet_fused.backends._cpu_bn import bn_act_backward_apply as bn_act_backward_apply
-from resnet_fused.backends._cpu_bn import bn_act_backward_reduce as bn_act_backward_reduce
-from resnet_fused.backends._cpu_bn import bn_act_max_pool as bn_act_max_pool
-from resnet_fused.backends._cpu_bn import dual_bn_act as dual_bn_act
-from resnet_fused.backends._cpu_bn import dual_bn_act_backward_apply as dual_bn_act_backward_apply
-from resnet_fused.backends._cpu_bn import dual_bn_act_backward_reduce as dual_bn_act_backward_reduce
-from resnet_fused.backends._cpu_bn import max_pool_backward as max_pool_backward
-from resnet_fused.backends._cpu_conv import Call, Convolution, convolve_once
-from resnet_fused.backends._outputs import channels_last as as_channels_last
-from resnet_fused.backends._outputs import empty_channels_last, scratch
+from resnet_fused.backends._training_ops import bn_act as bn_act
+from resnet_fused.backends._training_ops import bn_act_backward_apply as bn_act_backward_apply
+from resnet_fused.backends._training_ops import bn_act_backward_reduce as bn_act_backward_reduce
+from resnet_fused.backends._training_ops import bn_act_max_pool as bn_act_max_pool
+from resnet_fused.backends._training_ops import dual_bn_act as dual_bn_act
+from resnet_fused.backends._training_ops import (
+    dual_bn_act_backward_apply as dual_bn_act_backward_apply,
+)
+from resnet_fused.backends._training_ops import (
+    dual_bn_act_backward_reduce as dual_bn_act_backward_reduce,
+)
+from resnet_fused.backends._training_ops import max_pool_backward as max_pool_backward
 from resnet_fused.backends.native import DTYPE_NAMES, as_vector
 
 ADVICE = "Build the extension with a C++17 compiler: pip install --no-binary :all: resnet_fused"
@@ -156,10 +158,8 @@ def conv_bn_stats(
     if declines(x) is None:
         y = convolve_once(x, weight, stride, padding, dilation, groups)
     if y is None:
-        x = x.contiguous(memory_format=torch.channels_last)
-        geometry = (list(stride), list(padding), list(dilation), groups)
-        y = as_channels_last(F.conv2d(x, weight, None, *geometry))
-    return y, *_cpu_training.bn_stats(y)
+        y = _torch_conv.forward(x, weight, stride, padding, dilation, groups)
+    return y, *_training_kernels.bn_stats(y)
 
 
 def bn_act_conv_bn_stats(
@@ -197,13 +197,7 @@ def conv_backward_data(
         own = convolve_once(grad, weight, stride, outer, dilation, groups, turned=True)
         if own is not None:
             return own
-    # Not read; an expanded scalar would be copied to its full size.
-    x = empty_channels_last(x_size, grad.dtype)
-    geometry = (stride, padding, dilation, False, [0, 0], groups)
-    grad_x = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, *geometry, [True, False, False]
-    )[0]
-    return as_channels_last(grad_x)
+    return _torch_conv.backward_data(grad, weight, x_size, stride, padding, dilation, groups)
 
 
 def conv_backward_weight(
@@ -217,27 +211,21 @@ def conv_backward_weight(
     channels_last: bool,
 ) -> Tensor:
     """Run the op by torch's oneDNN."""
-    weight = empty_channels_last(weight_size, grad.dtype)
-    geometry = (stride, padding, dilation, False, [0, 0], groups)
-    grad_weight = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, *geometry, [False, True, False]
-    )[1]
-    if channels_last:
-        return as_channels_last(grad_weight)
-    _, c, kh, kw = weight_size
-    return grad_weight.contiguous().as_strided(weight_size, (c * kh * kw, kh * kw, kw, 1))
+    return _torch_conv.backward_weight(
+        grad, x, weight_size, stride, padding, dilation, groups, channels_last
+    )
 
 
 def bn_apply(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str | None
 ) -> Tensor:
     """Run the op."""
-    return _cpu_training.bn_act(x, scale, shift, residual, relu=act == "relu")
+    return _training_kernels.bn_act(x, scale, shift, residual, relu=act == "relu")
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     """Run the op."""
-    return _cpu_training.add_relu(x, residual)
+    return _training_kernels.add_relu(x, residual)
 
 
 def bind_max_pool(x: Tensor, y: Tensor, kernel: int, stride: int, padding: int) -> Call:

@@ -10,8 +10,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-#: The dtypes with kernels, as the extension names them.
+#: The dtypes with CPU kernels, as the extension names them.
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+#: The dtypes with CUDA kernels.
+CUDA_DTYPE_NAMES = {**DTYPE_NAMES, torch.float16: "float16"}
 
 
 @functools.cache
@@ -37,6 +39,13 @@ def loaded() -> ModuleType:
     module = extension()
     assert module is not None, "available() is asked before"
     return module
+
+
+def kernels_on(device: torch.device) -> tuple[ModuleType, tuple[int, ...]]:
+    """Return the kernels for tensors on ``device``, and what they take last: a CUDA stream."""
+    if device.type == "cpu":
+        return loaded(), ()
+    return loaded().cuda, (torch.cuda.current_stream(device).cuda_stream,)
 
 
 def as_vector(vector: Tensor | None) -> Tensor | None:

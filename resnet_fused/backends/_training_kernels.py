@@ -1,20 +1,23 @@
-"""The CPU kernels of training: BatchNorm's passes, residual add and ReLU, the stem's max pool.
+"""The native kernels of training: BatchNorm's passes, residual add and ReLU, the stem's max pool.
 
-Maps are (N, C, H, W), float32 or bfloat16, all of the first one's shape and dtype; other layouts
-than channels_last are converted. Vectors have C values and are read as float32. Results are
-channels_last maps and float32 vectors; arithmetic is in float32. Arguments that do not fit raise
+Maps are (N, C, H, W), float32 or bfloat16, on a GPU also float16, all of the first one's shape,
+dtype and device; other layouts than channels_last are converted. Vectors have C values and are read
+as float32. Results are channels_last maps and float32 vectors; arithmetic is in float32. On a GPU,
+kernels are put on the current stream and not waited for. Arguments that do not fit raise
 ValueError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import _bn_math, native
 from resnet_fused.backends._outputs import empty_channels_last, scratch
-from resnet_fused.backends.native import DTYPE_NAMES, as_vector, loaded
+from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_vector
 
 
 class _Maps:
@@ -22,8 +25,19 @@ class _Maps:
 
     def __init__(self, x: Tensor) -> None:
         n, c, h, w = x.shape
-        self._shape, self._dtype, self._kept = x.shape, x.dtype, [x]
-        self.sizes = (DTYPE_NAMES[x.dtype], n * h * w, c)
+        self._shape, self._dtype, self._device, self._kept = x.shape, x.dtype, x.device, [x]
+        self.sizes = (CUDA_DTYPE_NAMES[x.dtype], n * h * w, c)
+
+    def run(self, kernel: str, *args: Any) -> None:
+        """Run a kernel, or put it on the current stream."""
+        run(self._device, kernel, *args)
+
+    def scratch(self, kernel: str) -> tuple[int, int]:
+        """Return address and size of the scratch memory that a kernel needs."""
+        kernels, _ = native.kernels_on(self._device)
+        size = getattr(kernels, f"{kernel}_scratch_bytes")(*self.sizes[1:])
+        self._kept.append(scratch(size, self._device))
+        return self._kept[-1].data_ptr(), self._kept[-1].nbytes
 
     def map(self, name: str, t: Tensor | None) -> int:
         """Return the address of a map to read, 0 for None."""
@@ -39,9 +53,9 @@ class _Maps:
         vector = as_vector(t)
         if vector is None:
             return 0
-        if vector.shape != self._shape[1:2] or vector.device.type != "cpu":
+        if vector.shape != self._shape[1:2] or vector.device != self._device:
             raise ValueError(
-                f"{name}: must be a CPU vector of {self._shape[1]} values, "
+                f"{name}: must be a vector of {self._shape[1]} values on {self._device}, "
                 f"got {tuple(vector.shape)} on {vector.device}"
             )
         self._kept.append(vector)
@@ -50,7 +64,7 @@ class _Maps:
     def output(self, name: str, out: Tensor | None) -> Tensor:
         """Return the map to write: ``out``, checked, or a new one."""
         if out is None:
-            return empty_channels_last(self._shape, self._dtype)
+            return empty_channels_last(self._shape, self._dtype, self._device)
         self._check(name, out)
         if not out.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(f"{name}: must be channels_last, got strides {out.stride()}")
@@ -58,14 +72,62 @@ class _Maps:
 
     def new_vectors(self, count: int) -> list[Tensor]:
         """Return vectors to write."""
-        return [torch.empty(self._shape[1], dtype=torch.float32) for _ in range(count)]
+        return [_vector(self._shape[1], self._device) for _ in range(count)]
 
     def _check(self, name: str, t: Tensor) -> None:
-        if t.shape != self._shape or t.dtype != self._dtype or t.device.type != "cpu":
+        if (t.shape, t.dtype, t.device) != (self._shape, self._dtype, self._device):
             raise ValueError(
-                f"{name}: must be a CPU tensor {tuple(self._shape)} of {self._dtype}, "
+                f"{name}: must be {tuple(self._shape)} of {self._dtype} on {self._device}, "
                 f"got {tuple(t.shape)} of {t.dtype} on {t.device}"
             )
+
+
+def run(device: torch.device, kernel: str, *args: Any) -> None:
+    """Run a kernel on ``device``, on a GPU in its current stream."""
+    kernels, queue = native.kernels_on(device)
+    if device.type == "cpu":
+        getattr(kernels, kernel)(*args, *queue)
+    else:
+        with torch.cuda.device(device):
+            getattr(kernels, kernel)(*args, *queue)
+
+
+def _vector(channels: int, device: torch.device) -> Tensor:
+    return torch.empty(channels, dtype=torch.float32, device=device)
+
+
+def scale_shift(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`_bn_math.scale_shift`, on a GPU by one kernel."""
+    if not native.kernels_on(mean.device)[1]:
+        return _bn_math.scale_shift(mean, var, weight, bias, eps)
+    kept = [as_vector(t) for t in (mean, var, weight, bias)]
+    made = [_vector(len(mean), mean.device) for _ in range(2)]
+    run(mean.device, "bn_scale_shift", *map(_address, [*kept, *made]), len(mean), eps)
+    return made[0], made[1]
+
+
+def gradient_vectors(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    sum_g: Tensor,
+    sum_gx: Tensor,
+    eps: float,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return :func:`_bn_math.gradient_vectors`, on a GPU by one kernel."""
+    if not native.kernels_on(mean.device)[1]:
+        return _bn_math.gradient_vectors(mean, var, weight, sum_g, sum_gx, eps, count)
+    kept = [as_vector(t) for t in (mean, var, weight, sum_g, sum_gx)]
+    made = [_vector(len(mean), mean.device) for _ in range(3)]
+    run(mean.device, "bn_gradient_vectors", *map(_address, [*kept, *made]), len(mean), eps, count)
+    return made[0], made[1], made[2]
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,11 +138,10 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     maps = _Maps(x)
     mean, var = maps.new_vectors(2)
-    address, (_, *rows_c) = maps.map("x", x), maps.sizes
-    work = scratch(loaded().bn_stats_scratch_bytes(*rows_c))
-    loaded().bn_stats(
-        address, mean.data_ptr(), var.data_ptr(), work.data_ptr(), work.nbytes, *maps.sizes
-    )
+    maps.run(
+        "bn_stats", maps.map("x", x), mean.data_ptr(), var.data_ptr(), *maps.scratch("bn_stats"),
+        *maps.sizes,
+    )  # fmt: skip
     return mean, var
 
 
@@ -101,8 +162,8 @@ def bn_act(
     """
     maps = _Maps(x)
     y = maps.output("out", out)
-    loaded().bn_act(
-        maps.map("x", x), maps.vector("scale", scale), maps.vector("shift", shift),
+    maps.run(
+        "bn_act", maps.map("x", x), maps.vector("scale", scale), maps.vector("shift", shift),
         maps.map("residual", residual), maps.vector("residual_scale", residual_scale),
         maps.vector("residual_shift", residual_shift), y.data_ptr(), *maps.sizes, relu,
     )  # fmt: skip
@@ -114,7 +175,7 @@ def add_relu(x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
     maps = _Maps(x)
     y = maps.output("out", out)
     addresses = maps.map("x", x), maps.map("residual", residual), y.data_ptr()
-    loaded().add_relu(*addresses, maps.sizes[0], x.numel())
+    maps.run("add_relu", *addresses, maps.sizes[0], x.numel())
     return y
 
 
@@ -152,12 +213,12 @@ def bn_act_backward_reduce(
     sums = maps.new_vectors(2 if x2 is None else 3)
     out = [s.data_ptr() for s in sums] + [0] * (3 - len(sums))
     masked = None if masked is None else maps.output("masked", masked)
-    work = scratch(loaded().bn_act_backward_reduce_scratch_bytes(*maps.sizes[1:]))
-    loaded().bn_act_backward_reduce(
-        maps.map("grad", grad), maps.map("x", x), maps.map("x2", x2), maps.vector("scale", scale),
-        maps.vector("shift", shift), maps.map("y", y), maps.vector("mean", mean),
-        maps.vector("mean2", mean2), *out, 0 if masked is None else masked.data_ptr(),
-        work.data_ptr(), work.nbytes, *maps.sizes, relu,
+    kernel = "bn_act_backward_reduce"
+    maps.run(
+        kernel, maps.map("grad", grad), maps.map("x", x), maps.map("x2", x2),
+        maps.vector("scale", scale), maps.vector("shift", shift), maps.map("y", y),
+        maps.vector("mean", mean), maps.vector("mean2", mean2), *out, _address(masked),
+        *maps.scratch(kernel), *maps.sizes, relu,
     )  # fmt: skip
     return tuple(sums)
 
@@ -180,10 +241,11 @@ def bn_act_backward_apply(
     """
     maps = _Maps(x)
     grad_x = maps.output("out", out)
-    loaded().bn_act_backward_apply(
-        maps.map("grad", grad), maps.map("x", x), 0, maps.vector("scale", scale),
-        maps.vector("shift", shift), maps.map("y", y), maps.vector("a", a), maps.vector("b", b),
-        maps.vector("d", d), 0, 0, 0, grad_x.data_ptr(), 0, *maps.sizes, relu,
+    maps.run(
+        "bn_act_backward_apply", maps.map("grad", grad), maps.map("x", x), 0,
+        maps.vector("scale", scale), maps.vector("shift", shift), maps.map("y", y),
+        maps.vector("a", a), maps.vector("b", b), maps.vector("d", d), 0, 0, 0,
+        grad_x.data_ptr(), 0, *maps.sizes, relu,
     )  # fmt: skip
     return grad_x
 
@@ -205,8 +267,9 @@ def bn_act_backward_apply_both(
     """
     maps = _Maps(x)
     grad_x, grad_x2 = maps.output("out", out), maps.output("grad_x2", None)
-    loaded().bn_act_backward_apply(
-        maps.map("grad", grad), maps.map("x", x), maps.map("x2", x2), 0, 0, maps.map("y", y),
+    maps.run(
+        "bn_act_backward_apply", maps.map("grad", grad), maps.map("x", x), maps.map("x2", x2),
+        0, 0, maps.map("y", y),
         *(maps.vector("vectors", v) for v in vectors),
         *(maps.vector("vectors2", v) for v in vectors2),
         grad_x.data_ptr(), grad_x2.data_ptr(), *maps.sizes, relu,
@@ -222,10 +285,10 @@ def max_pool_index(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[T
     """
     n, c, h, w = x.shape
     shape = (n, c, *((length + 2 * padding - kernel) // stride + 1 for length in (h, w)))
-    maps, y = _Maps(x), empty_channels_last(shape, x.dtype)
-    index = empty_channels_last(shape, torch.uint8)
-    loaded().max_pool_index(
-        maps.map("x", x), y.data_ptr(), index.data_ptr(), maps.sizes[0],
+    maps, y = _Maps(x), empty_channels_last(shape, x.dtype, x.device)
+    index = empty_channels_last(shape, torch.uint8, x.device)
+    maps.run(
+        "max_pool_index", maps.map("x", x), y.data_ptr(), index.data_ptr(), maps.sizes[0],
         n, h, w, c, kernel, stride, padding,
     )  # fmt: skip
     return y, index
@@ -242,10 +305,11 @@ def max_pool_backward(
             raise ValueError(f"{name}: must have shape {expected}, got {tuple(t.shape)}")
     if index.dtype != torch.uint8:
         raise ValueError(f"index: must be torch.uint8, got {index.dtype}")
-    maps, grad_x = _Maps(grad), empty_channels_last(shape, grad.dtype)
+    maps, grad_x = _Maps(grad), empty_channels_last(shape, grad.dtype, grad.device)
     index = index.contiguous(memory_format=torch.channels_last)
-    loaded().max_pool_backward(
-        maps.map("grad", grad), index.data_ptr(), grad_x.data_ptr(), maps.sizes[0],
+    maps.run(
+        "max_pool_backward", maps.map("grad", grad), index.data_ptr(), grad_x.data_ptr(),
+        maps.sizes[0],
         n, h, w, c, kernel, stride, padding,
     )  # fmt: skip
     return grad_x

@@ -1,4 +1,4 @@
-"""The ops of BatchNorm in training on the native CPU kernels, each taking its op's arguments."""
+"""The ops of BatchNorm in training on the native kernels, each taking its op's arguments."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from resnet_fused.backends import _cpu_training as kernels
-from resnet_fused.backends._bn_math import gradient_vectors, scale_shift
+from resnet_fused.backends import _training_kernels as kernels
 from resnet_fused.backends._outputs import empty_channels_last
+from resnet_fused.backends._training_kernels import gradient_vectors, scale_shift
 
 
 def bn_act(
@@ -61,7 +61,7 @@ def bn_act_backward_reduce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the op."""
     vectors = scale_shift(mean, var, weight, bias, eps)
-    written = empty_channels_last(x.shape, x.dtype) if masked else None
+    written = empty_channels_last(x.shape, x.dtype, x.device) if masked else None
     sum_g, sum_gx = kernels.bn_act_backward_reduce(
         grad, x, mean, *vectors, y, relu=act == "relu", masked=written
     )

@@ -1,20 +1,23 @@
-// max_pool_index and max_pool_backward from Python.
+// max_pool_index and max_pool_backward from Python, on any device (bn_bindings.h says what that is).
+#pragma once
+
 #include <pybind11/pybind11.h>
 
 #include "checks.h"
-
-namespace py = pybind11;
+#include "conv_shape.h"
+#include "training_args.h"
 
 namespace rf {
-namespace {
+
+namespace py = pybind11;
 
 // Bytes of the input and elements of the output of a pool.
 struct PoolSizes {
   size_t in_bytes, out_elements;
 };
 
-PoolSizes checked(DType dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, int64_t s,
-                  int64_t p) {
+inline PoolSizes checked_pool(DType dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t k,
+                              int64_t s, int64_t p) {
   need("n", n, 0);
   need("h", h, 1, 1 << 20);
   need("w", w, 1, 1 << 20);
@@ -28,11 +31,12 @@ PoolSizes checked(DType dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64
   return {n * h * w * c * itemsize(dtype), size_t(n * oh * ow * c)};
 }
 
+template <class Device, class... Queue>
 void max_pool_index(uintptr_t x, uintptr_t y, uintptr_t index, const std::string& dtype, int64_t n,
-                    int64_t h, int64_t w, int64_t c, int64_t k, int64_t s, int64_t p) {
-  const DType type = parse_dtype(dtype);
-  const cpu::TrainingTable& table = training_table_for(type);
-  const PoolSizes sizes = checked(type, n, h, w, c, k, s, p);
+                    int64_t h, int64_t w, int64_t c, int64_t k, int64_t s, int64_t p,
+                    Queue... queue) {
+  const DType type = Device::dtype(dtype);
+  const PoolSizes sizes = checked_pool(type, n, h, w, c, k, s, p);
   if (n == 0) return;
   const Block in{"x", x, sizes.in_bytes}, out{"y", y, sizes.out_elements * itemsize(type)},
       at{"index", index, sizes.out_elements};
@@ -42,18 +46,18 @@ void max_pool_index(uintptr_t x, uintptr_t y, uintptr_t index, const std::string
   need_apart(out, in);
   need_apart(at, in);
   need_apart(at, out);
-  const cpu::PoolIndexArgs args{pointer<const void>(x), pointer<void>(y), pointer<uint8_t>(index),
+  const PoolIndexArgs args{pointer<const void>(x), pointer<void>(y), pointer<uint8_t>(index),
                                 n, h, w, c, k, s, p};
   py::gil_scoped_release release;
-  table.max_pool_index(args);
+  Device::run(type, args, queue...);
 }
 
+template <class Device, class... Queue>
 void max_pool_backward(uintptr_t grad, uintptr_t index, uintptr_t grad_x, const std::string& dtype,
                        int64_t n, int64_t h, int64_t w, int64_t c, int64_t k, int64_t s,
-                       int64_t p) {
-  const DType type = parse_dtype(dtype);
-  const cpu::TrainingTable& table = training_table_for(type);
-  const PoolSizes sizes = checked(type, n, h, w, c, k, s, p);
+                       int64_t p, Queue... queue) {
+  const DType type = Device::dtype(dtype);
+  const PoolSizes sizes = checked_pool(type, n, h, w, c, k, s, p);
   if (n == 0) return;
   const Block out{"grad_x", grad_x, sizes.in_bytes},
       in{"grad", grad, sizes.out_elements * itemsize(type)}, at{"index", index, sizes.out_elements};
@@ -62,22 +66,23 @@ void max_pool_backward(uintptr_t grad, uintptr_t index, uintptr_t grad_x, const 
   need_block(out, itemsize(type));
   need_apart(out, in);
   need_apart(out, at);
-  const cpu::PoolBackwardArgs args{pointer<const void>(grad), pointer<const uint8_t>(index),
+  const PoolBackwardArgs args{pointer<const void>(grad), pointer<const uint8_t>(index),
                                    pointer<void>(grad_x), n, h, w, c, k, s, p};
   py::gil_scoped_release release;
-  table.max_pool_backward(args);
+  Device::run(type, args, queue...);
 }
 
-}  // namespace
-
-void register_max_pool_training(py::module_& m) {
+template <class Device, class... Queue, class... QueueName>
+void register_max_pool_training(py::module_& m, const QueueName&... queue) {
   using py::arg;
-  m.def("max_pool_index", &max_pool_index, arg("x"), arg("y"), arg("index"), arg("dtype"), arg("n"),
-        arg("h"), arg("w"), arg("c"), arg("k"), arg("s"), arg("p"),
+  m.def("max_pool_index", &max_pool_index<Device, Queue...>, arg("x"), arg("y"), arg("index"),
+        arg("dtype"), arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("s"), arg("p"),
+        queue...,
         "max_pool that also writes, one byte per output, which element of its window it took:\n"
         "iy * k + ix from the window's corner; the first of equals, the last NaN, as torch.");
-  m.def("max_pool_backward", &max_pool_backward, arg("grad"), arg("index"), arg("grad_x"),
-        arg("dtype"), arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("s"), arg("p"),
+  m.def("max_pool_backward", &max_pool_backward<Device, Queue...>, arg("grad"), arg("index"),
+        arg("grad_x"), arg("dtype"), arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("s"),
+        arg("p"), queue...,
         "The input's gradient of max_pool_index; n, h, w, c are those of the input. Deterministic.");
 }
 

@@ -1,31 +1,35 @@
-// BatchNorm in training from Python: the arguments checked, then the kernel run.
+// BatchNorm in training from Python, on any device: the arguments checked, then the kernel run.
+//
+// A Device has dtype(name), scratch_bytes(rows, c, doubles) and run(dtype, args, queue...) for each
+// struct of training_args.h. Queue is what it runs on: nothing, or a CUDA stream as an integer.
+#pragma once
+
 #include <pybind11/pybind11.h>
 
 #include <initializer_list>
 
 #include "checks.h"
-
-namespace py = pybind11;
+#include "conv_shape.h"
+#include "training_args.h"
 
 namespace rf {
-namespace {
+
+namespace py = pybind11;
 
 // Doubles per part and channel: sum and squared deviations; the sums of g, g*x and g*x2.
 constexpr int kStatsResults = 2, kReduceResults = 3;
 
 // The (rows, c) maps and vectors of one call, checked as they are named.
 class Operands {
-  DType dtype_;
   size_t map_bytes_, vector_bytes_;
 
  public:
-  const cpu::TrainingTable& table;
+  const DType dtype;
 
-  Operands(const std::string& dtype, int64_t rows, int64_t c)
-      : dtype_(parse_dtype(dtype)), table(training_table_for(dtype_)) {
+  Operands(DType type, int64_t rows, int64_t c) : dtype(type) {
     need("rows", rows, 0);
     need("c", c, 1, 1 << 24);
-    map_bytes_ = rows * c * itemsize(dtype_);
+    map_bytes_ = rows * c * itemsize(dtype);
     vector_bytes_ = c * sizeof(float);
   }
 
@@ -57,33 +61,35 @@ class Operands {
  private:
   Block checked(const char* name, uintptr_t address) const {
     const Block block{name, address, map_bytes_};
-    if (map_bytes_) need_block(block, itemsize(dtype_));
+    if (map_bytes_) need_block(block, itemsize(dtype));
     return block;
   }
 };
 
-[[noreturn]] void fail_together(const char* name, const char* other) {
+[[noreturn]] inline void fail_together(const char* name, const char* other) {
   fail(std::string(name) + ": must be given together with " + other);
 }
 
+template <class Device, class... Queue>
 void bn_stats(uintptr_t x, uintptr_t mean, uintptr_t var, uintptr_t scratch, size_t scratch_bytes,
-              const std::string& dtype, int64_t rows, int64_t c) {
-  Operands on(dtype, rows, c);
-  const cpu::BnStatsArgs args{
+              const std::string& dtype, int64_t rows, int64_t c, Queue... queue) {
+  Operands on(Device::dtype(dtype), rows, c);
+  const BnStatsArgs args{
       on.map("x", x), on.vector<float>("mean", mean), on.vector<float>("var", var),
-      on.scratch(scratch, scratch_bytes, cpu::reduction_scratch_bytes(rows, c, kStatsResults)),
+      on.scratch(scratch, scratch_bytes, Device::scratch_bytes(rows, c, kStatsResults)),
       rows, c};
   py::gil_scoped_release release;
-  on.table.bn_stats(args);
+  Device::run(on.dtype, args, queue...);
 }
 
+template <class Device, class... Queue>
 void bn_act(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t residual,
             uintptr_t residual_scale, uintptr_t residual_shift, uintptr_t y,
-            const std::string& dtype, int64_t rows, int64_t c, bool relu) {
-  Operands on(dtype, rows, c);
+            const std::string& dtype, int64_t rows, int64_t c, bool relu, Queue... queue) {
+  Operands on(Device::dtype(dtype), rows, c);
   if (!residual_scale != !residual_shift) fail_together("residual_scale", "residual_shift");
   if (residual_scale && !residual && rows) fail_together("residual_scale", "residual");
-  cpu::BnActArgs args{};
+  BnActArgs args{};
   args.x = on.map("x", x);
   args.scale = on.vector("scale", scale);
   args.shift = on.vector("shift", shift);
@@ -98,12 +104,13 @@ void bn_act(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t residual,
   args.relu = relu;
   if (rows == 0) return;
   py::gil_scoped_release release;
-  on.table.bn_act(args);
+  Device::run(on.dtype, args, queue...);
 }
 
-cpu::BnGradient gradient(Operands& on, uintptr_t grad, uintptr_t x, uintptr_t x2, uintptr_t scale,
-                         uintptr_t shift, uintptr_t y, int64_t rows, int64_t c, bool relu) {
-  cpu::BnGradient g{};
+inline BnGradient gradient(Operands& on, uintptr_t grad, uintptr_t x, uintptr_t x2,
+                           uintptr_t scale, uintptr_t shift, uintptr_t y, int64_t rows, int64_t c,
+                           bool relu) {
+  BnGradient g{};
   g.grad = on.map("grad", grad);
   g.x = on.map("x", x);
   if (x2) g.x2 = on.map("x2", x2);
@@ -119,14 +126,15 @@ cpu::BnGradient gradient(Operands& on, uintptr_t grad, uintptr_t x, uintptr_t x2
   return g;
 }
 
+template <class Device, class... Queue>
 void bn_act_backward_reduce(uintptr_t grad, uintptr_t x, uintptr_t x2, uintptr_t scale,
                             uintptr_t shift, uintptr_t y, uintptr_t mean, uintptr_t mean2,
                             uintptr_t sum_g, uintptr_t sum_gx, uintptr_t sum_gx2, uintptr_t masked,
                             uintptr_t scratch, size_t scratch_bytes, const std::string& dtype,
-                            int64_t rows, int64_t c, bool relu) {
-  Operands on(dtype, rows, c);
-  cpu::BnReduceArgs args{};
-  static_cast<cpu::BnGradient&>(args) = gradient(on, grad, x, x2, scale, shift, y, rows, c, relu);
+                            int64_t rows, int64_t c, bool relu, Queue... queue) {
+  Operands on(Device::dtype(dtype), rows, c);
+  BnReduceArgs args{};
+  static_cast<BnGradient&>(args) = gradient(on, grad, x, x2, scale, shift, y, rows, c, relu);
   args.mean = on.vector("mean", mean);
   args.sum_g = on.vector<float>("sum_g", sum_g);
   args.sum_gx = on.vector<float>("sum_gx", sum_gx);
@@ -139,19 +147,20 @@ void bn_act_backward_reduce(uintptr_t grad, uintptr_t x, uintptr_t x2, uintptr_t
     args.masked = on.output("masked", masked,
                             {{"grad", grad, 0}, {"x", x, 0}, {"x2", x2, 0}, {"y", y, 0}});
   args.scratch =
-      on.scratch(scratch, scratch_bytes, cpu::reduction_scratch_bytes(rows, c, kReduceResults));
+      on.scratch(scratch, scratch_bytes, Device::scratch_bytes(rows, c, kReduceResults));
   py::gil_scoped_release release;
-  on.table.bn_act_backward_reduce(args);
+  Device::run(on.dtype, args, queue...);
 }
 
+template <class Device, class... Queue>
 void bn_act_backward_apply(uintptr_t grad, uintptr_t x, uintptr_t x2, uintptr_t scale,
                            uintptr_t shift, uintptr_t y, uintptr_t a, uintptr_t b, uintptr_t d,
                            uintptr_t a2, uintptr_t b2, uintptr_t d2, uintptr_t grad_x,
                            uintptr_t grad_x2, const std::string& dtype, int64_t rows, int64_t c,
-                           bool relu) {
-  Operands on(dtype, rows, c);
-  cpu::BnApplyArgs args{};
-  static_cast<cpu::BnGradient&>(args) = gradient(on, grad, x, x2, scale, shift, y, rows, c, relu);
+                           bool relu, Queue... queue) {
+  Operands on(Device::dtype(dtype), rows, c);
+  BnApplyArgs args{};
+  static_cast<BnGradient&>(args) = gradient(on, grad, x, x2, scale, shift, y, rows, c, relu);
   const std::initializer_list<Block> read = {
       {"grad", grad, 0}, {"x", x, 0}, {"x2", x2, 0}, {"y", relu ? y : 0, 0}};
   args.a = on.vector("a", a);
@@ -166,12 +175,13 @@ void bn_act_backward_apply(uintptr_t grad, uintptr_t x, uintptr_t x2, uintptr_t 
   }
   if (rows == 0) return;
   py::gil_scoped_release release;
-  on.table.bn_act_backward_apply(args);
+  Device::run(on.dtype, args, queue...);
 }
 
-void add_relu(uintptr_t x, uintptr_t residual, uintptr_t y, const std::string& dtype, int64_t n) {
-  const DType type = parse_dtype(dtype);
-  const cpu::TrainingTable& table = training_table_for(type);
+template <class Device, class... Queue>
+void add_relu(uintptr_t x, uintptr_t residual, uintptr_t y, const std::string& dtype, int64_t n,
+              Queue... queue) {
+  const DType type = Device::dtype(dtype);
   need("n", n, 0, int64_t(1) << 46);
   if (n == 0) return;
   const size_t bytes = n * itemsize(type);
@@ -179,48 +189,49 @@ void add_relu(uintptr_t x, uintptr_t residual, uintptr_t y, const std::string& d
   for (const Block& block : {in, other, out}) need_block(block, itemsize(type));
   need_same_or_apart(out, in);
   need_same_or_apart(out, other);
-  const cpu::AddReluArgs args{pointer<const void>(x), pointer<const void>(residual),
-                              pointer<void>(y), n};
+  const AddReluArgs args{pointer<const void>(x), pointer<const void>(residual), pointer<void>(y), n};
   py::gil_scoped_release release;
-  table.add_relu(args);
+  Device::run(type, args, queue...);
 }
 
-template <int RESULTS>
+template <class Device, int RESULTS>
 size_t scratch_bytes(int64_t rows, int64_t c) {
   need("rows", rows, 0);
   need("c", c, 1, 1 << 24);
-  return cpu::reduction_scratch_bytes(rows, c, RESULTS);
+  return Device::scratch_bytes(rows, c, RESULTS);
 }
 
-}  // namespace
-
-void register_bn(py::module_& m) {
+// The functions of one device; the name of the queue, where there is one, comes last.
+template <class Device, class... Queue, class... QueueName>
+void register_bn(py::module_& m, const QueueName&... queue) {
   using py::arg;
-  m.def("bn_stats_scratch_bytes", &scratch_bytes<kStatsResults>, arg("rows"), arg("c"));
-  m.def("bn_act_backward_reduce_scratch_bytes", &scratch_bytes<kReduceResults>, arg("rows"),
+  m.def("bn_stats_scratch_bytes", &scratch_bytes<Device, kStatsResults>, arg("rows"), arg("c"));
+  m.def("bn_act_backward_reduce_scratch_bytes", &scratch_bytes<Device, kReduceResults>, arg("rows"),
         arg("c"));
-  m.def("bn_stats", &bn_stats, arg("x"), arg("mean"), arg("var"), arg("scratch"),
-        arg("scratch_bytes"), arg("dtype"), arg("rows"), arg("c"),
+  m.def("bn_stats", &bn_stats<Device, Queue...>, arg("x"), arg("mean"), arg("var"), arg("scratch"),
+        arg("scratch_bytes"), arg("dtype"), arg("rows"), arg("c"), queue...,
         "Mean and biased variance of each column of x (rows, c), in one pass; NaN without rows.\n"
         "The same bits on any number of threads. Vectors are float32; scratch is 64-byte aligned.");
-  m.def("bn_act", &bn_act, arg("x"), arg("scale"), arg("shift"), arg("residual"),
+  m.def("bn_act", &bn_act<Device, Queue...>, arg("x"), arg("scale"), arg("shift"), arg("residual"),
         arg("residual_scale"), arg("residual_shift"), arg("y"), arg("dtype"), arg("rows"), arg("c"),
-        arg("relu"),
+        arg("relu"), queue...,
         "y = act(x*scale + shift + r), r = 0, residual or residual*residual_scale + residual_shift\n"
         "(0 for an absent operand). y may be x or residual.");
-  m.def("bn_act_backward_reduce", &bn_act_backward_reduce, arg("grad"), arg("x"), arg("x2"),
-        arg("scale"), arg("shift"), arg("y"), arg("mean"), arg("mean2"), arg("sum_g"),
+  m.def("bn_act_backward_reduce", &bn_act_backward_reduce<Device, Queue...>, arg("grad"), arg("x"),
+        arg("x2"), arg("scale"), arg("shift"), arg("y"), arg("mean"), arg("mean2"), arg("sum_g"),
         arg("sum_gx"), arg("sum_gx2"), arg("masked"), arg("scratch"), arg("scratch_bytes"),
-        arg("dtype"), arg("rows"), arg("c"), arg("relu"),
+        arg("dtype"), arg("rows"), arg("c"), arg("relu"), queue...,
         "sum_g = sum(g), sum_gx = sum(g * (x - mean)), sum_gx2 likewise for x2, with g = grad where\n"
         "not y <= 0 (without y: not x*scale + shift <= 0), all of grad without relu. masked, which\n"
         "may be grad, receives g. The same bits on any number of threads.");
-  m.def("bn_act_backward_apply", &bn_act_backward_apply, arg("grad"), arg("x"), arg("x2"),
-        arg("scale"), arg("shift"), arg("y"), arg("a"), arg("b"), arg("d"), arg("a2"), arg("b2"),
-        arg("d2"), arg("grad_x"), arg("grad_x2"), arg("dtype"), arg("rows"), arg("c"), arg("relu"),
+  m.def("bn_act_backward_apply", &bn_act_backward_apply<Device, Queue...>, arg("grad"), arg("x"),
+        arg("x2"), arg("scale"), arg("shift"), arg("y"), arg("a"), arg("b"), arg("d"), arg("a2"),
+        arg("b2"), arg("d2"), arg("grad_x"), arg("grad_x2"), arg("dtype"), arg("rows"), arg("c"),
+        arg("relu"), queue...,
         "grad_x = g*a + x*b + d and, with x2, grad_x2 = g*a2 + x2*b2 + d2; g as in\n"
         "bn_act_backward_reduce. An output may be grad; the two must be apart.");
-  m.def("add_relu", &add_relu, arg("x"), arg("residual"), arg("y"), arg("dtype"), arg("n"),
+  m.def("add_relu", &add_relu<Device, Queue...>, arg("x"), arg("residual"), arg("y"), arg("dtype"),
+        arg("n"), queue...,
         "y = relu(x + residual) over n elements; y may be x or residual.");
 }
 

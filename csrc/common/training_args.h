@@ -1,0 +1,76 @@
+// The arguments of the training kernels, on any device. Maps are dense NHWC read as (rows, c);
+// vectors have c floats; a null pointer is an absent operand.
+#pragma once
+
+#include <cstdint>
+
+namespace rf {
+
+// What is added to the normalised map: nothing, a map, or a map with its own scale and shift.
+enum class Shortcut { none, plain, affine };
+
+// What says where the ReLU let the gradient pass.
+enum class Mask { none, from_y, recomputed };
+
+struct BnStatsArgs {
+  const void* x;
+  float *mean, *var;
+  char* scratch;
+  int64_t rows, c;
+};
+
+struct BnActArgs {
+  const void* x;
+  const float *scale, *shift;
+  const void* residual;
+  const float *residual_scale, *residual_shift;
+  void* y;
+  int64_t rows, c;
+  bool relu;
+};
+
+// The gradient as it comes in, and what says where the ReLU let it pass: y, or scale and shift.
+struct BnGradient {
+  const void* grad;
+  const void* x;
+  const void* x2;  // of the BatchNorm in the shortcut
+  const float *scale, *shift;
+  const void* y;
+  int64_t rows, c;
+  bool relu;
+};
+
+struct BnReduceArgs : BnGradient {
+  const float *mean, *mean2;
+  float *sum_g, *sum_gx, *sum_gx2;
+  void* masked;
+  char* scratch;
+};
+
+struct BnApplyArgs : BnGradient {
+  const float *a, *b, *d, *a2, *b2, *d2;
+  void *grad_x, *grad_x2;
+};
+
+struct AddReluArgs {
+  const void *x, *residual;
+  void* y;
+  int64_t n;
+};
+
+struct PoolIndexArgs {
+  const void* x;
+  void* y;
+  uint8_t* index;  // like y
+  int64_t n, h, w, c, k, s, p;
+};
+
+// n, h, w and c are the input's: of x and of grad_x.
+struct PoolBackwardArgs {
+  const void* grad;
+  const uint8_t* index;
+  void* grad_x;
+  int64_t n, h, w, c, k, s, p;
+};
+
+}  // namespace rf

@@ -1,0 +1,71 @@
+// y = act(x*scale + shift + r), one pass; r = 0, residual, or residual*residual_scale +
+// residual_shift: the BatchNorm of a projection shortcut.
+#include "launch.cuh"
+
+namespace rf::cuda {
+namespace {
+
+#include "../common/bn_math.h"
+
+constexpr int kRows = 4;  // of each thread: their loads are in flight together
+
+template <class E, int W, Shortcut S>
+__global__ void __launch_bounds__(kThreads) bn_act_kernel(const Tiled<BnActArgs> g) {
+  const Thread t(g.tiling, W);
+  if (!t.inside) return;
+  const Channels<W> scale(g.scale, t.channel), shift(g.shift, t.channel);
+  const bool affine = S == Shortcut::affine;
+  const Channels<W> scale2(affine ? g.residual_scale : g.scale, t.channel);
+  const Channels<W> shift2(affine ? g.residual_shift : g.shift, t.channel);
+
+  const int64_t first = t.part * kRows * t.step + t.row;
+  Pack<E, W> x[kRows], r[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int64_t row = first + i * t.step, at = row * g.c + t.channel;
+    if (row < g.rows) x[i] = load<E, W>(g.x, at);
+    if (S != Shortcut::none && row < g.rows) r[i] = load<E, W>(g.residual, at);
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int64_t row = first + i * t.step;
+    if (row >= g.rows) break;
+    Pack<E, W> y;
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      float z = bn_affine<E>(E::widen(x[i].at[j]), scale.at[j], shift.at[j]);
+      if (S == Shortcut::plain) z = E::add(z, E::widen(r[i].at[j]));
+      if (S == Shortcut::affine)
+        z = E::add(z, bn_affine<E>(E::widen(r[i].at[j]), scale2.at[j], shift2.at[j]));
+      y.at[j] = E::narrow(g.relu ? E::relu(z) : z);
+    }
+    store<E, W>(g.y, row * g.c + t.channel, y);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+
+template <Shortcut S>
+void launch_with(DType dtype, const BnActArgs& args, Stream stream) {
+  with_element(
+      dtype, args.c,
+      {args.x, args.scale, args.shift, args.residual, args.residual_scale, args.residual_shift,
+       args.y},
+      [&](auto element, auto width) {
+        using E = decltype(element);
+        constexpr int W = decltype(width)::value;
+        Tiling tiling(args.rows, args.c, W);
+        tiling.parts = ceil_div(args.rows, kRows * tiling.rows_at_once());
+        put("bn_act", bn_act_kernel<E, W, S>, tiling.blocks(), {args, tiling}, stream);
+      });
+}
+
+}  // namespace
+
+void launch(DType dtype, const BnActArgs& args, Stream stream) {
+  if (!args.residual) return launch_with<Shortcut::none>(dtype, args, stream);
+  args.residual_scale ? launch_with<Shortcut::affine>(dtype, args, stream)
+                      : launch_with<Shortcut::plain>(dtype, args, stream);
+}
+
+}  // namespace rf::cuda

@@ -1,0 +1,63 @@
+// grad_x = g*a + x*b + d with g the gradient behind the ReLU, and grad_x2 from x2 likewise: one pass.
+#include "gradient.cuh"
+
+namespace rf::cuda {
+namespace {
+
+// Of each thread: their loads are in flight together. Half as many where there are two inputs.
+template <bool DUAL>
+constexpr int kRows = DUAL ? 2 : 4;
+
+template <class E, int W, Mask M, bool DUAL>
+__global__ void __launch_bounds__(kThreads) bn_apply_kernel(const Tiled<BnApplyArgs> g) {
+  constexpr int R = kRows<DUAL>;
+  const Thread t(g.tiling, W);
+  if (!t.inside) return;
+  const GradientRows<E, W, M, DUAL, R> maps(g, t, t.part * R * t.step + t.row, g.rows);
+  const Channels<W> a(g.a, t.channel), b(g.b, t.channel), d(g.d, t.channel);
+  const Channels<W> a2(DUAL ? g.a2 : g.a, t.channel), b2(DUAL ? g.b2 : g.b, t.channel),
+      d2(DUAL ? g.d2 : g.d, t.channel);
+  const MaskVectors<W, M> mask(g, t.channel);
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    if (!maps.has(i)) break;
+    Pack<E, W> grad_x, grad_x2;
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      const float x = E::widen(maps.x[i].at[j]), v = maps.masked(i, j, x, mask);
+      grad_x.at[j] = E::narrow(bn_gradient<E>(v, x, a.at[j], b.at[j], d.at[j]));
+      if (DUAL)
+        grad_x2.at[j] = E::narrow(
+            bn_gradient<E>(v, E::widen(maps.x2[i].at[j]), a2.at[j], b2.at[j], d2.at[j]));
+    }
+    store<E, W>(g.grad_x, maps.at(i), grad_x);
+    if (DUAL) store<E, W>(g.grad_x2, maps.at(i), grad_x2);
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+
+template <Mask M, bool DUAL>
+void launch_with(DType dtype, const BnApplyArgs& g, Stream stream) {
+  with_element(dtype, g.c,
+               {g.grad, g.x, g.x2, g.scale, g.shift, g.y, g.a, g.b, g.d, g.a2, g.b2, g.d2,
+                g.grad_x, g.grad_x2},
+               [&](auto element, auto width) {
+                 using E = decltype(element);
+                 constexpr int W = decltype(width)::value;
+                 Tiling tiling(g.rows, g.c, W);
+                 tiling.parts = ceil_div(g.rows, kRows<DUAL> * tiling.rows_at_once());
+                 put("bn_act_backward_apply", bn_apply_kernel<E, W, M, DUAL>, tiling.blocks(),
+                     {g, tiling}, stream);
+               });
+}
+
+}  // namespace
+
+void launch(DType dtype, const BnApplyArgs& args, Stream stream) {
+  with_mask(args, [&](auto mask, auto dual) {
+    launch_with<decltype(mask)::value, decltype(dual)::value>(dtype, args, stream);
+  });
+}
+
+}  // namespace rf::cuda

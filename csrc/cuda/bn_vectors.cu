@@ -1,0 +1,40 @@
+// The per-channel vectors between the passes, each set in one small launch.
+#include "../common/bn_vectors.h"
+#include "launch.cuh"
+
+namespace rf::cuda {
+namespace {
+
+__global__ void __launch_bounds__(kThreads) bn_scale_shift_kernel(const ScaleShiftArgs g) {
+  const int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x;
+  if (i < g.c)
+    bn_scale_shift(g.mean[i], g.var[i], g.weight ? g.weight[i] : 1, g.bias ? g.bias[i] : 0, g.eps,
+                   g.scale[i], g.shift[i]);
+}
+
+__global__ void __launch_bounds__(kThreads) bn_gradient_vectors_kernel(const GradientVectorsArgs g) {
+  const int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x;
+  if (i < g.c)
+    bn_gradient_vectors(g.mean[i], g.var[i], g.weight ? g.weight[i] : 1, g.sum_g[i], g.sum_gx[i],
+                        g.eps, g.count, g.a[i], g.b[i], g.d[i]);
+}
+
+// -------------------------------------------------------------------------------------------------
+
+}  // namespace
+
+void launch(const ScaleShiftArgs& args, Stream stream) {
+  put("bn_scale_shift", bn_scale_shift_kernel, ceil_div(args.c, kThreads), args, stream);
+}
+
+void launch(const GradientVectorsArgs& args, Stream stream) {
+  put("bn_gradient_vectors", bn_gradient_vectors_kernel, ceil_div(args.c, kThreads), args, stream);
+}
+
+const char* fault() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace rf::cuda

@@ -1,0 +1,79 @@
+// Elements: T in memory, float in registers; W of them read or written as one access of 16 bytes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+#include "../common/lane.h"
+
+namespace rf::cuda {
+
+struct F32 : Lane {
+  using T = float;
+  static __device__ __forceinline__ float widen(T v) { return v; }
+  static __device__ __forceinline__ T narrow(float v) { return v; }
+  static __device__ __forceinline__ float rounded(float v) { return v; }
+};
+
+struct Bf16 : Lane {
+  using T = __nv_bfloat16;
+  static __device__ __forceinline__ float widen(T v) { return __bfloat162float(v); }
+  static __device__ __forceinline__ T narrow(float v) { return __float2bfloat16_rn(v); }
+  static __device__ __forceinline__ float rounded(float v) { return widen(narrow(v)); }
+};
+
+struct F16 : Lane {
+  using T = __half;
+  static __device__ __forceinline__ float widen(T v) { return __half2float(v); }
+  static __device__ __forceinline__ T narrow(float v) { return __float2half_rn(v); }
+  static __device__ __forceinline__ float rounded(float v) { return widen(narrow(v)); }
+};
+
+constexpr int kAccess = 16;  // bytes
+
+template <class E, int W>
+struct alignas(W * sizeof(typename E::T)) Pack {
+  using T = typename E::T;
+  T at[W];
+};
+
+template <class E, int W>
+__device__ __forceinline__ Pack<E, W> load(const void* map, int64_t at) {
+  const auto* from = reinterpret_cast<const Pack<E, W>*>(static_cast<const typename E::T*>(map) + at);
+  Pack<E, W> v;
+  if constexpr (sizeof(v) == kAccess)
+    *reinterpret_cast<uint4*>(&v) = *reinterpret_cast<const uint4*>(from);
+  else
+    v = *from;
+  return v;
+}
+
+// By the intrinsic: nvcc would take an assignment apart and write words of 2 or 4 bytes.
+template <class E, int W>
+__device__ __forceinline__ void store(void* map, int64_t at, const Pack<E, W>& v) {
+  auto* to = reinterpret_cast<Pack<E, W>*>(static_cast<typename E::T*>(map) + at);
+  if constexpr (sizeof(v) == kAccess)
+    __stwb(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&v));
+  else
+    *to = v;
+}
+
+// W values of a per-channel vector.
+template <int W>
+struct Channels {
+  float at[W];
+
+  __device__ __forceinline__ Channels(const float* vector, int64_t channel) {
+    constexpr int width = W < 4 ? W : 4;
+#pragma unroll
+    for (int i = 0; i < W; i += width) {
+      const auto part = load<F32, width>(vector, channel + i);
+#pragma unroll
+      for (int j = 0; j < width; ++j) at[i + j] = part.at[j];
+    }
+  }
+};
+
+}  // namespace rf::cuda

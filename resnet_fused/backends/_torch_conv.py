@@ -1,0 +1,67 @@
+"""torch's own convolution and its gradients, for training where no kernel of ours runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused.backends._outputs import channels_last as as_channels_last
+from resnet_fused.backends._outputs import empty_channels_last
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return the convolution, channels_last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    geometry = (list(stride), list(padding), list(dilation), groups)
+    return as_channels_last(F.conv2d(x, weight, None, *geometry))
+
+
+def backward_data(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Return the input's gradient, channels_last."""
+    # Not read; an expanded scalar would be copied to its full size.
+    x = empty_channels_last(x_size, grad.dtype, grad.device)
+    geometry = (stride, padding, dilation, False, [0, 0], groups)
+    grad_x = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *geometry, [True, False, False]
+    )[0]
+    return as_channels_last(grad_x)
+
+
+def backward_weight(
+    grad: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """Return the weight's gradient, channels_last or contiguous."""
+    weight = empty_channels_last(weight_size, grad.dtype, grad.device)
+    geometry = (stride, padding, dilation, False, [0, 0], groups)
+    grad_weight = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *geometry, [False, True, False]
+    )[1]
+    if channels_last:
+        return as_channels_last(grad_weight)
+    _, c, kh, kw = weight_size
+    return grad_weight.contiguous().as_strided(weight_size, (c * kh * kw, kh * kw, kw, 1))

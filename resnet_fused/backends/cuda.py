@@ -1,0 +1,150 @@
+"""The native CUDA kernels of the extension: BatchNorm's passes, on channels_last maps.
+
+Convolutions within the ops of training are torch's own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import _torch_conv, _training_kernels, native
+
+# Ops of training, run as they stand there.
+from resnet_fused.backends._training_ops import bn_act as bn_act
+from resnet_fused.backends._training_ops import (
+    bn_act_backward_apply as bn_act_backward_apply,
+)
+from resnet_fused.backends._training_ops import (
+    bn_act_backward_reduce as bn_act_backward_reduce,
+)
+from resnet_fused.backends._training_ops import bn_act_max_pool as bn_act_max_pool
+from resnet_fused.backends._training_ops import dual_bn_act as dual_bn_act
+from resnet_fused.backends._training_ops import (
+    dual_bn_act_backward_apply as dual_bn_act_backward_apply,
+)
+from resnet_fused.backends._training_ops import (
+    dual_bn_act_backward_reduce as dual_bn_act_backward_reduce,
+)
+from resnet_fused.backends._training_ops import max_pool_backward as max_pool_backward
+from resnet_fused.backends.native import CUDA_DTYPE_NAMES
+
+ADVICE = (
+    "Use an NVIDIA GPU from Ampere on (sm_80) with a CUDA build of torch, and build the extension "
+    "with nvcc: RESNET_FUSED_CUDA=1 pip install --no-binary :all: resnet_fused"
+)
+
+#: Dtypes in which a fused training step was measured to be no slower than torch's: none so far.
+FASTER_IN_TRAINING: tuple[torch.dtype, ...] = ()
+
+#: Ops whose last three arguments are a max pool's.
+_POOLS = ("bn_act_max_pool", "max_pool_backward")
+
+
+@functools.cache
+def available() -> str | None:
+    """Return why the native CUDA kernels cannot be used here, or None."""
+    extension = native.extension()
+    if extension is None:
+        return f"the extension is not loaded: {native.load_error()}"
+    if not hasattr(extension, "cuda"):
+        return "the extension was built without CUDA kernels"
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return "there is no CUDA GPU that torch can use"
+    fault: str | None = extension.cuda.fault()
+    if fault:
+        return f"CUDA does not start: {fault}"
+    reasons = [_declines_device(i) for i in range(torch.cuda.device_count())]
+    return None if None in reasons else reasons[0]
+
+
+@functools.cache
+def _declines_device(device: int) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    archs = native.loaded().cuda.archs.split()
+    if any(runs_on(arch, capability) for arch in archs):
+        return None
+    name = torch.cuda.get_device_name(device)
+    number = "".join(map(str, capability))
+    return f"was built for {', '.join(archs)}; cuda:{device} is a {name} of sm_{number}"
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Return whether code built for ``arch``, such as "90a" or "100+PTX", runs on a device.
+
+    Machine code runs on its own major version, from its minor version on; with "a" on that very
+    device, with "f" on its family; PTX on all later ones.
+    """
+    code, _, ptx = arch.partition("+")
+    number, special = int(code.rstrip("af")), code.rstrip("0123456789")
+    own = (number // 10, number % 10)
+    if special == "a":
+        return capability == own
+    if capability[0] == own[0] and capability[1] >= own[1]:
+        return True
+    return bool(ptx) and not special and capability >= own
+
+
+def supports(op: str, x: Tensor, *args: Any) -> str | None:
+    """Return why the kernels do not take this call, or None."""
+    if x.device.type != "cuda":
+        return f"runs on CUDA GPUs, x is on {x.device}"
+    if x.dtype not in CUDA_DTYPE_NAMES:
+        return f"takes float32, bfloat16 and float16, x is {x.dtype}"
+    if "backward" in op and not x.numel():
+        return "the gradient is empty"
+    if op in _POOLS and any(first != second for first, second in args[-3:]):
+        return f"takes square pools, got {args[-3:]}"
+    return _declines_device(x.device.index)
+
+
+def bn_apply(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str | None
+) -> Tensor:
+    """Run the op."""
+    return _training_kernels.bn_act(x, scale, shift, residual, relu=act == "relu")
+
+
+def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    """Run the op."""
+    return _training_kernels.add_relu(x, residual)
+
+
+def conv_bn_stats(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the op; the convolution is torch's own."""
+    y = _torch_conv.forward(x, weight, stride, padding, dilation, groups)
+    return y, *_training_kernels.bn_stats(y)
+
+
+def bn_act_conv_bn_stats(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the op; the activation lives until the convolution has read it."""
+    a = bn_act(x, mean, var, bn_weight, bn_bias, None, eps, act)
+    return conv_bn_stats(a, weight, stride, padding, dilation, groups)
+
+
+conv_backward_data = _torch_conv.backward_data
+conv_backward_weight = _torch_conv.backward_weight

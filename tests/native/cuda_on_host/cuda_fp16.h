@@ -1,0 +1,13 @@
+// float16 on the host, by the processor's own conversions.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+struct __half {
+  uint16_t bits;
+};
+
+inline float __half2float(__half v) { return _cvtsh_ss(v.bits); }
+inline __half __float2half_rn(float f) { return {_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT)}; }

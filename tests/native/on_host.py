@@ -1,0 +1,70 @@
+"""Builds the CUDA sources as C++ for the host and loads them: the same kernels, without a GPU."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[2]
+SHIM = Path(__file__).parent / "cuda_on_host"
+FLAGS = ["-O1", "-std=c++17", "-mfma", "-mf16c", "-fPIC", "-fvisibility=hidden", "-Wall",
+         "-Wno-unknown-pragmas"]  # fmt: skip
+SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+#: What the module is compiled with besides; ``sanitize.py`` sets it.
+EXTRA: tuple[str, ...] = ()
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+@functools.cache
+def build(*extra: str) -> Path:
+    """Return the extension, built if a source has changed; skips where it cannot be."""
+    for package in ("pybind11", "ninja"):
+        pytest.importorskip(package)
+    import ninja
+
+    sys.path.insert(0, str(ROOT / "csrc"))
+    import build_plan
+
+    if build_plan.cxx_fault() or os.uname().machine != "x86_64":
+        pytest.skip(build_plan.cxx_fault() or "float16 is converted by x86 instructions")
+    folder = ROOT / "build" / f"cuda_on_host{'_sanitized' * bool(extra)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [*sorted(ROOT.glob("csrc/cuda/*.c*")), SHIM / "module.cpp"]
+    sources = [s for s in sources if s.suffix in (".cu", ".cpp") and not s.stem.endswith("_sm90")]
+    command = [*compiler(), *FLAGS, *extra, f"-I{SHIM}", *build_plan.includes()]
+    command += ['-DRF_CUDA_ARCHS="host"', "-MMD", "-MF"]
+    lines = ["rule cxx", "  deps = gcc", "  depfile = $out.d"]
+    lines += [f"  command = {shlex.join(command)} $out.d -x c++ -c $in -o $out"]
+    lines += ["rule link", f"  command = {shlex.join([*compiler(), *extra])} -shared $in -o $out"]
+    for source in sources:
+        lines += [f"build {source.name}.o: cxx {source}"]
+    lines += [f"build _cuda_on_host.so: link {' '.join(f'{s.name}.o' for s in sources)}", ""]
+    with FileLock(folder / "lock"):
+        (folder / "build.ninja").write_text("\n".join(lines))
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "_cuda_on_host.so"
+
+
+@functools.cache
+def load() -> ModuleType:
+    """Return the module; under ``sanitize.py`` the one that is built with sanitizers."""
+    spec = importlib.util.spec_from_file_location("_cuda_on_host", build(*EXTRA))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

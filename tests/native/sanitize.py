@@ -1,0 +1,63 @@
+"""Runs the native kernels' tests with the extension built for AddressSanitizer and UBSan.
+
+The CPU kernels are built anew as ``_C``; the CUDA kernels run on the host (``on_host.py``). Tensors
+come from malloc, so a kernel that reads or writes beside one is reported, and the run fails.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import on_host
+
+TESTS = [f"tests/test_native_{name}.py" for name in ("bn", "bn_arguments", "bn_backward")]
+TESTS += ["tests/test_native_max_pool.py", "tests/test_native_conv.py"]
+TESTS += ["tests/backends/test_cuda_on_host.py"]
+#: Runs pytest with the extension at argv[1] in place of the built one.
+RUN = """
+import sys, importlib.machinery, importlib.util, pytest, torch
+loader = importlib.machinery.ExtensionFileLoader("resnet_fused._C", sys.argv[1])
+spec = importlib.util.spec_from_loader("resnet_fused._C", loader)
+sys.modules["resnet_fused._C"] = module = importlib.util.module_from_spec(spec)
+loader.exec_module(module)
+sys.path.insert(0, "tests/native")
+import on_host
+on_host.EXTRA = tuple(on_host.SANITIZE)
+sys.exit(pytest.main(["--capture=sys", *sys.argv[2:]]))  # a report goes to stderr as it is
+"""
+
+
+def build() -> Path:
+    """Return the extension with the CPU kernels, built if a source has changed."""
+    folder = on_host.ROOT / "build" / "sanitized"
+    flags = " ".join(on_host.SANITIZE)
+    environment = {**os.environ, "CXXFLAGS": flags, "LDFLAGS": flags, "RESNET_FUSED_CUDA": "0"}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext"]
+    command += ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
+    subprocess.run(command, cwd=on_host.ROOT, env=environment, check=True)
+    return next((folder / "lib").rglob("_C*.so"))
+
+
+def runtime(name: str) -> str:
+    """Return the path of the compiler's sanitizer runtime, which must be loaded first."""
+    command = [*on_host.compiler(), f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main(arguments: list[str]) -> int:
+    """Build, run the tests, and return pytest's exit status."""
+    extension = build()
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
+        # Python and torch keep memory until the end.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    }
+    command = [sys.executable, "-c", RUN, str(extension), *(arguments or TESTS)]
+    return subprocess.run(command, cwd=on_host.ROOT, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,323 @@
+"""The build with CUDA: what is decided from what is here, and what the compiled kernels hold."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_build import ROOT, setup
+
+from resnet_fused.backends import cuda, native
+
+sys.path.append(str(ROOT / "csrc"))
+import build_plan
+from build_plan import Nvcc, Tools, decide
+
+NEW = Nvcc("/opt/cuda/bin/nvcc", (13, 0), frozenset({75, 80, 86, 89, 90, 100, 120}))
+NO_NVCC = "no nvcc anywhere"
+CUTLASS = Path("/opt/cutlass")
+
+
+def plan(nvcc=NEW, cutlass=CUTLASS, **environment):
+    return decide(environment, Tools(nvcc, cutlass))
+
+
+# --- the decision --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [{}, {"RESNET_FUSED_CUDA": "auto"}, {"RESNET_FUSED_CUDA": "1"}])
+@pytest.mark.parametrize("cutlass", [CUTLASS, None])
+def test_with_nvcc_the_kernels_are_built(mode, cutlass):
+    found = plan(cutlass=cutlass, **mode)
+    assert found.archs == ("80", "90a", "100+PTX")
+    assert found.hopper == (("90a",) if cutlass else ())
+    assert str(found).startswith(
+        "built resnet_fused._C with the CPU kernels and the CUDA kernels for "
+        "sm_80, sm_90a, sm_100+PTX (nvcc 13.0)"
+    )
+    assert ("no CUTLASS headers in CUTLASS_PATH" in str(found)) == (cutlass is None)
+
+
+@pytest.mark.parametrize("cutlass", [CUTLASS, None])
+def test_without_nvcc(cutlass):
+    found = plan(NO_NVCC, cutlass)
+    assert found.nvcc is None
+    assert not found.hopper
+    built = "built resnet_fused._C with the CPU kernels"
+    assert str(found) == f"{built}; no CUDA kernels: {NO_NVCC}"
+    with pytest.raises(SystemExit, match=rf"^RESNET_FUSED_CUDA=1: {NO_NVCC}$"):
+        plan(NO_NVCC, cutlass, RESNET_FUSED_CUDA="1")
+
+
+@pytest.mark.parametrize("nvcc", [NEW, NO_NVCC])
+def test_switched_off(nvcc):
+    found = plan(nvcc, RESNET_FUSED_CUDA="0", TORCH_CUDA_ARCH_LIST="nonsense")
+    assert (found.nvcc, found.archs) == (None, ())
+    assert "no CUDA kernels: RESNET_FUSED_CUDA=0" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "archs"),
+    [
+        ("8.0;9.0a;10.0+PTX", ("80", "90a", "100+PTX")),
+        ("8.0 8.6 8.6", ("80", "86")),
+        (" 8.9+PTX; ", ("89+PTX",)),
+        ("7.5 8.0 12.0+PTX", ("80", "120+PTX")),
+        ("10.0f", ("100f",)),
+    ],
+)
+def test_architectures(text, archs):
+    assert plan(TORCH_CUDA_ARCH_LIST=text).archs == archs
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Hopper", "'Hopper' is not an architecture; expected numbers such as '8.0;9.0a;10.0"),
+        ("8.0,9.0", "'8.0,9.0' is not an architecture"),
+        ("8.0 sm_90", "'sm_90' is not an architecture"),
+        ("8.0;9.0b", "'9.0b' is not an architecture"),
+        ("8.0 14.0", "nvcc 13.0 does not know '14.0'; it knows 8.0 8.6 8.9 9.0 10.0 12.0"),
+        ("7.0 7.5", "no kernels for 7.5, as they need 8.0; add one from 8.0 on"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["auto", "1"])
+def test_wrong_architectures(text, words, mode):
+    with pytest.raises(SystemExit, match=r"^TORCH_CUDA_ARCH_LIST") as raised:
+        plan(RESNET_FUSED_CUDA=mode, TORCH_CUDA_ARCH_LIST=text)
+    assert words in str(raised.value)
+
+
+def test_an_older_nvcc_leaves_out_what_it_does_not_know():
+    found = plan(Nvcc("nvcc", (12, 4), frozenset({80, 90})))
+    assert found.archs == ("80", "90a")
+    assert "no kernels for 10.0+PTX, which nvcc 12.4 does not know" in str(found)
+
+
+def test_gencode():
+    assert build_plan.gencode(("90a", "100+PTX")) == [
+        "-gencode", "arch=compute_90a,code=sm_90a",
+        "-gencode", "arch=compute_100,code=[sm_100,compute_100]",
+    ]  # fmt: skip
+
+
+# --- what is found -------------------------------------------------------------------------------
+
+
+def fake_nvcc(folder: Path, version: str, fault: str = "") -> dict[str, str]:
+    """The environment in which an nvcc of this version is found, which compiles nothing."""
+    (folder / "bin").mkdir()
+    program = folder / "bin" / "nvcc"
+    program.write_text(
+        '#!/bin/sh\ncase "$1" in\n'
+        f'--version) echo "Cuda compilation tools, release {version}, V{version}.0";;\n'
+        "--list-gpu-arch) echo compute_80; echo compute_90;;\n"
+        f'*) echo "{fault}" >&2; exit 1;;\nesac\n'
+    )
+    program.chmod(0o755)
+    return {"CUDA_HOME": str(folder)}
+
+
+def test_an_nvcc_that_is_too_old(tmp_path):
+    found = fake_nvcc(tmp_path, "11.8")
+    done = setup("--version", RESNET_FUSED_CUDA="1", **found)
+    assert done.returncode != 0
+    assert done.stderr.strip() == (
+        f"RESNET_FUSED_CUDA=1: nvcc 11.8 at {tmp_path}/bin/nvcc is too old; "
+        "install 12.0 or later, or set CUDA_HOME to it"
+    )
+    assert setup("--version", RESNET_FUSED_CUDA="auto", **found).returncode == 0
+
+
+def test_a_wrong_architecture_is_refused_by_setup(tmp_path):
+    done = setup("--version", TORCH_CUDA_ARCH_LIST="Volta", **fake_nvcc(tmp_path, "13.0"))
+    assert done.returncode != 0
+    assert done.stderr.startswith("TORCH_CUDA_ARCH_LIST: 'Volta' is not an architecture")
+
+
+def test_cuda_asked_for_without_a_compiler(tmp_path):
+    """Not the pure Python package, which would only look like success."""
+    found = fake_nvcc(tmp_path, "13.0")
+    done = setup(
+        "--version", RESNET_FUSED_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0", CXX="false", **found
+    )
+    assert done.returncode != 0
+    assert done.stderr.startswith("RESNET_FUSED_CUDA=1: false cannot compile C++17 with OpenMP")
+
+
+def test_nvcc_is_looked_for_on_the_path(tmp_path):
+    (tmp_path / "empty").mkdir()
+    found = build_plan.find_nvcc({"PATH": str(tmp_path / "empty")})
+    if not Path("/usr/local/cuda/bin/nvcc").exists():
+        assert found == "no nvcc in CUDA_HOME/bin, on PATH or in /usr/local/cuda/bin"
+    fake_nvcc(tmp_path, "12.6")
+    found = build_plan.find_nvcc({"PATH": str(tmp_path / "bin")})
+    assert found == Nvcc(str(tmp_path / "bin" / "nvcc"), (12, 6), frozenset({80, 90}))
+
+
+def test_an_nvcc_that_cannot_compile(tmp_path):
+    """A missing header, or a C++ compiler too new for it: its own words, and what to change."""
+    words = "probe.cu:1:10: fatal error: cuda_bf16.h: No such file or directory"
+    fault = build_plan.nvcc_fault(build_plan.find_nvcc(fake_nvcc(tmp_path, "12.6", words)))
+    assert fault is not None
+    assert words in fault
+    assert "set CXX to a C++ compiler it accepts" in fault
+
+
+def test_cutlass_is_found_by_its_header(tmp_path):
+    assert build_plan.find_cutlass({"CUTLASS_PATH": str(tmp_path)}) != tmp_path
+    (tmp_path / "include/cutlass").mkdir(parents=True)
+    (tmp_path / "include/cutlass/cutlass.h").touch()
+    assert build_plan.find_cutlass({"CUTLASS_PATH": str(tmp_path)}) == tmp_path
+
+
+# --- what is compiled ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script():
+    """setup.py as a module; it builds nothing so."""
+    pytest.importorskip("setuptools")
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_sources_of_a_plan(script, tmp_path):
+    for name in ("cpu/a.cpp", "cpu/a.h", "cuda/b.cu", "cuda/b.cpp", "cuda/c_sm90.cu", "d.cpp"):
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "csrc" / name).touch()
+
+    def names(found):
+        return [p.name for p in script.sources(found, tmp_path)]
+
+    assert names(plan(NO_NVCC)) == ["a.cpp", "d.cpp"]
+    assert names(plan(cutlass=None)) == ["a.cpp", "b.cpp", "b.cu", "d.cpp"]
+    assert names(plan(TORCH_CUDA_ARCH_LIST="8.0")) == ["a.cpp", "b.cpp", "b.cu", "d.cpp"]
+    assert names(plan()) == ["a.cpp", "b.cpp", "b.cu", "c_sm90.cu", "d.cpp"]
+    text = script.ninja_file(plan(), ["c++"], ["c++"], tmp_path / "out.so", tmp_path)
+    hopper = text.partition("c_sm90.cu\n")[2].splitlines()[0]
+    assert "code=sm_90a" in hopper
+    assert "sm_80" not in hopper
+    assert "-I/opt/cutlass/include" in hopper
+    assert "-cudart static" in text
+    assert text.count("depfile = $out.d") == 2
+
+
+def test_a_kernel_compiles(tmp_path):
+    nvcc = build_plan.find_nvcc(os.environ)
+    if isinstance(nvcc, str):
+        pytest.skip(nvcc)
+    source = ROOT / "csrc/cuda/bn_vectors.cu"
+    command = [nvcc.path, *build_plan.host_compiler(), "-std=c++17", *build_plan.gencode(("80",))]
+    done = subprocess.run(
+        [*command, "-c", str(source), "-o", str(tmp_path / "out.o")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr + done.stdout
+
+
+def test_a_source_distribution_holds_all_sources(tmp_path):
+    command = ["--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    done = setup(*command, "sdist", "--dist-dir", str(tmp_path), RESNET_FUSED_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        held = {name.partition("/")[2] for name in tar.getnames()}
+    needed = {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*") if p.suffix != ".pyc"}
+    assert needed | {"setup.py", "pyproject.toml", "resnet_fused/__init__.py"} <= held
+
+
+# --- the extension -------------------------------------------------------------------------------
+
+needs_extension = pytest.mark.skipif(native.extension() is None, reason="not built")
+
+
+@needs_extension
+def test_the_extension_imports_without_torch():
+    probe = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('_C', {native.loaded().__file__!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert module.cpu_isa()\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def kernels():
+    extension = native.extension()
+    if extension is None or not hasattr(extension, "cuda"):
+        pytest.skip("the extension was built without CUDA kernels")
+    return extension
+
+
+def cuobjdump(*arguments: str) -> str:
+    spec = importlib.util.find_spec("triton")
+    shipped = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec else Path()
+    tool = shutil.which("cuobjdump") or (shipped if shipped.is_file() else None)
+    if tool is None:
+        pytest.skip("no cuobjdump")
+    command = [str(tool), *arguments, kernels().__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_no_kernel_spills():
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage"))
+    archs = kernels().cuda.archs.split()
+    assert len(usage) >= 80 * len(archs)
+    assert not [name for name, _, stack in usage if int(stack)]
+
+
+def test_maps_are_read_and_written_16_bytes_at_a_time():
+    """In every kernel over whole accesses, on the oldest and the newest architecture."""
+    archs = kernels().cuda.archs.split()
+    for arch in {archs[0], archs[-1]}:
+        code = cuobjdump("-sass", "-arch", f"sm_{arch.partition('+')[0]}")
+        seen = 0
+        for function in code.split("Function : ")[1:]:
+            name = function.split()[0]
+            # The mangled template arguments: an element type and the width of its accesses.
+            if not re.search(r"(F32ELi4|4Bf16ELi8|3F16ELi8)", name):
+                continue
+            seen += 1
+            assert not re.search(r"LDG\.E(\.U16|\.U8)? ", function) or "max_pool" in name, name
+            assert re.search(r"LDG\.E\.128", function), name
+            if "_parts_kernel" not in name:  # they write sums, in double
+                assert re.search(r"STG\.E\.128", function), name
+                assert not re.search(r"STG\.E\.U16 ", function), name
+        assert seen >= 30
+
+
+def test_without_a_driver_calls_raise_in_its_words():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    extension = kernels()
+    fault = extension.cuda.fault()
+    assert fault
+    x = torch.zeros(64)
+    with pytest.raises(RuntimeError, match=f"add_relu: launch failed: {re.escape(fault)}"):
+        extension.cuda.add_relu(x.data_ptr(), x.data_ptr(), x.data_ptr(), "float32", 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "runs", "not_on"),
+    [
+        ("80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),
+        ("90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("100+PTX", [(10, 0), (10, 3), (12, 0)], [(9, 0)]),
+        ("86+PTX", [(8, 6), (8, 9), (9, 0)], [(8, 0)]),
+    ],
+)
+def test_what_code_runs_on(arch, runs, not_on):
+    assert all(cuda.runs_on(arch, capability) for capability in runs)
+    assert not any(cuda.runs_on(arch, capability) for capability in not_on)
