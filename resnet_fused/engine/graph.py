@@ -68,7 +68,7 @@ class Graphs:
             self._stream.wait_stream(torch.cuda.current_stream())
             # Entered by hand too, as a recording that fails does not return to the old stream.
             with torch.cuda.stream(self._stream):
-                with _Watch(self.device) as watch:
+                with Watch(self.device) as watch:
                     compute(example)
                 # What it has derived from parameters may now be read on any stream.
                 self._stream.synchronize()
@@ -84,7 +84,7 @@ class Graphs:
         recording = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
-        with _no_garbage_collection(), recording:
+        with no_garbage_collection(), recording:
             # Inside, so that it lies in the pool: freed, it is not given to another stream.
             memory = torch.empty_like(example)
             outputs = compute(memory)
@@ -113,12 +113,17 @@ class Graph:
                 self._graphs.free.record(stream)
 
 
-class _Watch(TorchDispatchMode):
-    """Looks for what a graph cannot repeat, in a pass as it runs."""
+class Watch(TorchDispatchMode):
+    """Looks for what a graph cannot repeat, in a pass as it runs.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where all tensors have to be.
+        random: whether it may draw random numbers, as a training step does.
+    """
+
+    def __init__(self, device: torch.device, *, random: bool = False) -> None:
         super().__init__()
-        self._device = device
+        self._device, self._random = device, random
         #: The first reason that was found; empty if there is none.
         self.reason = ""
 
@@ -139,7 +144,7 @@ class _Watch(TorchDispatchMode):
             return f"{name} reads a value back to the host"
         if torch.Tag.dynamic_output_shape in func.tags:
             return f"the shape that {name} returns depends on values"
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and not self._random:
             return f"{name} draws random numbers"
         if name in _READ_MASKS and any(t.dtype in (torch.bool, torch.uint8) for t in tensors):
             return f"{name} reads a mask back to the host"
@@ -147,7 +152,7 @@ class _Watch(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Keep cycles for a while: to destroy a graph or a stream in them would end a recording."""
     enabled = gc.isenabled()
     gc.disable()

@@ -67,12 +67,14 @@ class Graph:
         self.steps: list = []
 
     def replay(self) -> None:
-        for func, args, kwargs, out in self.steps:
-            if func._schema.name in EMPTY:
-                continue
-            for old, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
-                if memory(old) != memory(new):
-                    old.copy_(new)
+        # As a graph, it knows nothing of autograd.
+        with torch._C._AutoDispatchBelowAutograd():
+            for func, args, kwargs, out in self.steps:
+                if func._schema.name in EMPTY:
+                    continue
+                for old, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+                    if memory(old) != memory(new):
+                        old.copy_(new)
 
 
 class Recording(TorchDispatchMode):
@@ -82,9 +84,12 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        before = [(t, t.clone()) for t in tensors((args, kwargs)) if func._schema.is_mutable]
         out = func(*args, **kwargs)
         self.graph.steps.append((func, args, kwargs, out))
         # A recording computes nothing.
+        for t, values in before:
+            t.copy_(values)
         known = {memory(t) for t in tensors((args, kwargs))}
         for t in tensors(out):
             if memory(t) not in known and t.is_floating_point():
@@ -219,6 +224,8 @@ def install(monkeypatch, device: torch.device) -> FakeCuda:
     )  # fmt: skip
     for name in names:
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.empty(0))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     return cuda

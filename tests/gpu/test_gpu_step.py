@@ -1,0 +1,55 @@
+"""capture_step on a real GPU: what the fake of tests/engine cannot show."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import SmallNet, image
+
+import resnet_fused as rf
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), capturable=True),
+}
+
+
+def batch(seed: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    return image(8, 3, 32, 32).to(device), torch.randint(5, (8,)).to(device)
+
+
+def training(model, optimizer):
+    def step(x, target):
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+@pytest.mark.parametrize("memory", ["default", "low"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
+def test_captured_steps_are_eager_steps(device, backend, name, memory):
+    """The losses and the state of as many eager steps: the warm-up has left nothing behind."""
+    eager = rf.fuse(SmallNet().to(device).train(), memory=memory)
+    model = copy.deepcopy(eager)
+    optimizers = [OPTIMIZERS[name](m.parameters()) for m in (eager, model)]
+    with rf.use_backend(backend):
+        plain, step = (training(m, o) for m, o in zip((eager, model), optimizers, strict=True))
+        captured = rf.capture_step(step, *batch(0, device), model=model, optimizer=optimizers[1])
+        for seed in range(5):
+            x, target = batch(seed, device)
+            torch.testing.assert_close(captured(x, target), plain(x, target).detach())
+    for (key, value), expected in zip(
+        model.state_dict().items(), eager.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(value, expected, msg=key)
+    # What eval() derives from parameters is that of now, though no op told torch they changed.
+    with torch.no_grad():
+        y, expected = (m.eval()(batch(9, device)[0]) for m in (model, eager))
+    torch.testing.assert_close(y, expected)
