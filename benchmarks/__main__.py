@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from benchmarks import readme, report, runner, suite
+from benchmarks import bn, readme, report, runner, suite
 from benchmarks.suite import Suite
-from resnet_fused.bench import conditions, options, results, terminal
+from resnet_fused.backends import cpu
+from resnet_fused.bench import conditions, options, results, terminal, timing
 from resnet_fused.bench.options import UsageError
 from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, LEVELS, OP, TRAINING, Record
 
@@ -180,6 +182,31 @@ for _name, _levels, _help in (
     ("all", LEVELS, "All of these."),
 ):  # fmt: skip
     app.command(_name, help=_help)(_measuring(*_levels))
+
+
+@app.command("bn")
+def _bn(
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Images.")] = 8,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads, for all.", show_default="torch's")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Timing per pass, map and dtype.")] = 2.0,
+    out: Annotated[Path, typer.Option(help="Where bn.json goes.")] = Path("out/bn"),
+) -> None:
+    """BatchNorm's passes in training on the CPU, beside torch, Inductor and a copy."""
+    with terminal.one_line_errors(PROGRAM):
+        if reason := cpu.available():
+            raise UsageError(f"bn: needs the native kernels: {reason}")
+        asked = options.checked(
+            models=None, batches=[str(batch)], dtypes=None, threads=threads, device="cpu",
+            backend="cpu", rounds=None, seed=0, images=None, peers=None, out=out,
+        )  # fmt: skip
+        rounds = timing.Rounds(seconds=_above_zero("--seconds", seconds))
+    torch.set_num_threads(asked.threads)
+    rows = bn.measure(batch, rounds, terminal.console(stderr=True))
+    bn.show(rows, terminal.console())
+    found = conditions.of(asked, shlex.join([*PROGRAM.split(), *sys.argv[1:]]))
+    bn.save(rows, found, out / "bn.json")
 
 
 @app.command()

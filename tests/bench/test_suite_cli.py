@@ -39,6 +39,8 @@ def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         (["training", "--limit", "0"], "--limit: 0 given; accepted: a number above 0"),
         (["training", "--minutes", "-1"], "--minutes: -1 given"),
         (["ops", "--seconds", "0"], "--seconds: 0 given"),
+        (["bn", "--seconds", "0"], "--seconds: 0 given"),
+        (["bn", "-b", "0"], "--batch: '0' given"),
         (["all", "--backend", "ondnn"], "did you mean onednn"),
         (["compare", "/no/a", "/no/b"], "/no/a: No such file or directory"),
         (["report", "/no/a"], "/no/a: No such file or directory"),
@@ -127,5 +129,5 @@ def test_the_documents_name_commands_that_are_there() -> None:
     text = (root / "README.md").read_text() + (root / "CONTRIBUTING.md").read_text()
     lines = re.findall(r"python -m benchmarks ((?:\w+(?: \| )?)+)", text)
     named = {name for line in lines for name in line.split(" | ")}
-    assert named == {"ops", "blocks", "models", "training", "cold", "keep"}
+    assert named == {"ops", "blocks", "models", "training", "cold", "bn", "keep"}
     assert named < known
