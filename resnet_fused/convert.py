@@ -74,7 +74,7 @@ def fuse(
     # Asked now, as torch.compile cannot ask while it traces.
     for device in {p.device for p in model.parameters()}:
         for dtype in FLOAT_DTYPES:
-            trains(device, dtype)
+            trains(device, dtype, 0)
     shared = _shared(model)
     for module, program in _units(model, shared, filter_fn or _any, memory):
         install(module, program)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import resnet_fused as rf
-from resnet_fused.backends import _tuned, _tuned_file
+from resnet_fused.backends import _tuned, _tuned_file, cpu
 from resnet_fused.testing import optional_import
 
 
@@ -31,6 +32,14 @@ def _automatic_backend(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("RESNET_FUSED_BACKEND", raising=False)
     with rf.use_backend("auto"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _small_maps_train_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the maps of tests be worth the ops of training; `test_small_maps_train_as_torch` asks."""
+    monkeypatch.setattr(sys.modules["resnet_fused.backends"], "_trains", {})
+    worth = dict.fromkeys(cpu.FASTER_IN_TRAINING, 0)
+    monkeypatch.setattr(cpu, "FASTER_IN_TRAINING", worth)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,6 +9,7 @@ from nets import ConvBnRelu, Residual, SmallNet, image
 from torch import Tensor, nn
 
 import resnet_fused as rf
+from resnet_fused.backends import cpu
 from resnet_fused.testing import gradient_metrics, max_error
 
 X = image(4, 3, 32, 32)
@@ -66,6 +67,18 @@ def test_bfloat16_on_the_cpu_runs_fused_only_by_name(autocast):
             assert ops_called(model, x) == {}
         with rf.use_backend("cpu"):
             assert ops_called(model, x).keys() == CALLS.keys()
+
+
+@pytest.mark.skipif("cpu" not in KINDS, reason="about the native kernels")
+def test_small_maps_train_as_torch(monkeypatch):
+    """Of the two convolutions, the one with as many values as pay is fused, by name both."""
+    monkeypatch.setattr(cpu, "FASTER_IN_TRAINING", {torch.float32: 4 * 8 * 32 * 32})
+    model = rf.fuse(nn.Sequential(ConvBnRelu(3, 8), ConvBnRelu(8, 4)).train())
+    with rf.use_backend("auto"):
+        assert ops_called(model, X).get("conv_bn_stats") == 1
+        assert ops_called(model, X[:3]) == {}
+    with rf.use_backend("cpu"):
+        assert ops_called(model, X[:3])["bn_update_stats"] == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -10,6 +10,7 @@ own file.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -207,29 +208,37 @@ def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:
     return None
 
 
-#: What :func:`trains` has found, by requested backend, kind of device, and dtype.
-_trains: dict[tuple[str, str, torch.dtype], bool] = {}
+#: From how many values on :func:`trains`, by requested backend, kind of device, and dtype.
+_trains: dict[tuple[str, str, torch.dtype], float] = {}
 
 
-def trains(device: torch.device, dtype: torch.dtype) -> bool:
+def trains(device: torch.device, dtype: torch.dtype, values: float) -> bool:
     """Return whether a backend has kernels for the ops of training that make a step faster.
 
     One asked for by name, the reference included, need not be faster: it saves memory. While
     torch.compile traces, nothing can be probed: what was not asked before counts as no.
+
+    Args:
+        device: where the convolution runs.
+        dtype: of its result.
+        values: how many its result has; each op costs a time that few values do not make up for.
     """
     key = (requested(), device.type, dtype)
-    known = _trains.get(key)
-    if known is not None or torch.compiler.is_compiling():
-        return bool(known)
-    name, probe = key[0], torch.empty((1, 1, 1, 1), dtype=dtype, device=device)
-    modules = ORDER.values() if name == AUTO else [ORDER[name]] if name in ORDER else []
-    found = any(
-        _reason(module, "bn_act", (probe,)) is None
-        and (name != AUTO or dtype in module.FASTER_IN_TRAINING)
-        for module in modules
-    )
-    _trains[key] = name == REFERENCE or found
-    return _trains[key]
+    if key not in _trains and not torch.compiler.is_compiling():
+        _trains[key] = _least_to_train(
+            key[0], torch.empty((1, 1, 1, 1), dtype=dtype, device=device)
+        )
+    return values >= _trains.get(key, math.inf)
+
+
+def _least_to_train(name: str, probe: torch.Tensor) -> float:
+    if name == REFERENCE:
+        return 0
+    modules = ORDER.values() if name == AUTO else [ORDER[name]]
+    able = [module for module in modules if _reason(module, "bn_act", (probe,)) is None]
+    if name != AUTO:
+        return 0 if able else math.inf
+    return min((m.FASTER_IN_TRAINING.get(probe.dtype, math.inf) for m in able), default=math.inf)
 
 
 def explain(op: str, *args: Any) -> Explanation:

@@ -6,7 +6,7 @@ Convolutions within the ops of training are torch's own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ ADVICE = (
 )
 
 #: Dtypes in which a fused training step was measured to be no slower than torch's: none so far.
-FASTER_IN_TRAINING: tuple[torch.dtype, ...] = ()
+FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {}
 
 #: Ops whose last three arguments are a max pool's.
 _POOLS = ("bn_act_max_pool", "max_pool_backward")

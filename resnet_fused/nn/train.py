@@ -9,6 +9,7 @@ ever sees one.
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -49,16 +50,26 @@ def applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
     """Return whether the group runs on the ops of training, for this call.
 
     It does for torch's own BatchNorm2d and SyncBatchNorm where that would normalise by the batch's
-    statistics, and a backend has the kernels. torch.compile gets SyncBatchNorm as torch wrote it.
+    statistics, and a backend has kernels that pay. torch.compile gets SyncBatchNorm as torch wrote
+    it; elsewhere it pays always, with one all-reduce for torch's two, and on the CPU at all.
     """
     if type(conv) is not nn.Conv2d or type(bn) not in BATCH_NORMS:
         return False
-    if torch.compiler.is_compiling() and sharing_group(bn) is not None:
+    shared = sharing_group(bn) is not None
+    if torch.compiler.is_compiling() and shared:
         return False
     if conv.padding_mode != "zeros" or conv.padding == "same":
         return False
     raw = x.x if isinstance(x, Pending) else x
-    return uses_batch_statistics(bn) and raw.dim() == 4 and trains(raw.device, result_dtype(raw))
+    if not uses_batch_statistics(bn) or raw.dim() != 4:
+        return False
+    values = math.inf if shared else math.prod(_shape(conv, raw))
+    return trains(raw.device, result_dtype(raw), values)
+
+
+def _shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
+    geometry = conv.stride, padding_of(conv), conv.dilation
+    return output_shape(x.shape, conv.weight.shape, *geometry)
 
 
 def run(

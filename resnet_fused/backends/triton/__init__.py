@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def _too_old(device: int) -> bool:
 
 #: Dtypes in which a fused training step was measured to be no slower than torch's: none yet. In the
 #: others the ops of training run where this backend is asked for by name.
-FASTER_IN_TRAINING: tuple[torch.dtype, ...] = ()
+FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {}
 
 
 def available() -> str | None:

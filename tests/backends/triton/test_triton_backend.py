@@ -150,10 +150,10 @@ def test_trains_in_the_interpreter_by_name_only(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(sys.modules["resnet_fused.backends"], "_trains", {})
     half, wide = ((torch.device("cpu"), d) for d in (torch.float16, torch.float64))
-    assert not trains(*half)
+    assert not trains(*half, 1)
     with rf.use_backend("triton"):
-        assert trains(*half)
-        assert not trains(*wide)
+        assert trains(*half, 1)
+        assert not trains(*wide, 1)
 
 
 def test_the_interpreter_runs_only_what_asks_for_it_by_name(monkeypatch):
