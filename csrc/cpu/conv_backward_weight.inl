@@ -30,8 +30,9 @@ struct ConvBackwardWeight {
     p.block = ceil_div(p.tiles, p.blocks);
     p.ldv = round_up(s.c, W) + W;  // away from powers of two, which share cache sets
     p.ldg = round_up(s.o, W) + W;
-    p.v_plane = p.block * p.ldv + W;
-    p.g_plane = p.block * p.ldg + W;
+    // A tile's values lie in P planes, each in cache sets of its own.
+    p.v_plane = round_up(p.block * p.ldv, 1024) + 16;
+    p.g_plane = round_up(p.block * p.ldg, 1024) + 16;
     p.v_floats = P * p.v_plane;
     p.g_floats = P * p.g_plane;
     p.row_parts = min64(round_up(ceil_div(s.o, 4 * MR), threads), ceil_div(s.o, MR / 2));
@@ -54,15 +55,25 @@ struct ConvBackwardWeight {
     const typename Wino::Where at(p, tile);
     const int64_t rows = min64(OUT, s.oh() - at.y), columns = min64(OUT, s.ow() - at.x);
     const T* in = grad + ((at.n * s.oh() + at.y) * s.ow() + at.x) * s.o;
+    const int64_t row = s.ow() * s.o;
+    const bool inside = rows == OUT && columns == OUT;
     for (int64_t o = 0; o < s.o; o += W) {
       reg d[OUT * OUT], t[IN * OUT], v[P];
-      const auto m = Vec::first(s.o - o);
+      if (inside && o + W <= s.o) {
 #pragma GCC unroll 4
-      for (int i = 0; i < OUT; ++i)
+        for (int i = 0; i < OUT; ++i)
 #pragma GCC unroll 4
-        for (int j = 0; j < OUT; ++j)
-          d[i * OUT + j] =
-              i < rows && j < columns ? E::load(in + (i * s.ow() + j) * s.o + o, m) : Vec::zero();
+          for (int j = 0; j < OUT; ++j) {
+            d[i * OUT + j] = E::load(in + i * row + j * s.o + o);
+            _mm_prefetch(reinterpret_cast<const char*>(in + i * row + (j + OUT) * s.o + o), _MM_HINT_T0);
+          }
+      } else {
+        const auto m = Vec::first(s.o - o);
+        for (int i = 0; i < OUT; ++i)
+          for (int j = 0; j < OUT; ++j)
+            d[i * OUT + j] =
+                i < rows && j < columns ? E::load(in + i * row + j * s.o + o, m) : Vec::zero();
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < OUT; ++j) F::gradient(d + j, OUT, t + j, OUT);
 #pragma GCC unroll 6
