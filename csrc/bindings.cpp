@@ -4,6 +4,7 @@
 namespace rf {
 void register_cpu_isa(pybind11::module_& m);
 void register_conv_bn_act(pybind11::module_& m);
+void register_conv_backward_weight(pybind11::module_& m);
 void register_pool_head(pybind11::module_& m);
 void register_cpu_training(pybind11::module_& m);
 void register_cuda(pybind11::module_& m);
@@ -13,6 +14,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of resnet_fused. Nothing here knows torch: pointers and sizes only.";
   rf::register_cpu_isa(m);
   rf::register_conv_bn_act(m);
+  rf::register_conv_backward_weight(m);
   rf::register_pool_head(m);
   rf::register_cpu_training(m);
 #ifdef RF_CUDA_ARCHS

@@ -34,9 +34,24 @@ struct Wino4 {
     y[2 * to] = Vec::fma(Vec::set1(a * a), p, Vec::mul(Vec::set1(b * b), P));
     y[3 * to] = Vec::fma(Vec::set1(a * a * a), n, Vec::fma(Vec::set1(b * b * b), N, m[5 * step]));
   }
+  // The transpose of `output`.
+  static inline void gradient(const reg* y, int64_t step, reg* m, int64_t to) {
+    const reg y0 = y[0], y1 = y[step], y2 = y[2 * step], y3 = y[3 * step];
+    const auto pair = [&](double x, reg* plus, reg* minus) __attribute__((always_inline)) {
+      const reg even = Vec::fma(Vec::set1(x * x), y2, y0);
+      const reg odd = Vec::fma(Vec::set1(x * x * x), y3, Vec::mul(Vec::set1(x), y1));
+      *plus = Vec::add(even, odd);
+      *minus = Vec::sub(even, odd);
+    };
+    m[0] = y0;
+    pair(a, m + to, m + 2 * to);
+    pair(b, m + 3 * to, m + 4 * to);
+    m[5 * to] = y3;
+  }
+  static constexpr double fa = 1 / (2 * a * a * (a * a - b * b)), fb = 1 / (2 * b * b * (b * b - a * a));
+
   template <class D>
   static inline void weights(const D* g, int step, D* u, int to) {
-    const double fa = 1 / (2 * a * a * (a * a - b * b)), fb = 1 / (2 * b * b * (b * b - a * a));
     const D g0 = g[0], g1 = g[step], g2 = g[2 * step];
     u[0] = g0 / (a * a * b * b);
     u[to] = (g0 + a * g1 + a * a * g2) * fa;
@@ -44,6 +59,15 @@ struct Wino4 {
     u[3 * to] = (g0 + b * g1 + b * b * g2) * fb;
     u[4 * to] = (g0 - b * g1 + b * b * g2) * fb;
     u[5 * to] = g2;
+  }
+  // The transpose of `weights`.
+  static inline void weight_gradient(const reg* u, int64_t step, reg* g, int64_t to) {
+    const reg u1 = u[step], u2 = u[2 * step], u3 = u[3 * step], u4 = u[4 * step];
+    const reg p = Vec::add(u1, u2), n = Vec::sub(u1, u2), P = Vec::add(u3, u4), N = Vec::sub(u3, u4);
+    g[0] = Vec::fma(Vec::set1(1 / (a * a * b * b)), u[0],
+                    Vec::fma(Vec::set1(fa), p, Vec::mul(Vec::set1(fb), P)));
+    g[to] = Vec::fma(Vec::set1(fa * a), n, Vec::mul(Vec::set1(fb * b), N));
+    g[2 * to] = Vec::fma(Vec::set1(fa * a * a), p, Vec::fma(Vec::set1(fb * b * b), P, u[5 * step]));
   }
 };
 

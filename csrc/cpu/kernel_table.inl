@@ -7,4 +7,6 @@ constexpr ConvAlgorithm algorithms[] = {Winograd<Element, Wino4>::algorithm,
                                         Direct<Element, true>::algorithm,
 #endif
                                         {}};
-constexpr KernelTable table{algorithms, max_pool<Element>, head<Element>};
+using WeightGradient = ConvBackwardWeight<Element, Wino4>;
+constexpr KernelTable table{algorithms, WeightGradient::scratch_bytes, WeightGradient::run,
+                            max_pool<Element>, head<Element>};

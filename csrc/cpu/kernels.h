@@ -36,6 +36,17 @@ struct ConvAlgorithm {
   void (*run)(const ConvArgs&);
 };
 
+// One call of conv_backward_weight: a 3x3 convolution with stride 1 in one group.
+struct ConvBackwardWeightArgs {
+  ConvShape s;
+  const void* grad;
+  const void* x;
+  void* grad_weight;
+  char* scratch;
+  int threads;
+  bool channels_last;  // of grad_weight, else it is contiguous
+};
+
 struct PoolArgs {
   DType dtype;
   const void* x;
@@ -55,6 +66,8 @@ struct HeadArgs {
 
 struct KernelTable {
   const ConvAlgorithm* conv;  // ends with a null name
+  size_t (*conv_backward_weight_scratch_bytes)(const ConvShape&, int threads);
+  bool (*conv_backward_weight)(const ConvBackwardWeightArgs&);  // whether the result is finite
   void (*max_pool)(const PoolArgs&);
   void (*head)(const HeadArgs&);
 };

@@ -1,4 +1,7 @@
-"""Native convolutions: the algorithm, packed weights and scratch memory of one input shape."""
+"""Native convolutions: the algorithm, packed weights and scratch memory of one input shape.
+
+And the gradient of a weight.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,10 @@ from resnet_fused.backends.native import DTYPE_NAMES, loaded
 Call = Callable[[], None]
 
 _ALIGNMENT = 64
+#: Output pixels of a batch from which on a weight's gradient by Winograd's transform holds the 2x
+#: rule. Measured with 24 to 200 channels, its error is at most 0.5 of what is allowed at 98 pixels,
+#: 1.2 at 25, and 3 at one, where the rule allows for the rounding of a single product.
+FEWEST_TERMS = 96
 
 
 class Convolution:
@@ -104,6 +111,60 @@ def convolve_once(
     return y
 
 
+def backward_weight(
+    grad: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor | None:
+    """Return the gradient of a convolution's weight by Winograd's transform, or None.
+
+    None where it would be slower than torch's oneDNN or less exact, and where the result is not
+    finite: the transform spreads NaN and infinity over taps that torch keeps clean. Measured on one
+    thread of a Zen 5 at batch 8, in CPU time against torch's oneDNN: float32, 64 channels at 56x56
+    2.1x, 128 at 28x28 2.1x, 256 at 14x14 2.0x, 512 at 7x7 5.1x; bfloat16 1.6x, 1.5x, 1.1x, 1.7x;
+    24 at 28x28 1.9x, 8 to 64 0.9x, 16 at 32x32 0.5 to 1.3x.
+
+    Args:
+        grad: the output's gradient, any layout.
+        x: the convolution's input, any layout.
+        weight_size: (O, C / groups, KH, KW).
+        stride: two integers.
+        padding: two integers.
+        dilation: two integers.
+        groups: how many.
+        channels_last: the layout of the result, else contiguous.
+    """
+    terms = grad.numel() // weight_size[0]
+    if terms < FEWEST_TERMS or not _is_winograds(weight_size, stride, dilation, groups):
+        return None
+    o, c = weight_size[:2]
+    n, _, h, w = x.shape
+    sizes = (DTYPE_NAMES[x.dtype], n, h, w, c, o, *padding)
+    threads = torch.get_num_threads()
+    work = scratch(loaded().conv_backward_weight_scratch_bytes(*sizes, threads))
+    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    shape, order = ((o, 3, 3, c), (0, 3, 1, 2)) if channels_last else ((o, c, 3, 3), (0, 1, 2, 3))
+    grad_weight = torch.empty(shape, dtype=x.dtype)
+    finite = loaded().conv_backward_weight(
+        grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr(), work.data_ptr(), work.nbytes,
+        *sizes, channels_last, threads,
+    )  # fmt: skip
+    return grad_weight.permute(order) if finite else None
+
+
+def _is_winograds(
+    weight_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
+) -> bool:
+    """Return whether Winograd's transform runs the convolution, with channels enough to pay."""
+    plain = groups == 1 and {*stride, *dilation} == {1} and tuple(weight_size[2:]) == (3, 3)
+    return plain and min(weight_size[:2]) >= 24
+
+
 def _worth_packing(
     x: Tensor,
     weight_shape: Sequence[int],
@@ -119,8 +180,7 @@ def _worth_packing(
     64 channels at 56x56 2.6x, 128 at 28x28 2.4x, 256 at 14x14 1.5x, 512 at 7x7 0.6x; bfloat16 1.2x,
     1.4x, 0.7x, 0.4x; 1x1 and strided convolutions 0.9 to 1.0x.
     """
-    plain = groups == 1 and {*stride, *dilation} == {1} and tuple(weight_shape[2:]) == (3, 3)
-    if not plain or min(weight_shape[:2]) < 24:
+    if not _is_winograds(weight_shape, stride, dilation, groups):
         return None
     n, _, *sides = x.shape
     oh, ow = (side + 2 * p - 2 for side, p in zip(sides, padding, strict=True))

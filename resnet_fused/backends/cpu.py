@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _torch_conv, _training_kernels, native
+from resnet_fused.backends import _cpu_conv, _torch_conv, _training_kernels, native
 from resnet_fused.backends._cpu_conv import Call, Convolution, convolve_once
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 
@@ -212,10 +212,10 @@ def conv_backward_weight(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    """Run the op by torch's oneDNN."""
-    return _torch_conv.backward_weight(
-        grad, x, weight_size, stride, padding, dilation, groups, channels_last
-    )
+    """Run the op by Winograd's transform, or torch's own."""
+    args = (grad, x, weight_size, stride, padding, dilation, groups, channels_last)
+    own = _cpu_conv.backward_weight(*args) if declines(grad) is None else None
+    return _torch_conv.backward_weight(*args) if own is None else own
 
 
 def bn_apply(

@@ -1,0 +1,194 @@
+// The weight's gradient of a 3x3 convolution with stride 1 by Winograd's transform: with the points of
+// the forward, dW = G^T [sum over tiles of (A dY A^T) * (B^T d B)] G, where each of the (m+2)^2 planes
+// of the sum is one product of matrices, [o x tiles] by [tiles x c]. float32 throughout.
+//
+// Threads share out tiles to transform and parts of the planes to add up; no sum is ever cut by their
+// number. Long sums are: each block of tiles is summed apart, then added, which also keeps rounding small.
+
+template <class E, class F>
+struct ConvBackwardWeight {
+  using Wino = Winograd<E, F>;
+  using T = typename E::T;
+  using reg = typename Vec::reg;
+  static constexpr int OUT = F::OUT, IN = F::IN, P = IN * IN, W = Vec::W, NR = F32::NV * W;
+  static constexpr int MR = F32::MR;
+
+  // V[p][tile][c] as in the forward, G[p][tile][o] beside it, and a part's sums U[o][p][c].
+  struct Plan : Wino::Plan {
+    int64_t ldg, g_plane, g_floats;
+    int64_t row_parts, column_parts, columns;  // parts of the planes; columns of one part
+    int64_t ldu, u_floats, sums;               // of one part; parts whose sums are kept
+  };
+
+  static Plan plan(const ConvShape& s, int threads) {
+    Plan p{};
+    p.th = ceil_div(s.oh(), OUT);
+    p.tw = ceil_div(s.ow(), OUT);
+    p.tiles = s.n * p.th * p.tw;
+    const int64_t limit = max64(128, (int64_t(4) << 20) / (P * (int64_t)sizeof(float) * (s.c + s.o)));
+    p.blocks = max64(1, ceil_div(p.tiles, limit));
+    p.block = ceil_div(p.tiles, p.blocks);
+    p.ldv = round_up(s.c, W) + W;  // away from powers of two, which share cache sets
+    p.ldg = round_up(s.o, W) + W;
+    // A tile's values lie in P planes, each in cache sets of its own.
+    p.v_plane = round_up(p.block * p.ldv, 1024) + 16;
+    p.g_plane = round_up(p.block * p.ldg, 1024) + 16;
+    p.v_floats = P * p.v_plane;
+    p.g_floats = P * p.g_plane;
+    p.row_parts = min64(round_up(ceil_div(s.o, 4 * MR), threads), ceil_div(s.o, MR / 2));
+    p.columns = min64(round_up(s.c, NR), 2 * NR);
+    p.column_parts = ceil_div(s.c, p.columns);
+    p.ldu = P * p.columns;
+    p.u_floats = ceil_div(s.o, p.row_parts) * p.ldu;
+    p.sums = p.blocks == 1 ? threads : p.row_parts * p.column_parts;
+    return p;
+  }
+
+  static size_t scratch_bytes(const ConvShape& s, int threads) {
+    const Plan p = plan(s, threads);
+    return (p.v_floats + p.g_floats + p.sums * p.u_floats) * sizeof(float);
+  }
+
+  // G[p][tile][o] = A dY A^T, for W channels at a time.
+  static void transform_gradient(const Plan& p, const ConvShape& s, const T* grad, int64_t tile,
+                                 float* g) {
+    const typename Wino::Where at(p, tile);
+    const int64_t rows = min64(OUT, s.oh() - at.y), columns = min64(OUT, s.ow() - at.x);
+    const T* in = grad + ((at.n * s.oh() + at.y) * s.ow() + at.x) * s.o;
+    const int64_t row = s.ow() * s.o;
+    const bool inside = rows == OUT && columns == OUT;
+    for (int64_t o = 0; o < s.o; o += W) {
+      reg d[OUT * OUT], t[IN * OUT], v[P];
+      if (inside && o + W <= s.o) {
+#pragma GCC unroll 4
+        for (int i = 0; i < OUT; ++i)
+#pragma GCC unroll 4
+          for (int j = 0; j < OUT; ++j) {
+            d[i * OUT + j] = E::load(in + i * row + j * s.o + o);
+            _mm_prefetch(reinterpret_cast<const char*>(in + i * row + (j + OUT) * s.o + o), _MM_HINT_T0);
+          }
+      } else {
+        const auto m = Vec::first(s.o - o);
+        for (int i = 0; i < OUT; ++i)
+          for (int j = 0; j < OUT; ++j)
+            d[i * OUT + j] =
+                i < rows && j < columns ? E::load(in + i * row + j * s.o + o, m) : Vec::zero();
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < OUT; ++j) F::gradient(d + j, OUT, t + j, OUT);
+#pragma GCC unroll 6
+      for (int i = 0; i < IN; ++i) F::gradient(t + i * OUT, 1, v + i * IN, 1);
+#pragma GCC unroll 36
+      for (int i = 0; i < P; ++i) Vec::store(g + i * p.g_plane + o, v[i]);
+    }
+  }
+
+  // u[i][j] = [u[i][j] +] the sum over tiles of g[tile][i] v[tile][j], for M by NR of them.
+  template <int M>
+  static void sum_tile(const Plan& p, const float* g, const float* v, int64_t tiles, float* u,
+                       bool add) {
+    constexpr int NV = F32::NV;
+    reg acc[M][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] = Vec::zero();
+    const int64_t ldg = p.ldg, ldv = p.ldv, ldu = p.ldu;
+    for (; tiles > 0; --tiles, g += ldg, v += ldv) {
+      reg b[NV];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) b[j] = Vec::load(v + j * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+        const reg a = F32::broadcast(g + i);
+#pragma GCC unroll 4
+        for (int j = 0; j < NV; ++j) acc[i][j] = Vec::fma(a, b[j], acc[i][j]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        float* to = u + i * ldu + j * W;
+        Vec::store(to, add ? Vec::add(Vec::load(to), acc[i][j]) : acc[i][j]);
+      }
+  }
+
+  template <int... M>
+  static auto sum_tile_of(int64_t rows, std::integer_sequence<int, M...>) {
+    static constexpr decltype(&sum_tile<1>) table[] = {sum_tile<M + 1>...};
+    return table[rows - 1];
+  }
+
+  // One part of the planes: rows from o0 to o1, columns from c0.
+  static void multiply(const Plan& p, const ConvShape& s, const float* g, const float* v, int64_t o0,
+                       int64_t o1, int64_t c0, int64_t tiles, float* u, bool add) {
+    const int64_t c1 = min64(s.c, c0 + p.columns), cuts = ceil_div(o1 - o0, MR);
+    for (int i = 0; i < P; ++i)
+      for (int64_t c = c0; c < c1; c += NR)
+        for (int64_t cut = 0; cut < cuts; ++cut) {
+          const int64_t r0 = cut * (o1 - o0) / cuts, r1 = (cut + 1) * (o1 - o0) / cuts;
+          sum_tile_of(r1 - r0, std::make_integer_sequence<int, MR>{})(
+              p, g + i * p.g_plane + o0 + r0, v + i * p.v_plane + c, tiles,
+              u + r0 * p.ldu + i * p.columns + c - c0, add);
+        }
+  }
+
+  // dW = G^T U G for one output channel and W input channels; whether all of it is finite.
+  static bool transform_output(const Plan& p, const ConvBackwardWeightArgs& args, const float* u,
+                               int64_t o, int64_t c) {
+    reg d[P], t[3 * IN], w[9];
+#pragma GCC unroll 36
+    for (int i = 0; i < P; ++i) d[i] = Vec::load(u + i * p.columns);
+#pragma GCC unroll 6
+    for (int j = 0; j < IN; ++j) F::weight_gradient(d + j, IN, t + j, IN);
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) F::weight_gradient(t + i * IN, 1, w + i * 3, 1);
+    const int64_t lanes = min64(W, args.s.c - c);
+    const auto mask = Vec::first(lanes);
+    T* out = static_cast<T*>(args.grad_weight) + o * 9 * args.s.c;
+    T staged[9 * W];
+    reg test = Vec::zero();  // 0 * w is NaN where w is not finite
+    for (int i = 0; i < 9; ++i) {
+      if (args.channels_last)
+        E::store(out + i * args.s.c + c, w[i], mask);
+      else
+        E::store(staged + i * W, w[i]);
+      test = Vec::fma(w[i], Vec::zero(), test);
+    }
+    if (!args.channels_last)
+      for (int64_t l = 0; l < lanes; ++l)
+        for (int i = 0; i < 9; ++i) out[(c + l) * 9 + i] = staged[i * W + l];
+    return !Vec::any_nan(test);
+  }
+
+  static bool run(const ConvBackwardWeightArgs& args) {
+    const ConvShape& s = args.s;
+    const Plan p = plan(s, args.threads);
+    float* v = reinterpret_cast<float*>(args.scratch);
+    float *g = v + p.v_floats, *sums = g + p.g_floats;
+    const int64_t parts = p.row_parts * p.column_parts;
+    bool finite = true;
+#pragma omp parallel num_threads(args.threads) reduction(&& : finite)
+    for (int64_t block = 0; block < p.blocks; ++block) {
+      const int64_t t0 = block * p.tiles / p.blocks, t1 = (block + 1) * p.tiles / p.blocks;
+#pragma omp for
+      for (int64_t t = t0; t < t1; ++t) {
+        Wino::transform_input(p, s, static_cast<const T*>(args.x), t, v + (t - t0) * p.ldv);
+        transform_gradient(p, s, static_cast<const T*>(args.grad), t, g + (t - t0) * p.ldg);
+      }
+#pragma omp for
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t row = part % p.row_parts, c0 = part / p.row_parts * p.columns;
+        const int64_t o0 = row * s.o / p.row_parts, o1 = (row + 1) * s.o / p.row_parts;
+        float* u = sums + (p.blocks == 1 ? omp_get_thread_num() : part) * p.u_floats;
+        multiply(p, s, g, v, o0, o1, c0, t1 - t0, u, block > 0);
+        if (block + 1 < p.blocks) continue;
+        for (int64_t o = o0; o < o1; ++o)
+          for (int64_t c = c0; c < min64(s.c, c0 + p.columns); c += W)
+            finite &= transform_output(p, args, u + (o - o0) * p.ldu + c - c0, o, c);
+      }
+    }
+    return finite;
+  }
+};
