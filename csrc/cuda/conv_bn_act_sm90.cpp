@@ -99,7 +99,7 @@ void conv_bn_act(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t shift
   const Block out = map("y", y, double(n) * s.oh() * s.ow() * o);
   need_apart(out, map("x", x, double(n) * h * w * c));
   need_apart(out, map("weight", weight, double(o) * kh * kw * c));
-  if (residual) need_same_or_apart(out, {"residual", map("residual", residual, 0).address, out.bytes});
+  if (residual) need_same_or_apart(out, map("residual", residual, double(n) * s.oh() * s.ow() * o));
   const ConvArgs args{s,
                       pointer<const void>(x),
                       pointer<const void>(weight),

@@ -37,8 +37,9 @@ struct Gemm {
       cutlass::gemm::collective::StageCountAutoCarveout<(int)sizeof(typename End::SharedStorage)>,
       typename Schedule::Mainloop>::CollectiveOp;
   using Problem = cute::Shape<int, int, int, int>;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<Problem, Mainloop, End,
-                                                      cutlass::gemm::PersistentScheduler>;
+  // A name of its own keeps the symbols short.
+  struct Kernel : cutlass::gemm::kernel::GemmUniversal<Problem, Mainloop, End,
+                                                       cutlass::gemm::PersistentScheduler> {};
   using Op = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
   static typename Op::Arguments arguments(const ConvArgs& args) {

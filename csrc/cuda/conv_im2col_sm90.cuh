@@ -15,8 +15,7 @@ namespace rf::cuda::sm90 {
 
 constexpr int kSharedBytes = 228 * 1024, kReservedBytes = 1024;  // of a multiprocessor; of a block
 
-// Resident: so many blocks fit a multiprocessor by their shared memory; that their registers fit too
-// is seen after compiling only, by the tests.
+// Resident: so many blocks fit a multiprocessor, by their shared memory and by their registers.
 template <class E, int M, int N, int ClusterM, int Stages, int Resident>
 struct Im2col {
   static constexpr int kTileM = M, kTileN = N, kCluster = ClusterM;
@@ -32,7 +31,9 @@ struct Im2col {
       kChannelStep, E, Layout, kChannelStep, float, Tile, Cluster,
       cutlass::conv::collective::StageCount<Stages>,
       cutlass::conv::KernelImplicitTmaWarpSpecializedSm90>::CollectiveOp;
-  using Kernel = cutlass::conv::kernel::ConvUniversal<ConvProblem, Mainloop, End>;
+  struct Kernel : cutlass::conv::kernel::ConvUniversal<ConvProblem, Mainloop, End> {
+    static constexpr uint32_t MinBlocksPerMultiprocessor = Resident;  // ptxas keeps to it
+  };
   using Op = cutlass::conv::device::ConvUniversalAdapter<Kernel>;
   static_assert(Resident * (Kernel::SharedStorageSize + kReservedBytes) <= kSharedBytes);
 
