@@ -160,7 +160,7 @@ def test_the_output_is_apart_from_what_is_read(call, name):
 
 
 def test_the_output_may_be_the_residual_and_no_part_of_it(call):
-    with pytest.raises(ValueError, match="^y: overlaps residual without being"):
+    with pytest.raises(ValueError, match=r"^y: overlaps residual without being"):
         call(residual=call.good["y"] + 16)
 
 
