@@ -200,7 +200,8 @@ def script():
 
 
 def test_sources_of_a_plan(script, tmp_path):
-    for name in ("cpu/a.cpp", "cpu/a.h", "cuda/b.cu", "cuda/b.cpp", "cuda/c_sm90.cu", "d.cpp"):
+    files = "cpu/a.cpp cpu/a.h cuda/b.cu cuda/b.cpp cuda/c_sm90.cu cuda/c_sm90.cpp d.cpp"
+    for name in files.split():
         (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "csrc" / name).touch()
 
@@ -210,12 +211,14 @@ def test_sources_of_a_plan(script, tmp_path):
     assert names(plan(NO_NVCC)) == ["a.cpp", "d.cpp"]
     assert names(plan(cutlass=NO_CUTLASS)) == ["a.cpp", "b.cpp", "b.cu", "d.cpp"]
     assert names(plan(TORCH_CUDA_ARCH_LIST="8.0")) == ["a.cpp", "b.cpp", "b.cu", "d.cpp"]
-    assert names(plan()) == ["a.cpp", "b.cpp", "b.cu", "c_sm90.cu", "d.cpp"]
+    assert names(plan()) == ["a.cpp", "b.cpp", "b.cu", "c_sm90.cpp", "c_sm90.cu", "d.cpp"]
     text = script.ninja_file(plan(), ["c++"], ["c++"], tmp_path / "out.so", tmp_path)
     hopper = text.partition("c_sm90.cu\n")[2].splitlines()[0]
     assert "code=sm_90a" in hopper
     assert "sm_80" not in hopper
     assert "-I/opt/cutlass/include" in hopper
+    assert "--expt-relaxed-constexpr" in hopper
+    assert text.count("-DRF_SM90") == 3  # every binding but the CPU's
     assert "-cudart static" in text
     assert text.count("depfile = $out.d") == 2
 

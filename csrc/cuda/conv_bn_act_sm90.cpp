@@ -59,10 +59,14 @@ std::optional<std::string> declines(const std::string& dtype, const std::string&
                                     int64_t h, int64_t w, int64_t c, int64_t o, int64_t kh,
                                     int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw,
                                     int64_t dh, int64_t dw, int64_t groups) {
-  const ConvShape s = checked(
-      {half_precision(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups});
-  const std::string reason = decline(find(s.dtype, kernel), s);
-  return reason.empty() ? std::nullopt : std::optional(reason);
+  const ConvShape s{half_precision(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups};
+  const ConvKernel& k = find(s.dtype, kernel);
+  try {
+    const std::string reason = decline(k, checked(s));
+    return reason.empty() ? std::nullopt : std::optional(reason);
+  } catch (const std::invalid_argument& beyond_any_kernel) {
+    return beyond_any_kernel.what();
+  }
 }
 
 size_t workspace_bytes(const std::string& dtype, const std::string& kernel, int64_t n, int64_t h,

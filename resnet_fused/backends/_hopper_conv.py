@@ -29,7 +29,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _ALIGNMENT = 16
 #: Channels that a kernel multiplies between two waits.
 _STEP = 64
-#: What tuning and tests of the choice count on where no GPU is asked: an H100's.
+#: Of an H100, for maps that are not on a GPU: the kernels run on the host in tests.
 _MULTIPROCESSORS = 132
 
 
@@ -142,10 +142,10 @@ def heuristic(geometry: Geometry, kernels: Sequence[Kernel], multiprocessors: in
     """Return the kernel to use where none was measured.
 
     The one whose slowest multiprocessor is done first, if a step of a tile takes as long as its
-    products (4096 multiply-adds a clock) or its operands (64 bytes a clock from L2), whatever is
-    longer. That is a guess by the device's peaks, not measured. Of equals, the larger tile; of
-    those, the one of more channels, which reads less shared memory for a product; of those, the
-    one for matrix products.
+    products (2048 multiply-adds a clock) or its operands (64 bytes a clock from L2, what a cluster
+    shares counted once), whatever is longer. That is a guess by the device's peaks, not measured.
+    Of equals, the larger tile; of those, the one of more channels, which reads less shared memory
+    for a product; of those, the one for matrix products.
     """
     n, o, oh, ow = geometry.output_shape
     steps = geometry.kh * geometry.kw * math.ceil(geometry.c / _STEP)
@@ -153,8 +153,8 @@ def heuristic(geometry: Geometry, kernels: Sequence[Kernel], multiprocessors: in
     def clocks(kernel: Kernel) -> int:
         rows = math.ceil(n * oh * ow / (kernel.tile_m * kernel.cluster)) * kernel.cluster
         tiles = rows * math.ceil(o / kernel.tile_n)
-        products = kernel.tile_m * kernel.tile_n * _STEP // 4096
-        operands = (kernel.tile_m + kernel.tile_n) * _STEP * 2 // 64
+        products = kernel.tile_m * kernel.tile_n * _STEP // 2048
+        operands = (kernel.tile_m + kernel.tile_n // kernel.cluster) * _STEP * 2 // 64
         return math.ceil(tiles / multiprocessors) * steps * max(products, operands)
 
     def order(kernel: Kernel) -> tuple[int, int, int, bool]:

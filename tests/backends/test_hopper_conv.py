@@ -219,6 +219,7 @@ def test_what_it_takes(machine, dtype):
         (((1, 8, 140, 1), 8, (3, 1), 1, 0, (65, 1)), "got (130, 0) with padding (0, 0)"),
         (((1, 8, 12, 11), 8, 11), "CUTLASS cannot implement it as im2col-m128n128c2"),
         (((0, 8, 5, 5), 8), "takes no empty map"),
+        (((1, 8, 5, 5), 8, 1, 1, (0, 5000)), "pw: expected 0 to 4096, got 5000"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
