@@ -61,6 +61,8 @@ class Plan(NamedTuple):
         if self.nvcc:
             archs = ", ".join(f"sm_{arch}" for arch in self.archs)
             built += f" and the CUDA kernels for {archs} ({self.nvcc})"
+        if self.hopper:
+            built += ", the Hopper convolution among them"
         return "; ".join([f"built resnet_fused._C with {built}", *self.notes])
 
 
@@ -83,7 +85,10 @@ def decide(environment: Mapping[str, str], tools: Tools) -> Plan:
     archs, notes = architectures(environment.get("TORCH_CUDA_ARCH_LIST"), nvcc)
     if isinstance(tools.cutlass, str):
         return Plan(nvcc, archs, None, (*notes, f"no Hopper convolution: {tools.cutlass}"))
-    return Plan(nvcc, archs, tools.cutlass, notes)
+    plan = Plan(nvcc, archs, tools.cutlass, notes)
+    if not plan.hopper:
+        plan = plan._replace(notes=(*notes, "no Hopper convolution: 9.0a is not among them"))
+    return plan
 
 
 def without_cuda(environment: Mapping[str, str], reason: str) -> Plan:

@@ -44,6 +44,7 @@ def test_with_nvcc_the_kernels_are_built(mode, cutlass):
     )
     note = f"no Hopper convolution: {NO_CUTLASS}"
     assert (note in str(found)) == (cutlass == NO_CUTLASS)
+    assert ("the Hopper convolution among them" in str(found)) == (cutlass == CUTLASS)
 
 
 @pytest.mark.parametrize("cutlass", [CUTLASS, NO_CUTLASS])
@@ -94,6 +95,12 @@ def test_wrong_architectures(text, words, mode):
     with pytest.raises(SystemExit, match=r"^TORCH_CUDA_ARCH_LIST") as raised:
         plan(RESNET_FUSED_CUDA=mode, TORCH_CUDA_ARCH_LIST=text)
     assert words in str(raised.value)
+
+
+def test_the_hopper_convolution_needs_its_architecture():
+    found = plan(TORCH_CUDA_ARCH_LIST="8.0 9.0")
+    assert not found.hopper
+    assert str(found).endswith("; no Hopper convolution: 9.0a is not among them")
 
 
 def test_an_older_nvcc_leaves_out_what_it_does_not_know():
