@@ -8,14 +8,18 @@
 PYTHON ?= python3
 VENV ?= 1
 TORCH := torch==2.13.0
+# Headers for the Hopper convolution. What the package depends on is for its Python parts.
+CUTLASS := nvidia-cutlass==4.2.0.0
 ARGS ?=
 
 ifeq ($(VENV),0)
 PY := $(PYTHON)
 READY :=
+HEADERS :=
 else
 PY := .venv/bin/python
 READY := .venv/.installed
+HEADERS := .venv/.cutlass
 endif
 
 .DEFAULT_GOAL := help
@@ -33,6 +37,11 @@ help:
 	    --no-build-isolation --editable '.[bench,vision,dev]'
 	@touch $@
 
+# Not for `make bench`: they cost minutes of compiling.
+.venv/.cutlass: .venv/.installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(CUTLASS)
+	@touch $@
+
 build: $(READY)
 	@$(PY) setup.py --quiet build_ext --inplace
 
@@ -46,7 +55,7 @@ check: $(READY)
 	    echo 'lint, format and type checks not run: ruff or mypy is not installed'; \
 	else exit 1; fi
 
-test: build check
+test: $(HEADERS) build check
 	$(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses 2) $(ARGS)
 
 gpu: $(READY)
@@ -54,7 +63,7 @@ gpu: $(READY)
 	    f"nothing was tested: torch {torch.__version__} sees no CUDA GPU")'
 
 # The contract of every op on the backends that need a GPU, then what is only for GPUs.
-gpu-test: gpu build
+gpu-test: gpu $(HEADERS) build
 	$(PY) -m pytest tests/ops/test_contract.py -k 'triton or cudnn' $(ARGS)
 	$(PY) -m pytest tests/backends/triton/test_triton_gpu.py tests/gpu $(ARGS)
 

@@ -24,6 +24,8 @@ from build_plan import Plan  # noqa: E402
 
 CXX_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-g0",
              "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # fmt: skip
+#: CUTLASS calls constexpr functions of the standard library on the device.
+CUTLASS_FLAGS = ["--expt-relaxed-constexpr"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
@@ -66,7 +68,7 @@ def flags(plan: Plan, source: Path) -> list[str]:
         if not source.stem.endswith("_sm90"):
             return build_plan.gencode(plan.archs)
         headers = [f"-I{plan.cutlass}/{place}" for place in ("include", "tools/util/include")]
-        return [*build_plan.gencode(plan.hopper), *headers]
+        return [*build_plan.gencode(plan.hopper), *CUTLASS_FLAGS, *headers]
     # The CPU kernels know nothing of this: they need not be compiled again for it.
     if not plan.nvcc or source.parent.name == "cpu":
         return []

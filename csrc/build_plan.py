@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LEAST_NVCC = (12, 0)
+LEAST_CUTLASS = (4, 2)  # the one the kernels were written for
 LEAST_ARCH = 80
 #: Ampere, Hopper with its wgmma, Blackwell; PTX of the newest for what comes after.
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
@@ -33,10 +34,10 @@ class Nvcc(NamedTuple):
 
 
 class Tools(NamedTuple):
-    """What was found on this machine; in place of nvcc, why there is none."""
+    """What was found on this machine; in place of what was not, why."""
 
     nvcc: Nvcc | str
-    cutlass: Path | None
+    cutlass: Path | str
 
 
 class Plan(NamedTuple):
@@ -60,6 +61,8 @@ class Plan(NamedTuple):
         if self.nvcc:
             archs = ", ".join(f"sm_{arch}" for arch in self.archs)
             built += f" and the CUDA kernels for {archs} ({self.nvcc})"
+        if self.hopper:
+            built += ", the Hopper convolution among them"
         return "; ".join([f"built resnet_fused._C with {built}", *self.notes])
 
 
@@ -80,9 +83,12 @@ def decide(environment: Mapping[str, str], tools: Tools) -> Plan:
     if isinstance(nvcc, str):
         return without_cuda(environment, nvcc)
     archs, notes = architectures(environment.get("TORCH_CUDA_ARCH_LIST"), nvcc)
-    if tools.cutlass is None:
-        notes += ("no CUTLASS headers in CUTLASS_PATH or the package nvidia-cutlass",)
-    return Plan(nvcc, archs, tools.cutlass, notes)
+    if isinstance(tools.cutlass, str):
+        return Plan(nvcc, archs, None, (*notes, f"no Hopper convolution: {tools.cutlass}"))
+    plan = Plan(nvcc, archs, tools.cutlass, notes)
+    if not plan.hopper:
+        plan = plan._replace(notes=(*notes, "no Hopper convolution: 9.0a is not among them"))
+    return plan
 
 
 def without_cuda(environment: Mapping[str, str], reason: str) -> Plan:
@@ -163,12 +169,21 @@ def find_nvcc(environment: Mapping[str, str]) -> Nvcc | str:
     return Nvcc(path, (int(release[1]), int(release[2])), known)
 
 
-def find_cutlass(environment: Mapping[str, str]) -> Path | None:
-    """Return the folder that holds CUTLASS's ``include`` and ``tools/util/include``."""
+def find_cutlass(environment: Mapping[str, str]) -> Path | str:
+    """Return the folder that holds CUTLASS's ``include``, or why there is none."""
     roots = [Path(environment["CUTLASS_PATH"])] if environment.get("CUTLASS_PATH") else []
     spec = importlib.util.find_spec("cutlass_library")  # found, not imported
     roots += [Path(p, "source") for p in (spec and spec.submodule_search_locations) or ()]
-    return next((r for r in roots if (r / "include/cutlass/cutlass.h").is_file()), None)
+    root = next((r for r in roots if (r / "include/cutlass/version.h").is_file()), None)
+    if root is None:
+        return "no CUTLASS headers in CUTLASS_PATH or the package nvidia-cutlass"
+    written = (root / "include/cutlass/version.h").read_text()
+    numbers = dict(re.findall(r"#define CUTLASS_(MAJOR|MINOR) (\d+)", written))
+    version = int(numbers.get("MAJOR", 0)), int(numbers.get("MINOR", 0))
+    if version < LEAST_CUTLASS:
+        least, found = (".".join(map(str, v)) for v in (LEAST_CUTLASS, version))
+        return f"CUTLASS {found} in {root} is too old; install nvidia-cutlass {least} or later"
+    return root
 
 
 def cxx_fault() -> str | None:

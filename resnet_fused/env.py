@@ -98,7 +98,7 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """Return a finding per backend, and one for the native extension."""
+    """Return a finding per backend, one for the native extension, one for what it lacks."""
     import resnet_fused as rf
 
     error = native_error()
@@ -109,7 +109,16 @@ def diagnose() -> list[Finding]:
     for backend in rf.backends():
         state = "available" if backend.available else backend.reason
         findings.append(Finding(backend.name, backend.available, state, backend.advice))
-    return findings
+    return [*findings, *_hopper_findings()]
+
+
+def _hopper_findings() -> list[Finding]:
+    """Return what is missing of the CUDA kernels, where they were built."""
+    from resnet_fused.backends import _hopper_conv, native
+
+    if not hasattr(native.extension(), "cuda") or not (reason := _hopper_conv.missing()):
+        return []
+    return [Finding("cuda convolution", False, reason, _hopper_conv.ADVICE)]
 
 
 def facts() -> list[tuple[str, str]]:

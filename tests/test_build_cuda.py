@@ -22,6 +22,7 @@ from build_plan import Nvcc, Tools, decide
 NEW = Nvcc("/opt/cuda/bin/nvcc", (13, 0), frozenset({75, 80, 86, 89, 90, 100, 120}))
 NO_NVCC = "no nvcc anywhere"
 CUTLASS = Path("/opt/cutlass")
+NO_CUTLASS = "no headers anywhere"
 
 
 def plan(nvcc=NEW, cutlass=CUTLASS, **environment):
@@ -32,19 +33,21 @@ def plan(nvcc=NEW, cutlass=CUTLASS, **environment):
 
 
 @pytest.mark.parametrize("mode", [{}, {"RESNET_FUSED_CUDA": "auto"}, {"RESNET_FUSED_CUDA": "1"}])
-@pytest.mark.parametrize("cutlass", [CUTLASS, None])
+@pytest.mark.parametrize("cutlass", [CUTLASS, NO_CUTLASS])
 def test_with_nvcc_the_kernels_are_built(mode, cutlass):
     found = plan(cutlass=cutlass, **mode)
     assert found.archs == ("80", "90a", "100+PTX")
-    assert found.hopper == (("90a",) if cutlass else ())
+    assert found.hopper == (("90a",) if cutlass == CUTLASS else ())
     assert str(found).startswith(
         "built resnet_fused._C with the CPU kernels and the CUDA kernels for "
         "sm_80, sm_90a, sm_100+PTX (nvcc 13.0)"
     )
-    assert ("no CUTLASS headers in CUTLASS_PATH" in str(found)) == (cutlass is None)
+    note = f"no Hopper convolution: {NO_CUTLASS}"
+    assert (note in str(found)) == (cutlass == NO_CUTLASS)
+    assert ("the Hopper convolution among them" in str(found)) == (cutlass == CUTLASS)
 
 
-@pytest.mark.parametrize("cutlass", [CUTLASS, None])
+@pytest.mark.parametrize("cutlass", [CUTLASS, NO_CUTLASS])
 def test_without_nvcc(cutlass):
     found = plan(NO_NVCC, cutlass)
     assert found.nvcc is None
@@ -92,6 +95,12 @@ def test_wrong_architectures(text, words, mode):
     with pytest.raises(SystemExit, match=r"^TORCH_CUDA_ARCH_LIST") as raised:
         plan(RESNET_FUSED_CUDA=mode, TORCH_CUDA_ARCH_LIST=text)
     assert words in str(raised.value)
+
+
+def test_the_hopper_convolution_needs_its_architecture():
+    found = plan(TORCH_CUDA_ARCH_LIST="8.0 9.0")
+    assert not found.hopper
+    assert str(found).endswith("; no Hopper convolution: 9.0a is not among them")
 
 
 def test_an_older_nvcc_leaves_out_what_it_does_not_know():
@@ -170,11 +179,18 @@ def test_an_nvcc_that_cannot_compile(tmp_path):
     assert "set CXX to a C++ compiler it accepts" in fault
 
 
-def test_cutlass_is_found_by_its_header(tmp_path):
+@pytest.mark.parametrize(("version", "good"), [((4, 2), True), ((5, 0), True), ((3, 9), False)])
+def test_cutlass_is_found_by_its_header(tmp_path, version, good):
     assert build_plan.find_cutlass({"CUTLASS_PATH": str(tmp_path)}) != tmp_path
     (tmp_path / "include/cutlass").mkdir(parents=True)
-    (tmp_path / "include/cutlass/cutlass.h").touch()
-    assert build_plan.find_cutlass({"CUTLASS_PATH": str(tmp_path)}) == tmp_path
+    major, minor = version
+    text = f"#define CUTLASS_MAJOR {major}\n#define CUTLASS_MINOR {minor}\n"
+    (tmp_path / "include/cutlass/version.h").write_text(text)
+    expected = (
+        f"CUTLASS {major}.{minor} in {tmp_path} is too old; install nvidia-cutlass 4.2 or later"
+    )
+    found = build_plan.find_cutlass({"CUTLASS_PATH": str(tmp_path)})
+    assert found == (tmp_path if good else expected)
 
 
 # --- what is compiled ----------------------------------------------------------------------------
@@ -191,7 +207,8 @@ def script():
 
 
 def test_sources_of_a_plan(script, tmp_path):
-    for name in ("cpu/a.cpp", "cpu/a.h", "cuda/b.cu", "cuda/b.cpp", "cuda/c_sm90.cu", "d.cpp"):
+    files = "cpu/a.cpp cpu/a.h cuda/b.cu cuda/b.cpp cuda/c_sm90.cu cuda/c_sm90.cpp d.cpp"
+    for name in files.split():
         (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "csrc" / name).touch()
 
@@ -199,14 +216,16 @@ def test_sources_of_a_plan(script, tmp_path):
         return [p.name for p in script.sources(found, tmp_path)]
 
     assert names(plan(NO_NVCC)) == ["a.cpp", "d.cpp"]
-    assert names(plan(cutlass=None)) == ["a.cpp", "b.cpp", "b.cu", "d.cpp"]
+    assert names(plan(cutlass=NO_CUTLASS)) == ["a.cpp", "b.cpp", "b.cu", "d.cpp"]
     assert names(plan(TORCH_CUDA_ARCH_LIST="8.0")) == ["a.cpp", "b.cpp", "b.cu", "d.cpp"]
-    assert names(plan()) == ["a.cpp", "b.cpp", "b.cu", "c_sm90.cu", "d.cpp"]
+    assert names(plan()) == ["a.cpp", "b.cpp", "b.cu", "c_sm90.cpp", "c_sm90.cu", "d.cpp"]
     text = script.ninja_file(plan(), ["c++"], ["c++"], tmp_path / "out.so", tmp_path)
     hopper = text.partition("c_sm90.cu\n")[2].splitlines()[0]
     assert "code=sm_90a" in hopper
     assert "sm_80" not in hopper
     assert "-I/opt/cutlass/include" in hopper
+    assert "--expt-relaxed-constexpr" in hopper
+    assert text.count("-DRF_SM90") == 3  # every binding but the CPU's
     assert "-cudart static" in text
     assert text.count("depfile = $out.d") == 2
 

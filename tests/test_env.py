@@ -67,7 +67,7 @@ def test_every_backend_is_a_finding_with_its_advice(monkeypatch: pytest.MonkeyPa
     listed = [Backend("cuda", False, "no driver", "install one"), Backend("onednn", True, "", "")]
     monkeypatch.setattr("resnet_fused.backends", lambda: listed)
     monkeypatch.setattr(env, "native_error", lambda: "libgomp.so.1: cannot open")
-    native, cuda, onednn = env.diagnose()
+    native, cuda, onednn, *_ = env.diagnose()
     assert native.state == "libgomp.so.1: cannot open"
     assert "make build" in native.advice
     assert (cuda.good, cuda.state, cuda.advice) == (False, "no driver", "install one")

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "../common/conv_bindings.h"
 #include "checks.h"
 
 namespace py = pybind11;

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "../common/conv_bindings.h"
 #include "checks.h"
 
 namespace py = pybind11;
@@ -122,10 +123,6 @@ void conv_bn_act(uintptr_t x, uintptr_t packed, uintptr_t scale, uintptr_t shift
 
 }  // namespace
 
-#define RF_SHAPE                                                                             \
-  py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("o"), py::arg("kh"),       \
-      py::arg("kw"), py::arg("sh"), py::arg("sw"), py::arg("ph"), py::arg("pw"), py::arg("dh"), \
-      py::arg("dw"), py::arg("groups")
 #define RF_WEIGHT \
   py::arg("o"), py::arg("c_per_group"), py::arg("kh"), py::arg("kw"), py::arg("groups")
 

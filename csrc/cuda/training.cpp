@@ -5,6 +5,9 @@
 #include "kernels.h"
 
 namespace rf {
+namespace cuda {
+void register_conv_bn_act(py::module_& m);
+}
 namespace {
 
 struct Cuda {
@@ -79,6 +82,9 @@ void register_cuda(py::module_& extension) {
   m.def("bn_gradient_vectors", &bn_gradient_vectors, arg("mean"), arg("var"), arg("weight"),
         arg("sum_g"), arg("sum_gx"), arg("a"), arg("b"), arg("d"), arg("c"), arg("eps"),
         arg("count"), arg("stream"), "The a, b and d of bn_act_backward_apply; weight may be 0.");
+#ifdef RF_SM90
+  cuda::register_conv_bn_act(m);
+#endif
 }
 
 }  // namespace rf

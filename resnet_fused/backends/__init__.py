@@ -3,8 +3,9 @@
 A backend is a module with ``available() -> reason | None``, ``ADVICE`` (what to do about the
 reason), ``supports(op, *args) -> reason | None`` and one function per op it runs, named as the op
 and taking its arguments. One that knows several ways to run a call lists them for the tuner:
-``candidates(op, *args) -> {name: function}``. The reference is not a module: it stands in the op's
-own file.
+``candidates(op, *args) -> {name: function}``. ``ONLY_MEASURED`` names ops that it runs where it was
+asked for or measured to be fastest, and not merely because it can. The reference is not a module:
+it stands in the op's own file.
 """
 
 from __future__ import annotations
@@ -203,9 +204,14 @@ def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:
     if found := _measured(op, args):
         return found[1]
     for module in ORDER.values():
-        if _reason(module, op, args) is None:
+        if not _only_measured(module, op) and _reason(module, op, args) is None:
             return getattr(module, op)
     return None
+
+
+def _only_measured(module: ModuleType, op: str) -> bool:
+    """Return whether "auto" takes a backend for ``op`` only where it was measured to be fastest."""
+    return op in getattr(module, "ONLY_MEASURED", ())
 
 
 #: From how many values on :func:`trains`, by requested backend, kind of device, and dtype.
@@ -264,6 +270,8 @@ def explain(op: str, *args: Any) -> Explanation:
             reason = f"backend {name!r} was asked for"
         elif reason is None and fastest not in (None, candidate):
             reason = f"{fastest} was measured to be faster"
+        elif reason is None and name == AUTO and fastest is None and _only_measured(module, op):
+            reason = "runs only where `tune` measured it to be fastest"
         elif reason is None and taken:
             reason = "a backend before it in the order runs the call"
         verdicts.append(Verdict(candidate, reason is None, reason or ""))

@@ -1,18 +1,22 @@
-"""The native CUDA kernels of the extension: BatchNorm's passes, on channels_last maps.
+"""The native CUDA kernels of the extension: BatchNorm's passes, and Hopper's convolution.
 
-Convolutions within the ops of training are torch's own.
+Maps are channels_last. Convolutions within the ops of training are torch's own.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _torch_conv, _training_kernels, native
+from resnet_fused.backends import _hopper_conv, _torch_conv, _training_kernels, native
+
+# By CUTLASS, on sm_90 alone.
+from resnet_fused.backends._hopper_conv import conv_bn_act as conv_bn_act
 
 # Ops of training, run as they stand there.
 from resnet_fused.backends._training_ops import bn_act as bn_act
@@ -40,6 +44,9 @@ ADVICE = (
 
 #: Dtypes in which a fused training step was measured to be no slower than torch's: none so far.
 FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {}
+
+#: Ops that "auto" leaves to the backends after this one where `tune` has not measured a call.
+ONLY_MEASURED = ("conv_bn_act",)
 
 #: Ops whose last three arguments are a max pool's.
 _POOLS = ("bn_act_max_pool", "max_pool_backward")
@@ -99,7 +106,16 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
         return "the gradient is empty"
     if op in _POOLS and any(first != second for first, second in args[-3:]):
         return f"takes square pools, got {args[-3:]}"
+    if op == "conv_bn_act":
+        return _hopper_conv.declines(x, *args)
     return _declines_device(x.device.index)
+
+
+def candidates(op: str, *args: Any) -> dict[str, Callable[..., Tensor]]:
+    """Return the ways to run this call, by name, for the tuner: a convolution's tiles."""
+    if op == "conv_bn_act":
+        return _hopper_conv.candidates(*args)
+    return {"default": getattr(sys.modules[__name__], op)}
 
 
 def bn_apply(

@@ -41,11 +41,17 @@ def loaded() -> ModuleType:
     return module
 
 
+def cuda_kernels() -> ModuleType:
+    """Return the CUDA kernels where the ``cuda`` backend's ``available()`` has found them."""
+    kernels: ModuleType = loaded().cuda
+    return kernels
+
+
 def kernels_on(device: torch.device) -> tuple[ModuleType, tuple[int, ...]]:
     """Return the kernels for tensors on ``device``, and what they take last: a CUDA stream."""
     if device.type == "cpu":
         return loaded(), ()
-    return loaded().cuda, (torch.cuda.current_stream(device).cuda_stream,)
+    return cuda_kernels(), (torch.cuda.current_stream(device).cuda_stream,)
 
 
 def as_vector(vector: Tensor | None) -> Tensor | None:

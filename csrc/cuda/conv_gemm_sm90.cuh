@@ -1,0 +1,64 @@
+// A 1x1 convolution of stride 1 as a plain matrix product of (pixels, c) and (c, o), by blocks that
+// stay and take one tile after another: a tile's end overlaps with the beginning of the next.
+#pragma once
+
+#include "conv_epilogue_sm90.cuh"
+
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+
+namespace rf::cuda::sm90 {
+
+// Two groups of warps multiply: halves of one tile, or tiles of their own, one's end beside the
+// other's products.
+struct Cooperative {
+  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
+};
+struct Pingpong {
+  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+  using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
+};
+
+template <class E, int M, int N, int ClusterM, class Schedule>
+struct Gemm {
+  static constexpr int kTileM = M, kTileN = N, kCluster = ClusterM;
+  static constexpr bool kPointwise = true;
+
+  // 64 channels are 128 bytes, the widest swizzle.
+  using Tile = cute::Shape<cute::Int<M>, cute::Int<N>, cute::_64>;
+  using Cluster = cute::Shape<cute::Int<ClusterM>, cute::_1, cute::_1>;
+  using Rows = cutlass::layout::RowMajor;
+  using End = Epilogue<E, Tile, Cluster, Rows, typename Schedule::Epilogue>;
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, E, Rows, kChannelStep, E,
+      cutlass::layout::ColumnMajor, kChannelStep, float, Tile, Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<(int)sizeof(typename End::SharedStorage)>,
+      typename Schedule::Mainloop>::CollectiveOp;
+  using Problem = cute::Shape<int, int, int, int>;
+  // A name of its own keeps the symbols short.
+  struct Kernel : cutlass::gemm::kernel::GemmUniversal<Problem, Mainloop, End,
+                                                       cutlass::gemm::PersistentScheduler> {};
+  using Op = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+
+  static typename Op::Arguments arguments(const ConvArgs& args) {
+    const ConvShape& s = args.shape;
+    const cute::Stride<int64_t, cute::_1, int64_t> in{s.c, {}, 0}, out{s.o, {}, 0};
+    return {cutlass::gemm::GemmUniversalMode::kGemm,
+            {int(s.n * s.h * s.w), int(s.o), int(s.c), 1},
+            {static_cast<const E*>(args.x), in, static_cast<const E*>(args.weight), in},
+            epilogue_arguments<End, E, Tile>(args, out)};
+  }
+};
+
+}  // namespace rf::cuda::sm90
+
+#define RF_GEMM(M, N, CLUSTER, SCHEDULE)                                                    \
+  namespace rf::cuda {                                                                      \
+  template <class E>                                                                        \
+  using Gemm = sm90::Gemm<E, M, N, CLUSTER, sm90::SCHEDULE>;                                \
+  ConvKernels gemm_##M##x##N = {                                                            \
+      sm90::entry<Gemm<cutlass::bfloat16_t>>("gemm-m" #M "n" #N "c" #CLUSTER, DType::bf16), \
+      sm90::entry<Gemm<cutlass::half_t>>("gemm-m" #M "n" #N "c" #CLUSTER, DType::f16)};     \
+  }

@@ -1,0 +1,334 @@
+"""The Hopper convolution up to its kernels: over plain loops on the host, and a GPU made up.
+
+What CUTLASS makes of it is read off the machine code in ``test_build_hopper.py``; a real GPU runs
+it in ``tests/gpu``.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import resnet_fused as rf
+from resnet_fused import env
+from resnet_fused.backends import _hopper_conv, _tuned, candidates, choose, cuda, native
+from resnet_fused.backends._hopper_conv import Geometry, Kernel, heuristic
+from resnet_fused.backends._tuned_file import Choice
+from resnet_fused.inspection import convolutions
+
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("ops", "native")]
+sys.path.append(str(Path(__file__).parent / "triton"))
+import on_host
+from formulas import samples
+from paths import arguments, assert_right
+from test_cuda_on_host import _OnGpu as OnGpu
+from test_cuda_on_host import kernels_of
+
+HALF = (torch.bfloat16, torch.float16)
+each_dtype = pytest.mark.parametrize("dtype", HALF, ids=lambda d: str(d).removeprefix("torch."))
+
+#: name: (x, output channels, kernel, stride, padding, dilation)
+SHAPES = {
+    "pointwise": ((2, 24, 5, 7), 16),
+    "3x3": ((1, 16, 5, 6), 24, 3, 1, 1),
+    "strided": ((2, 8, 9, 7), 16, 3, 2, 1),
+    "strided pointwise": ((1, 16, 7, 8), 8, 1, 2),
+    "padded pointwise": ((1, 8, 4, 4), 8, 1, 1, 1),
+    "dilated": ((1, 8, 9, 8), 8, 3, 1, 2, 2),
+    "rectangular": ((1, 8, 7, 6), 16, (3, 1), (1, 2), (1, 0)),
+    "rectangular everywhere": ((1, 8, 9, 12), 8, (2, 5), (3, 2), (1, 2), (2, 1)),
+    "a stride beyond the window": ((1, 8, 9, 9), 8, 2, 5, 0),
+    "unpadded 7x7": ((1, 8, 9, 8), 8, 7),
+    "a map smaller than its padding": ((1, 8, 1, 2), 8, 5, 1, 3),
+}
+
+
+@pytest.fixture
+def module():
+    module = on_host.load()
+    with kernels_of(module):
+        yield module
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@each_dtype
+def test_windows_are_walked_from_corner_to_corner(module, shape, dtype):
+    """By every kernel that takes the shape, from packed weights, with residual and without."""
+    for residual in (False, True):
+        args = arguments(*SHAPES[shape], dtype=dtype, residual=residual)
+        names = _hopper_conv.candidates(*args)
+        assert len(names) == (6 if shape == "pointwise" else 4)
+        for run in names.values():
+            assert_right(args, run(*args))
+
+
+def test_the_contract_runs_some_of_it(module):
+    """``test_cuda_on_host`` holds these to the op's contract."""
+    assert len(samples("conv_bn_act", torch.bfloat16, "cuda")) >= 8
+
+
+def test_odd_addresses_are_copied(module):
+    x, weight, *rest = arguments((1, 8, 5, 5), 8, 3, 1, 1, dtype=torch.bfloat16, residual=True)
+
+    def odd(t):
+        n, c, h, w = t.shape
+        flat = torch.empty(t.numel() + 1, dtype=t.dtype)[1:]
+        return flat.view(n, h, w, c).permute(0, 3, 1, 2).copy_(t)
+
+    expected = cuda.conv_bn_act(x, weight, *rest)
+    rest[2] = odd(rest[2])
+    assert rest[2].data_ptr() % 16
+    assert torch.equal(cuda.conv_bn_act(odd(x), odd(weight), *rest), expected)
+
+
+def test_a_changed_weight_is_packed_again(module):
+    args = arguments((1, 8, 5, 5), 8, 3, 1, 1, dtype=torch.float16)
+    weight = args[1].contiguous()
+    before = cuda.conv_bn_act(args[0], weight, *args[2:])
+    weight.mul_(2)
+    after = cuda.conv_bn_act(args[0], weight, *args[2:])
+    assert not torch.equal(before, after)
+    assert_right((args[0], weight, *args[2:]), after)
+
+
+# --- what the bindings refuse --------------------------------------------------------------------
+
+GEOMETRY = Geometry(1, 6, 5, 8, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1)._asdict()
+
+
+@pytest.fixture
+def call(module):
+    """A call that is right; what is given by name replaces its arguments."""
+    x, y, weight = (torch.zeros(n, dtype=torch.bfloat16) for n in (240, 480, 1152))
+    vector, workspace = torch.zeros(16), torch.zeros(16, dtype=torch.uint8)
+    good = {
+        "x": x.data_ptr(), "weight": weight.data_ptr(), "y": y.data_ptr(), "residual": y.data_ptr(),
+        "scale": vector.data_ptr(), "shift": vector.data_ptr(), "workspace": workspace.data_ptr(),
+        "workspace_bytes": 16, "dtype": "bfloat16", "kernel": "im2col-m64n64c1", **GEOMETRY,
+        "relu": True, "stream": 0,
+    }  # fmt: skip
+
+    def call(**changed):
+        return module.cuda.conv_bn_act(**{**good, **changed}), (x, y, weight, vector, workspace)
+
+    call.good = good
+    return call
+
+
+def test_a_call_that_is_right(call):
+    call()
+    call(scale=0, shift=0, residual=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        *[(name, 0, "null pointer") for name in ("x", "weight", "y", "workspace")],
+        ("workspace_bytes", 15, "expected at least 16"),
+        ("dtype", "float32", "expected bfloat16 or float16, got float32"),
+        ("kernel", "im2col-m1n1c1", "unknown name im2col-m1n1c1"),
+        ("kernel", "gemm-m128n128c1", "takes 1x1 of stride 1 without padding"),
+        ("n", -1, "expected 0 to"),
+        ("c", 0, "expected 1 to"),
+        ("sh", 0, "expected 1 to"),
+        ("kh", 9, "taller than the padded input"),
+    ],
+)
+def test_arguments_that_are_wrong(call, name, value, words):
+    with pytest.raises(ValueError, match=f"^{name}: .*{words}"):
+        call(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "y", "residual", "workspace"])
+def test_addresses_are_aligned_to_16_bytes(call, name):
+    with pytest.raises(ValueError, match=f"^{name}: must be aligned to 16 bytes"):
+        call(**{name: call.good[name] + 8})
+
+
+@pytest.mark.parametrize("name", ["scale", "shift"])
+def test_vectors_are_aligned_to_a_float(call, name):
+    with pytest.raises(ValueError, match=f"^{name}: must be aligned to 4 bytes"):
+        call(**{name: call.good[name] + 2})
+
+
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_the_output_is_apart_from_what_is_read(call, name):
+    with pytest.raises(ValueError, match=f"^y: must not overlap {name}"):
+        call(y=call.good[name])
+
+
+def test_the_output_may_be_the_residual_and_no_part_of_it(call):
+    with pytest.raises(ValueError, match=r"^y: overlaps residual without being"):
+        call(residual=call.good["y"] + 16)
+
+
+def test_a_launch_that_fails_raises(call):
+    with pytest.raises(RuntimeError, match="conv_bn_act: launch failed: invalid resource handle"):
+        call(stream=64)
+
+
+# --- which calls it takes ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with an H100 and an extension for it, its kernels the host's."""
+    made = on_host.load().cuda
+    kernels = SimpleNamespace(**{name: getattr(made, name) for name in dir(made)})
+    kernels.archs, kernels.fault = "90a", lambda: None
+    extension = SimpleNamespace(cuda=kernels, cpu_isa=lambda: "none")
+    monkeypatch.setattr(native, "_load", lambda: (extension, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
+    caches = (cuda.available, cuda._declines_device, _hopper_conv._declines_capability)
+    for cached in caches:
+        cached.cache_clear()
+    yield kernels
+    for cached in caches:
+        cached.cache_clear()
+
+
+def on_gpu(*shape, dtype=torch.bfloat16, **geometry):
+    x, *rest = arguments(*shape, dtype=dtype, **geometry)
+    return OnGpu(x), *rest
+
+
+@each_dtype
+def test_what_it_takes(machine, dtype):
+    for shape in SHAPES.values():
+        assert cuda.supports("conv_bn_act", *on_gpu(*shape, dtype=dtype)) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        (((1, 12, 5, 5), 16), "takes channels in multiples of 8, got (12, 16)"),
+        (((1, 3, 9, 9), 64, 7, 2, 3), "takes channels in multiples of 8, got (3, 64)"),
+        (((1, 16, 5, 5), 12), "takes channels in multiples of 8, got (16, 12)"),
+        (((1, 16, 5, 5), 16, 3, 1, 1, 1, 2), "takes groups of 1, got 2"),
+        (((1, 8, 20, 20), 8, 1, (1, 9)), "takes strides of at most 8, got (1, 9)"),
+        (
+            ((1, 8, 1, 1), 8, 1, 1, (0, 129)),
+            "beyond the map by at most 128, got (0, 0) with padding",
+        ),
+        (((1, 8, 140, 1), 8, (3, 1), 1, 0, (65, 1)), "got (130, 0) with padding (0, 0)"),
+        (((1, 8, 12, 11), 8, 11), "CUTLASS cannot implement it as im2col-m128n128c2"),
+        (((0, 8, 5, 5), 8), "takes no empty map"),
+        (((1, 8, 5, 5), 8, 1, 1, (0, 5000)), "pw: expected 0 to 4096, got 5000"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_shapes_it_does_not_take(machine, shape, words):
+    reason = cuda.supports("conv_bn_act", *on_gpu(*shape))
+    assert reason is not None
+    assert words in reason
+
+
+def test_images_are_counted_in_32_bits(machine):
+    huge = Geometry(2**20, 64, 64, 8, 8, 1, 1, 1, 1, 0, 0, 1, 1, 1)
+    assert "at most 2147483647" in _hopper_conv._verdict("float16", huge)[1]
+    wide = huge._replace(n=1, h=2**20, w=2**10, c=1024, kh=1, sh=8, sw=8)
+    assert "less than 2^40 bytes" in _hopper_conv._verdict("float16", wide)[1]
+
+
+def test_dtypes_devices_and_builds_without_it(machine, monkeypatch):
+    shape = ((1, 8, 5, 5), 8, 3, 1, 1)
+    for dtype, words in (
+        (torch.float32, "convolves bfloat16 and float16, x is torch.float32"),
+        (torch.float64, "takes float32, bfloat16 and float16, x is torch.float64"),
+    ):
+        assert cuda.supports("conv_bn_act", *on_gpu(*shape, dtype=dtype)) == words
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    _hopper_conv._declines_capability.cache_clear()
+    expected = "convolves on sm_90 alone; cuda:0 is a GPU of sm_100"
+    assert cuda.supports("conv_bn_act", *on_gpu(*shape)) == expected
+    assert not [f for f in env.diagnose() if f.name == "cuda convolution"]
+    del machine.conv_bn_act
+    reason = "the extension was built without CUTLASS's headers, or not for sm_90a"
+    assert cuda.supports("conv_bn_act", *on_gpu(*shape)) == f"has no convolution: {reason}"
+    finding = next(f for f in env.diagnose() if f.name == "cuda convolution")
+    assert (finding.good, finding.state) == (False, reason)
+    assert "pip install --no-deps nvidia-cutlass" in finding.advice
+
+
+# --- who runs it ---------------------------------------------------------------------------------
+
+
+def test_auto_takes_it_only_where_it_was_measured(machine, monkeypatch):
+    """By name it runs; tuning weighs all its kernels; the table's word is then followed."""
+    monkeypatch.setattr(_tuned, "_tables", {OnGpu.device: {}})
+    args = on_gpu((2, 64, 9, 9), 64, 3, 1, 1)
+    with rf.use_backend("cuda"):
+        assert choose("conv_bn_act", *args) is cuda.conv_bn_act
+    assert choose("conv_bn_act", *args) is not cuda.conv_bn_act
+    names = [name for backend, name in candidates("conv_bn_act", *args) if backend == "cuda"]
+    assert names == [k.name for k in KERNELS if not k.pointwise]
+    choice = Choice("cuda", names[1], 1e-5, None)
+    _tuned.remember(OnGpu.device, {_tuned.signature("conv_bn_act", args): choice})
+    run = choose("conv_bn_act", *args)
+    assert run.keywords == {"kernel": names[1]}
+
+
+def test_explain_says_that_it_waits_for_tuning(machine, monkeypatch):
+    monkeypatch.setattr(_tuned, "_tables", {OnGpu.device: {}})
+    monkeypatch.setattr("resnet_fused.functional.op_arguments", lambda op, *args: args)
+    verdicts = {v.name: v for v in rf.explain("conv_bn_act", *on_gpu((1, 8, 5, 5), 8))}
+    assert verdicts["cuda"].reason == "runs only where `tune` measured it to be fastest"
+    assert not verdicts["cuda"].chosen
+
+
+def test_other_ops_have_one_candidate(machine):
+    x = OnGpu(torch.zeros(1, 8, 4, 4))
+    assert cuda.candidates("add_relu", x, x) == {"default": cuda.add_relu}
+
+
+# --- the choice where nothing was measured -------------------------------------------------------
+
+KERNELS = (
+    Kernel("im2col-m128n128c2", 128, 128, 2, False),
+    Kernel("im2col-m128n64c1", 128, 64, 1, False),
+    Kernel("im2col-m64n128c1", 64, 128, 1, False),
+    Kernel("im2col-m64n64c1", 64, 64, 1, False),
+    Kernel("gemm-m128n256c2", 128, 256, 2, True),
+    Kernel("gemm-m128n128c1", 128, 128, 1, True),
+)
+
+
+def test_the_kernels_are_those_of_the_extension(module):
+    assert [Kernel(*k) for k in module.cuda.conv_bn_act_kernels()] == list(KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "kernel"),
+    [
+        ((256, 56, 56, 64, 64, 3, 3, 1, 1, 1, 1), "im2col-m128n64c1"),
+        ((256, 28, 28, 128, 128, 3, 3, 1, 1, 1, 1), "im2col-m128n128c2"),
+        ((1, 7, 7, 512, 512, 3, 3, 1, 1, 1, 1), "im2col-m64n64c1"),
+        ((256, 56, 56, 64, 256, 1, 1, 1, 1, 0, 0), "gemm-m128n256c2"),
+        ((256, 56, 56, 64, 64, 1, 1, 1, 1, 0, 0), "im2col-m128n64c1"),
+    ],
+)
+def test_the_tile_follows_the_shape(geometry, kernel):
+    shape = Geometry(*geometry, 1, 1, 1)
+    pointwise = geometry[5:] == (1, 1, 1, 1, 0, 0)
+    taking = [k for k in KERNELS if pointwise or not k.pointwise]
+    assert heuristic(shape, taking, 132).name == kernel
+
+
+def test_every_kernel_has_a_use():
+    """None is compiled that no layer of a ResNet would be given."""
+    given = set()
+    for model in ("resnet18", "resnet50"):
+        for batch in (1, 2, 4, 8, 16, 32, 64, 256):
+            for p in convolutions(model, batch, torch.bfloat16):
+                g = Geometry(
+                    p.n, p.h, p.w, p.c, p.o, *p.kernel, *p.stride, *p.padding, *p.dilation, 1
+                )
+                taking = [k for k in KERNELS if p.pointwise or not k.pointwise]
+                given.add(heuristic(g, taking, 132))
+    assert given == set(KERNELS)
