@@ -48,6 +48,8 @@ class Compiled:
     instruction: str
     #: How often each width of load is written: "tma", "async 16", "load 4", ..., in bytes.
     loads: dict[str, int]
+    #: Whether operands are rounded to TF32 on their way from memory or shared memory.
+    rounds: bool
 
 
 def compile_conv(
@@ -161,6 +163,7 @@ def compile_launch(step: Launch, capability: int) -> Compiled:
         kernel.metadata.shared,
         instruction,
         _loads(ptx),
+        "cvt.rna.tf32" in ptx or step.arguments.get("ROUNDED", False),
     )
 
 

@@ -76,6 +76,7 @@ def check(case, config: Config, made: list) -> None:
     tensor_cores = PRODUCTS[capability] if p.o >= 64 else "mma.sync"
     assert main.instruction == ("fma" if precision == "fp32" else tensor_cores), f"{name}: {main}"
     assert ("tma" in main.loads) == config.tma, f"{name}: {main}"
+    assert main.rounds == (precision == "tf32"), f"{name}: {main}"
     if not p.flat:  # the tiles themselves, not the scale and shift, which are "load"
         asynchronous = {width for width in main.loads if width.startswith("async")}
         assert config.tma or asynchronous == {"async 16"}, f"{name}: {main}"
