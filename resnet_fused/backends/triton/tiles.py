@@ -11,6 +11,17 @@ from resnet_fused.backends.triton.shapes import ITEMSIZE, Config, Problem, count
 
 MOST_CANDIDATES = 16
 
+#: Tiles in 16 bits for mma.sync of which ptxas keeps 8 bytes on the stack, to fit one more block on
+#: a multiprocessor: block_m, block_n, warps, stages; whether the kernel is 1x1; with a residual.
+#: By `resnet-fused inspect -m resnet50 --all`, and resnet34, at batch 1 and 256 (Triton 3.7.1,
+#: sm_80).
+_SPILLED = {
+    *((128, 32, 8, 5, False, residual) for residual in (False, True)),
+    (64, 64, 4, 2, True, True),
+    (64, 32, 4, 5, True, True),
+    *((128, 128, 8, stages, True, False) for stages in (4, 5)),
+}
+
 
 def heuristic(problem: Problem, precision: str, capability: int) -> Config:
     """Return the config to use where none was measured: the first of :func:`candidates`."""
@@ -101,9 +112,7 @@ def block_k(problem: Problem, precision: str) -> int:
 def _fits_registers(problem: Problem, precision: str, config: Config, capability: int) -> bool:
     """Return whether a thread's sums and what it loads leave nothing to spill.
 
-    The limits are from compiling every candidate for ResNet-50's convolutions (batch 256, Triton
-    3.7.1). With them a few on sm_80 still keep 8 bytes on the stack: ptxas's own choice, to fit
-    one more block on a multiprocessor.
+    The limits are from compiling every candidate for ResNet-50's convolutions (Triton 3.7.1).
     """
     threads = 32 * config.num_warps
     sums = config.block_m * config.block_n / threads
@@ -120,8 +129,13 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
         # Operands of mma and a row's addresses and masks leave room for few pixels a thread.
         most = 128 if config.block_n == 256 and not beside else 64
         rows = threads // 2 if problem.training else threads
-        return sums <= most and config.block_m <= rows
+        return sums <= most and config.block_m <= rows and not _is_spilled(problem, config)
     return sums <= (64 if precision == "tf32" and beside else 128)
+
+
+def _is_spilled(problem: Problem, config: Config) -> bool:
+    cut = (config.block_m, config.block_n, config.num_warps, config.num_stages)
+    return (*cut, problem.taps == 1, problem.residual) in _SPILLED
 
 
 def _splits(problem: Problem, config: Config, arch: Arch) -> Iterator[Config]:
