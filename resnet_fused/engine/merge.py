@@ -28,6 +28,10 @@ from resnet_fused.engine.capture import Call, Captured, Ref, fill, refs
 from resnet_fused.engine.kernels import CONV, HEAD, MAX_POOL, pool_arguments
 from resnet_fused.ops._checks import FLOAT_DTYPES
 
+#: Whose stem is two kernels of its own: the engine runs these over planned buffers, in chunks of
+#: images that stay in cache.
+STEM_IN_TWO = (cpu, onednn)
+
 PAIR = torch.ops.resnet_fused.conv_bn_act_conv_bn_act.default
 STEM = torch.ops.resnet_fused.conv_bn_act_max_pool.default
 _AVG_POOL = torch.ops.aten.adaptive_avg_pool2d.default
@@ -157,14 +161,13 @@ def _readers(captured: Captured) -> Counter[int]:
 def _in_one_kernel(op: str, args: tuple[Any, ...]) -> bool:
     """Return whether what runs ``op`` here keeps on chip what a merged call no longer writes.
 
-    On the CPU nothing does: there the parts are kernels of their own, which the engine runs over
-    planned buffers, in chunks of images that stay in cache. Neither does the reference.
+    The reference does not, nor do those of :data:`STEM_IN_TWO`.
     """
     try:
         run = choose(op, *args)
     except RuntimeError:  # A backend asked for by name was not asked for this op.
         return False
-    return run is not None and all(run is not getattr(b, op, None) for b in (cpu, onednn))
+    return run is not None and all(run is not getattr(b, op, None) for b in STEM_IN_TWO)
 
 
 def _chains(captured: Captured, targets: tuple[Any, ...]) -> Iterator[tuple[Call, ...]]:

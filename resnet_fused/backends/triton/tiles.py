@@ -9,17 +9,16 @@ from collections.abc import Iterator
 from resnet_fused.backends.triton.cost import Arch, arch_of, asynchronous, cost, shared_bytes
 from resnet_fused.backends.triton.shapes import ITEMSIZE, Config, Problem, count, power
 
-MOST_CANDIDATES = 16
+#: Half a second is what one takes to compile: with as many ResNet-50 at one batch size is tuned in
+#: less than two minutes (`benchmarks/NOTES.md`).
+MOST_CANDIDATES = 8
 
 #: Tiles in 16 bits for mma.sync of which ptxas keeps 8 bytes on the stack, to fit one more block on
 #: a multiprocessor: block_m, block_n, warps, stages; whether the kernel is 1x1; with a residual.
 #: By `resnet-fused inspect -m resnet50 --all`, and resnet34, at batch 1 and 256 (Triton 3.7.1,
 #: sm_80).
 _SPILLED = {
-    *((128, 32, 8, 5, False, residual) for residual in (False, True)),
     (64, 64, 4, 2, True, True),
-    (64, 32, 4, 5, True, True),
-    *((128, 128, 8, stages, True, False) for stages in (4, 5)),
 }
 
 
@@ -130,7 +129,8 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
         most = 128 if config.block_n == 256 and not beside else 64
         rows = threads // 2 if problem.training else threads
         return sums <= most and config.block_m <= rows and not _is_spilled(problem, config)
-    return sums <= (64 if precision == "tf32" and beside else 128)
+    # Operands in TF32 pass through registers, to be rounded, unless descriptors round them.
+    return sums <= (64 if precision == "tf32" and not config.tma else 128)
 
 
 def _is_spilled(problem: Problem, config: Config) -> bool:
