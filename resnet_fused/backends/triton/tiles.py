@@ -75,10 +75,22 @@ def _legal(problem: Problem, precision: str, capability: int) -> Iterator[Config
                 continue
             if not _fits_registers(problem, precision, config, capability):
                 continue
+            if not _loads_wide(problem, precision, config):
+                continue
             if tma and not takes_tma(problem, precision, config, capability):
                 continue
             if shared_bytes(problem, precision, config, capability) <= arch.block_shared:
                 yield from _splits(problem, config, arch)
+
+
+def _loads_wide(problem: Problem, precision: str, config: Config) -> bool:
+    """Return whether a thread has 16 bytes of either operand to load, if the problem has so many.
+
+    In a flat problem every pixel is loaded by itself.
+    """
+    side = min(config.block_m, config.block_n)
+    enough = side * config.block_k * ITEMSIZE[precision] >= 16 * 32 * config.num_warps
+    return enough or problem.flat or side == max(16, power(min(problem.m, problem.o)))
 
 
 _SIDES = (16, 32, 64, 128, 256)
