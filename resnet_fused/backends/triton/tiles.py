@@ -138,7 +138,8 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
         return sums <= 32  # operands of products without tensor cores
     if not asynchronous(precision, capability):
         # Operands of mma and a row's addresses and masks leave room for few pixels a thread.
-        most = 128 if config.block_n == 256 and not beside else 64
+        rounds = precision == "tf32"  # in registers of its own
+        most = 128 if config.block_n == 256 and not beside and not rounds else 64
         rows = threads // 2 if problem.training else threads
         return sums <= most and config.block_m <= rows and not _is_spilled(problem, config)
     # Operands in TF32 pass through registers, to be rounded, unless descriptors round them.
