@@ -13,14 +13,6 @@ from resnet_fused.backends.triton.shapes import ITEMSIZE, Config, Problem, count
 #: less than two minutes (`benchmarks/NOTES.md`).
 MOST_CANDIDATES = 8
 
-#: Tiles in 16 bits for mma.sync of which ptxas keeps 8 bytes on the stack, to fit one more block on
-#: a multiprocessor: block_m, block_n, warps, stages; whether the kernel is 1x1; with a residual.
-#: By `resnet-fused inspect -m resnet50 --all`, and resnet34, at batch 1 and 256 (Triton 3.7.1,
-#: sm_80).
-_SPILLED = {
-    (64, 64, 4, 2, True, True),
-}
-
 
 def heuristic(problem: Problem, precision: str, capability: int) -> Config:
     """Return the config to use where none was measured: the first of :func:`candidates`."""
@@ -123,7 +115,8 @@ def block_k(problem: Problem, precision: str) -> int:
 def _fits_registers(problem: Problem, precision: str, config: Config, capability: int) -> bool:
     """Return whether a thread's sums and what it loads leave nothing to spill.
 
-    The limits are from compiling every candidate for ResNet-50's convolutions (Triton 3.7.1).
+    The limits are from compiling every candidate for ResNet-50's convolutions: Triton 3.7.1,
+    `resnet-fused inspect -m resnet50 --all`.
     """
     threads = 32 * config.num_warps
     sums = config.block_m * config.block_n / threads
@@ -134,6 +127,9 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
     if problem.training and sums > 64:
         return False  # addresses, masks and what the statistics take
     beside = problem.residual and not config.tma
+    cut = (config.block_m, config.block_n, config.num_warps, config.num_stages)
+    if beside and problem.taps == 1 and cut == (64, 64, 4, 2):
+        return False  # ptxas puts 8 bytes on the stack, to fit one more block beside it
     if precision == "fp32":
         return sums <= 32  # operands of products without tensor cores
     if not asynchronous(precision, capability):
@@ -141,14 +137,9 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
         rounds = precision == "tf32"  # in registers of its own
         most = 128 if config.block_n == 256 and not beside and not rounds else 64
         rows = threads // 2 if problem.training else threads
-        return sums <= most and config.block_m <= rows and not _is_spilled(problem, config)
+        return sums <= most and config.block_m <= rows
     # Operands in TF32 pass through registers, to be rounded, unless descriptors round them.
     return sums <= (64 if precision == "tf32" and not config.tma else 128)
-
-
-def _is_spilled(problem: Problem, config: Config) -> bool:
-    cut = (config.block_m, config.block_n, config.num_warps, config.num_stages)
-    return (*cut, problem.taps == 1, problem.residual) in _SPILLED
 
 
 def _splits(problem: Problem, config: Config, arch: Arch) -> Iterator[Config]:
