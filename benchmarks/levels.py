@@ -76,6 +76,7 @@ def prepare(suite: Suite, case: Case, scratch: Path) -> Prepared:
         device=asked.device,
         threads=asked.threads,
         scratch=scratch,
+        graphs=suite.graphs,
     )
     return Prepared(network, setup, contenders, uses)
 

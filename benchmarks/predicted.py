@@ -1,4 +1,4 @@
-"""What GPUs are predicted to do, before anybody has measured: the first table of ``NOTES.md``.
+"""What GPUs are predicted to do, before anybody has measured: what ``NOTES.md`` begins with.
 
 ``python -m benchmarks.predicted`` prints it; ``--save`` writes it into the notes.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
@@ -15,7 +15,9 @@ from resnet_fused.backends.triton import tiles
 from resnet_fused.backends.triton.cost import arch_of, cost
 from resnet_fused.bench.tables import Grid
 from resnet_fused.inspection import convolutions
+from resnet_fused.inspection.subjects import SUBJECTS
 from resnet_fused.roofline import DEVICES, Device, Report, roofline_by_name
+from resnet_fused.tuning.measure import calls_at_most
 
 NOTES = Path(__file__).with_name("NOTES.md")
 BEGIN, END = "<!-- predicted -->", "<!-- end of predicted -->"
@@ -25,14 +27,54 @@ COLUMNS = (
     "model", "batch", "layer by layer", "stem in one kernel", "and 3x3 with its 1x1",
     "arithmetic alone", "Triton's tiles", "MB an image",
 )  # fmt: skip
+#: Candidates that are no Triton config, by op: cuDNN's two ways and plain torch, or plain torch.
+OTHERS = {"conv_bn_act": 3}
+#: Seconds to compile a config: 0.51 is the mean of 380 for ResNet-50 at batch 256 on sm_90 (Triton
+#: 3.7.1, one thread of a shared AMD EPYC; on sm_100 it was 1.8).
+COMPILE_S = 0.5
+#: Seconds of a call with the flush of L2 before it: more than any layer at batch 256 should take.
+CALL_S = 1e-3
+
+
+class Tuning(NamedTuple):
+    """What `tune` does to a model at one batch size on a GPU."""
+
+    #: Different ones, each tuned by itself.
+    calls: int
+    #: Triton's configs, each compiled.
+    configs: int
+    #: Calls of candidates, to check and to time them: at most so many.
+    runs: int
+
+    @property
+    def seconds(self) -> float:
+        """Time to compile and to run; what float64 answers take is left out."""
+        return self.configs * COMPILE_S + self.runs * CALL_S
+
+
+def tuning(name: str, batch: int) -> Tuning:
+    """Return what tuning a model is: its convolutions, and what an engine could merge."""
+    found = [
+        (len(subject.candidates(problem, PRECISION, CAPABILITY)), OTHERS.get(op, 1))
+        for op, subject in SUBJECTS.items()
+        for problem in subject.of_model(name, batch, DTYPE)
+    ]
+    runs = sum(calls_at_most(configs + others) for configs, others in found)
+    return Tuning(len(found), sum(configs for configs, _ in found), runs)
 
 
 def section() -> str:
-    """Return the table as Markdown."""
+    """Return the table as Markdown, and what tuning takes."""
     device = DEVICES[DEVICE]
     rows = [_row(name, batch, device) for batch in BATCHES for name in MODELS]
     title = f"Images a second, {device.name}, {PRECISION}, 224x224"
-    return Grid(title, COLUMNS, rows, left=("model",)).markdown()
+    table = Grid(title, COLUMNS, rows, left=("model",)).markdown().strip()
+    work = tuning("resnet50", 256)
+    return (
+        f"{table}\n\nTuning ResNet-50 at batch 256: {work.calls} different calls, {work.configs} "
+        f"configs to compile and at most {work.runs:,} runs of candidates, about "
+        f"{work.seconds:.0f} s."
+    )
 
 
 def _row(name: str, batch: int, device: Device) -> list[str]:

@@ -87,7 +87,9 @@ def closing_lines(record: Record) -> list[str]:
         lines.append(f"peaks as measured: {products} TFLOP/s, {peaks.bandwidth / 1e9:.4g} GB/s")
     cold = ", ".join(k for k, v in conditions.get("cold_caches", {}).items() if v) or "none"
     graphs = "all contenders" if conditions.get("graphs") else "no contender"
-    lines.append(f"CUDA graphs: {graphs} (but for training); cold caches: {cold}")
+    lines.append(
+        f"CUDA graphs: {graphs} (training: never; cold starts: frozen at most); cold caches: {cold}"
+    )
     if left := conditions.get("unfinished"):
         lines.append(f"UNFINISHED: {left} cases are left; the same command with --resume goes on")
     return [*lines, *tables.notes(conditions.get("device_kind", "cpu")), *NOTES]

@@ -46,7 +46,8 @@ class Suite:
     image_size: int
     #: Whether caches are emptied before each call, by level.
     cold_caches: Mapping[str, bool]
-    #: Whether every contender runs as a CUDA graph, but for training.
+    #: Whether every contender runs as a CUDA graph, but for training; in a cold start `frozen`
+    #: alone, which records its own. False: none does, `frozen` neither.
     graphs: bool
     #: Seconds that the rounds of a case may take per contender, by level.
     seconds: Mapping[str, float]

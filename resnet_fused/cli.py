@@ -43,6 +43,20 @@ bench --peers inductor,onnxruntime,openvino
 bench --compare old/bench.json new/bench.json --threshold 0.05
 """
 
+INSPECT_EPILOG = """
+[bold]Examples[/bold], each after `resnet-fused`
+
+inspect -m resnet50 --arch 90  [dim]# what runs where nothing was tuned[/dim]
+
+inspect --shape 256,64,56,56,64,3,1 --all  [dim]# images, C, H, W, O, K, stride[/dim]
+
+inspect --op conv_bn_act_conv_bn_act --shape 256,64,56,56,64,3,1,256  [dim]# ..., O of the 1x1[/dim]
+
+inspect --op conv_bn_act_max_pool --shape 256,3,224,224,64,7,2
+
+inspect --op avg_pool_linear --shape 256,2048,7,7,1000  [dim]# ..., classes[/dim]
+"""
+
 BenchModels = Annotated[
     list[str] | None,
     typer.Option(
@@ -260,31 +274,49 @@ def tune(
         raise typer.Exit(0 if report.ok else 1)
 
 
-@app.command()
+@app.command(epilog=INSPECT_EPILOG)
 def inspect(
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Every distinct convolution of a model.")
+        str | None, typer.Option("--model", "-m", help="Every distinct call of a model.")
     ] = None,
     shape: Annotated[
-        str | None, typer.Option(help="One convolution instead.", metavar="N,C,H,W,O,K,STRIDE")
+        str | None,
+        typer.Option(help="One call instead; its numbers follow from --op.", metavar="N,C,H,W,..."),
     ] = None,
+    op: Annotated[
+        str,
+        typer.Option(
+            help="conv_bn_act; conv_bn_act_conv_bn_act, a bottleneck's 3x3 and 1x1 in one; "
+            "conv_bn_act_max_pool, the stem; avg_pool_linear, the head."
+        ),
+    ] = "conv_bn_act",
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="Every config that `tune` would time, not the untuned alone."),
+    ] = False,
     batch: Annotated[str, typer.Option("--batch", "-b", help="Images, with --model.")] = "256",
-    dtype: Annotated[str, typer.Option("--dtype", "-d", help="bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[str, typer.Option("--dtype", "-d", help="bf16, fp16, tf32, fp32.")] = "bf16",
     arch: Annotated[
-        str, typer.Option(help="80 (A100), 90 (H100, H200) or 100 (B200); none need be here.")
-    ] = "90",
+        list[str] | None,
+        typer.Option(
+            help="80 (A100), 90 (H100, H200), 100 (B200); none need be here.",
+            show_default="80,90,100",
+        ),
+    ] = None,
 ) -> None:
-    """Compile the Triton kernels for a GPU that need not be here: `inspect -m resnet50`.
+    """Compile the Triton kernels for GPUs that need not be here, and show what they cost.
 
-    Spilled registers, narrow loads or products without tensor cores (those are
-    wgmma, tcgen05, mma.sync) tell a bad tile before it runs; a spill exits with 1.
+    One row per config and architecture. Spilled registers, narrow loads or
+    products without tensor cores (those are wgmma, tcgen05, mma.sync) tell a
+    bad tile before it runs; a spill makes the exit code 1.
     """
     with _one_line_errors():
         from resnet_fused import inspection
+        from resnet_fused.bench import options
 
         clean = inspection.show(
-            terminal.console(), terminal.console(stderr=True),
-            model=model, batch=batch, dtype=dtype, arch=arch, shape=shape,
+            terminal.console(), terminal.console(stderr=True), op=op, model=model, batch=batch,
+            dtype=dtype, archs=options.split(arch), shape=shape, every=every,
         )  # fmt: skip
         raise typer.Exit(0 if clean else 1)
 

@@ -24,7 +24,11 @@ _planning = threading.RLock()
 
 
 def freeze(
-    model: nn.Module, example_input: Tensor, *, dtype: torch.dtype | None = None
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    graphs: bool = True,
 ) -> FrozenModule:
     r"""Turn a model into an inference engine: weights packed, buffers planned and reused.
 
@@ -50,6 +54,7 @@ def freeze(
         example_input: floating point, as the model will see it; its layout does not matter.
         dtype: compute in this dtype instead of the example's: float32, bfloat16, float16 or
             float64. The engine then takes inputs of either dtype and returns this one.
+        graphs: record CUDA graphs, on a CUDA GPU; False: call by call there too.
 
     Returns:
         A module without parameters. It cannot be trained or moved; it can be copied and pickled.
@@ -67,7 +72,7 @@ def freeze(
     with torch.inference_mode(False), torch.no_grad():
         source = fuse(model)
         _cast(source, dtype)
-    frozen = FrozenModule(source, example_input, dtype)
+    frozen = FrozenModule(source, example_input, dtype, graphs)
     frozen.plan(example_input)
     return frozen
 
@@ -105,19 +110,22 @@ def _check_arguments(model: Any, example: Any, dtype: Any) -> None:
 class FrozenModule(nn.Module):
     """What :func:`freeze` returns: call it with a tensor, inference only."""
 
-    def __init__(self, source: nn.Module, example: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, source: nn.Module, example: Tensor, dtype: torch.dtype, graphs: bool
+    ) -> None:
         super().__init__()
         # Past nn.Module's registration: the engine has no parameters and no submodules.
         self.__dict__["_source"] = source.requires_grad_(False)
         self._dtypes = (dtype, example.dtype)
         self._device = example.device
         self._shape = tuple(example.shape)
+        self._records = graphs
         self.training = False
         self._reset()
 
     def _reset(self) -> None:
         self._plans: dict[tuple[int, ...], Plan] = {}
-        self._graphs = graphs_on(self._device)
+        self._graphs = graphs_on(self._device) if self._records else None
         # Not where the function stands: it loads the compiler, and importing is free.
         self._run_uncompiled = torch.compiler.disable(self._run)
 

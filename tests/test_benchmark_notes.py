@@ -12,6 +12,14 @@ from resnet_fused.cli import app
 NOTES = predicted.NOTES.read_text(encoding="utf-8")
 
 
+def test_tuning_a_resnet50_is_predicted_to_take_less_than_two_minutes():
+    """Most of it is compilation: with twice as many configs it would not."""
+    work = predicted.tuning("resnet50", 256)
+    assert work.calls == 29
+    assert 100 < work.configs <= 8 * 25 + 5 * 3 + 1
+    assert work.seconds < 120 < 2 * work.seconds
+
+
 def test_the_predictions_are_what_the_models_say():
     written = NOTES.partition(predicted.BEGIN)[2].partition(predicted.END)[0].strip()
     assert written == predicted.section().strip(), "run: python -m benchmarks.predicted --save"

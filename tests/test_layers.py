@@ -43,7 +43,7 @@ LAYERS = {
         "backends",
         "files",
     },
-    "inspection": {PACKAGE, "bench", "models", "backends"},
+    "inspection": {PACKAGE, "bench", "engine", "models", "backends"},
     "cli": {
         PACKAGE,
         "inspection",

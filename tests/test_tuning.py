@@ -25,6 +25,7 @@ from resnet_fused.tuning.measure import (
     SHORT_SAMPLE,
     CudaClock,
     _Answers,
+    calls_at_most,
     fastest,
     measure,
 )
@@ -76,11 +77,12 @@ def test_the_last_rounds_are_interleaved_each_beginning_with_another():
 
 
 def test_the_number_of_calls_is_bounded():
-    """Twenty equal candidates cost 96 calls: 23 shapes of a ResNet-50 about 2,200."""
+    """Twenty equal candidates cost 96 calls, and two of each to check it."""
     names = [f"c{i}" for i in range(20)]
     ticks = Ticks(**dict.fromkeys(names, 1.0))
     fastest(runs(*names), ticks)
     assert len(ticks.ran) == 20 * SHORT_SAMPLE + FINALISTS * ROUNDS == 96
+    assert calls_at_most(20) == 96 + 2 * 20
 
 
 @pytest.mark.parametrize("at", [0, SHORT_SAMPLE - 1, SHORT_SAMPLE + 2])

@@ -23,7 +23,8 @@ class Setup:
     """What a contender is built for.
 
     `model` is the calibrated float32 network, never to be changed; `example` the float32 batch;
-    `scratch` a directory where exported files may lie while the job runs.
+    `scratch` a directory where exported files may lie while the job runs; `graphs` says whether an
+    engine may record CUDA graphs of its own.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Setup:
     device: str
     threads: int
     scratch: Path
+    graphs: bool = True
 
 
 class Runner(NamedTuple):
@@ -79,7 +81,8 @@ def frozen(setup: Setup) -> Runner:
     import resnet_fused as rf
 
     example = setup.example.to(device=setup.device, dtype=setup.dtype)
-    return torch_runner(rf.freeze(setup.model.to(setup.device), example), setup)
+    engine = rf.freeze(setup.model.to(setup.device), example, graphs=setup.graphs)
+    return torch_runner(engine, setup)
 
 
 OWN: dict[str, Build] = {REFERENCE: eager, FUSED: fused, FROZEN: frozen}

@@ -88,10 +88,10 @@ def input_size(option: str, value: str) -> tuple[int, ...]:
     return size
 
 
-def dtype_name(option: str, value: str) -> str:
+def dtype_name(option: str, value: str, accepted: Iterable[str] = DTYPES) -> str:
     """Return torch's name of a dtype given by that name or its short one (`bf16`)."""
     long_names = {short: name for name, short in SHORT_DTYPES.items()}
-    return one_of(option, long_names.get(value, value), DTYPES)
+    return one_of(option, long_names.get(value, value), accepted)
 
 
 def precision_name(option: str, value: str, device: str) -> str:

@@ -18,7 +18,7 @@ from rich.progress import (
 
 from resnet_fused.bench import options
 from resnet_fused.tuning import tune_calls
-from resnet_fused.tuning.calls import Call, harvest, harvest_pairs
+from resnet_fused.tuning.calls import Call, harvest, harvest_merged
 from resnet_fused.tuning.report import Row, TuneReport
 
 
@@ -65,7 +65,7 @@ def _calls(
         network = network.to(memory_format=layout)  # type: ignore[call-overload]
         example = torch.empty(shape, dtype=dtype).contiguous(memory_format=layout)
     try:
-        return [*harvest(network, example), *harvest_pairs(network, example, device)]
+        return [*harvest(network, example), *harvest_merged(network, example, device)]
     except ValueError as error:
         raise options.UsageError(str(error)) from None
 

@@ -28,8 +28,12 @@ from resnet_fused.engine.capture import Call, Captured, Ref, fill, refs
 from resnet_fused.engine.kernels import CONV, HEAD, MAX_POOL, pool_arguments
 from resnet_fused.ops._checks import FLOAT_DTYPES
 
+#: Whose stem is two kernels of its own: the engine runs these over planned buffers, in chunks of
+#: images that stay in cache.
+STEM_IN_TWO = (cpu, onednn)
+
 PAIR = torch.ops.resnet_fused.conv_bn_act_conv_bn_act.default
-_STEM = torch.ops.resnet_fused.conv_bn_act_max_pool.default
+STEM = torch.ops.resnet_fused.conv_bn_act_max_pool.default
 _AVG_POOL = torch.ops.aten.adaptive_avg_pool2d.default
 _FLATTEN = torch.ops.aten.flatten.using_ints
 _LINEAR = torch.ops.aten.linear.default
@@ -43,18 +47,20 @@ def merge(captured: Captured) -> Captured:
 def merge_heads(captured: Captured) -> Captured:
     """Write each average pool → flatten → linear as one call of avg_pool_linear.
 
-    Only where the op takes the weights. A backend asked for by name was not asked for an op that
-    the model does not call.
+    A backend asked for by name was not asked for an op that the model does not call.
     """
     if requested() in ORDER and not hasattr(ORDER[requested()], "avg_pool_linear"):
         return captured
-    merged = []
+    return _written(captured, list(heads(captured)), 3)
+
+
+def heads(captured: Captured) -> Iterator[Call]:
+    """Yield the call that each head could be, where the op takes its weights."""
     for pool, flatten, linear in _chains(captured, (_AVG_POOL, _FLATTEN, _LINEAR)):
         if flatten.args[1:] == (1,) and list(pool.args[1]) == [1, 1]:
             weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
             if _is_classifier(weight, bias):
-                merged.append(Call(HEAD, (pool.args[0], weight, bias), {}, linear.out))
-    return _written(captured, merged, 3)
+                yield Call(HEAD, (pool.args[0], weight, bias), {}, linear.out)
 
 
 def _is_classifier(weight: Any, bias: Any) -> bool:
@@ -74,17 +80,23 @@ def _is_classifier(weight: Any, bias: Any) -> bool:
 
 
 def merge_stems(captured: Captured) -> Captured:
-    """Write each conv_bn_act without residual → max pool as one call of conv_bn_act_max_pool."""
-    merged = []
+    """Write each stem as one call of conv_bn_act_max_pool, where one kernel runs it."""
+    values = list(captured.examples)
+    merged = [
+        call
+        for call in stems(captured)
+        if _in_one_kernel("conv_bn_act_max_pool", fill(call.args, values))
+    ]
+    return _written(captured, merged, 2)
+
+
+def stems(captured: Captured) -> Iterator[Call]:
+    """Yield the call that each conv_bn_act without residual → max pool could be."""
     for conv, pool in _chains(captured, (CONV, MAX_POOL)):
         size, stride, padding, dilation, ceil_mode = pool_arguments(*pool.args[1:])
-        if conv.args[4] is not None or ceil_mode or any(d != 1 for d in dilation):
-            continue
-        pairs = (tuple(_pair(value)) for value in (size, stride, padding))
-        args = (*conv.args[:4], *conv.args[5:], *pairs)
-        if _in_one_kernel("conv_bn_act_max_pool", fill(args, list(captured.examples))):
-            merged.append(Call(_STEM, args, {}, pool.out))
-    return _written(captured, merged, 2)
+        if conv.args[4] is None and not ceil_mode and all(d == 1 for d in dilation):
+            pairs = (tuple(_pair(value)) for value in (size, stride, padding))
+            yield Call(STEM, (*conv.args[:4], *conv.args[5:], *pairs), {}, pool.out)
 
 
 def _pair(value: list[int]) -> list[int]:
@@ -149,14 +161,13 @@ def _readers(captured: Captured) -> Counter[int]:
 def _in_one_kernel(op: str, args: tuple[Any, ...]) -> bool:
     """Return whether what runs ``op`` here keeps on chip what a merged call no longer writes.
 
-    On the CPU nothing does: there the parts are kernels of their own, which the engine runs over
-    planned buffers, in chunks of images that stay in cache. Neither does the reference.
+    The reference does not, nor do those of :data:`STEM_IN_TWO`.
     """
     try:
         run = choose(op, *args)
     except RuntimeError:  # A backend asked for by name was not asked for this op.
         return False
-    return run is not None and all(run is not getattr(b, op, None) for b in (cpu, onednn))
+    return run is not None and all(run is not getattr(b, op, None) for b in STEM_IN_TWO)
 
 
 def _chains(captured: Captured, targets: tuple[Any, ...]) -> Iterator[tuple[Call, ...]]:

@@ -96,6 +96,28 @@ def reference(
     return _checks.channels_last(y)
 
 
+def decomposition(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> Tensor:
+    """Run the convolution on the backend of its choice, then torch's pool."""
+    y = torch.ops.resnet_fused.conv_bn_act(
+        x, weight, scale, shift, None, stride, padding, dilation, groups, act
+    )
+    y = F.max_pool2d(y, list(pool_size), list(pool_stride), list(pool_padding))
+    return _checks.channels_last(y)
+
+
 def fake(
     x: Tensor,
     weight: Tensor,
@@ -232,4 +254,5 @@ OP = Op(
     flops=flops,
     nbytes=nbytes,
     samples=samples,
+    decomposition=decomposition,
 )

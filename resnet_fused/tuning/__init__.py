@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resnet_fused.backends import _tuned, _tuned_file
 from resnet_fused.backends._tuned_file import Choice
-from resnet_fused.tuning.calls import Call, draw, harvest, harvest_pairs
+from resnet_fused.tuning.calls import Call, draw, harvest, harvest_merged
 from resnet_fused.tuning.measure import Clock, CudaClock, Outcome, measure, wall_clock
 from resnet_fused.tuning.report import Row, TuneReport
 
@@ -28,9 +28,10 @@ def tune(model: nn.Module, example_input: Tensor, *, force: bool = False) -> Tun
 
     On a GPU every later process reads the choices by itself. On the CPU they hold only in
     processes that call ``tune``, which then measures nothing again: the fixed order is good there.
-    A frozen engine keeps what was chosen when it was made, so tune before ``freeze``. Two calls
-    that an engine could make as one (``conv_bn_act_conv_bn_act``) are timed as one, too, after
-    their parts, and an engine merges them only where that was faster than the fastest of each.
+    A frozen engine keeps what was chosen when it was made, so tune before ``freeze``. Calls that an
+    engine could make as one (a stem, a head, a bottleneck's 3x3 and 1x1) are timed as one, too,
+    after their parts: two convolutions are merged only where that was faster than the fastest of
+    each, a stem that one kernel runs unless its parts were faster.
 
     Args:
         model: a module in the mode it will run in, fused or not.
@@ -45,7 +46,7 @@ def tune(model: nn.Module, example_input: Tensor, *, force: bool = False) -> Tun
         ValueError: the model is frozen, fails on such an input, or makes no fused call.
     """
     calls, device = harvest(model, example_input), example_input.device
-    return tune_calls([*calls, *harvest_pairs(model, example_input, device)], device, force=force)
+    return tune_calls([*calls, *harvest_merged(model, example_input, device)], device, force=force)
 
 
 def tune_calls(

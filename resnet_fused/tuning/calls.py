@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused.backends import candidates
+from resnet_fused.backends import ORDER, candidates
 from resnet_fused.backends._tuned import signature
 from resnet_fused.convert import fuse
 from resnet_fused.engine.capture import capture, fill
-from resnet_fused.engine.merge import pairs
+from resnet_fused.engine.merge import STEM_IN_TWO, heads, pairs, stems
 from resnet_fused.flops import meta_copy
 from resnet_fused.freeze import FrozenModule
 from resnet_fused.nn.fused import program_of
@@ -88,11 +88,11 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
     return list(recorder.calls.values())
 
 
-def harvest_pairs(model: nn.Module, example_input: Tensor, device: torch.device) -> list[Call]:
-    """Return the calls that could stand for two in an engine, those that a backend runs whole.
+def harvest_merged(model: nn.Module, example_input: Tensor, device: torch.device) -> list[Call]:
+    """Return the calls that an engine could make in place of several: pairs, the stem, the head.
 
-    There are none in training mode, under autocast, or for a forward that cannot be captured: no
-    engine runs so.
+    Of those the ones that a backend runs in one kernel. There are none in training mode, under
+    autocast, or for a forward that cannot be captured: no engine runs so.
 
     Args:
         model: as :func:`harvest` takes it.
@@ -107,11 +107,20 @@ def harvest_pairs(model: nn.Module, example_input: Tensor, device: torch.device)
             captured = capture(twin, example_input.detach().to("meta"))
         except _FAILURES:
             return []
+    merged = (*(call for _, call in pairs(captured)), *stems(captured), *heads(captured))
     found: dict[Any, Call] = {}
-    for _, pair in pairs(captured):
-        call = Call("conv_bn_act_conv_bn_act", fill(pair.args, list(captured.examples)), 0)
+    for each in merged:
+        name = each.target.name().partition("::")[2]
+        call = Call(name, fill(each.args, list(captured.examples)), 0)
         found.setdefault(signature(call.op, call.args), call).count += 1
-    return [c for c in found.values() if candidates(c.op, *draw(c.args, device))]
+    return [call for call in found.values() if _runs_whole(call, device)]
+
+
+def _runs_whole(call: Call, device: torch.device) -> bool:
+    backends = {name for name, _ in candidates(call.op, *draw(call.args, device))}
+    if call.op == "conv_bn_act_max_pool":
+        backends -= {name for name, module in ORDER.items() if module in STEM_IN_TWO}
+    return bool(backends)
 
 
 def _fused_copy(model: nn.Module) -> nn.Module:

@@ -29,6 +29,11 @@ SHORT_SAMPLE, TOO_SLOW = 3, 1.5
 FINALISTS, ROUNDS = 4, 9
 
 
+def calls_at_most(candidates: int) -> int:
+    """Return how often so many candidates of a call are run, two of each to check it."""
+    return (2 + SHORT_SAMPLE) * candidates + ROUNDS * min(FINALISTS, candidates)
+
+
 class Outcome(NamedTuple):
     """What was found out about the candidates of one call."""
 

@@ -24,7 +24,8 @@ def held():
 
 
 def in_process(code, *args, **kwargs):
-    lines = ("import sys, torch", "from resnet_fused.backends import _tuned_file as f", code)
+    alike = f"torch.set_num_threads({torch.get_num_threads()})"  # part of the file's name
+    lines = ("import sys, torch", alike, "from resnet_fused.backends import _tuned_file as f", code)
     return subprocess.Popen([sys.executable, "-c", "\n".join(lines), *args], **kwargs)
 
 

@@ -14,7 +14,7 @@ import torch
 from benchmarks import cold, levels, subjects, suite, training
 from benchmarks.peaks import Peaks
 from benchmarks.suite import Suite
-from resnet_fused.bench import networks
+from resnet_fused.bench import contenders, networks
 from resnet_fused.bench.options import Settings, UsageError
 from resnet_fused.bench.progress import Watch
 from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, LEVELS, OK, OP, TRAINING, Case
@@ -111,6 +111,21 @@ def test_an_op_is_right_in_all_and_has_a_bound(small: Suite, words: str, tmp_pat
     assert row.nbytes is not None
     assert row.bound_s == pytest.approx(max(2e9 * row.gmacs * 3 / 1e11, row.nbytes / 1e10))
     assert len(row.seconds) == 2
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("level", [OP, INFERENCE, COLD])
+def test_graphs_or_not_is_said_to_the_engine_too(
+    small: Suite, graphs: bool, level: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU `frozen` records graphs of its own, whoever captures the others."""
+    said = []
+    monkeypatch.setattr("resnet_fused.freeze", lambda *args, graphs: said.append(graphs))
+    layer = next(iter(subjects.layers(OP, (NAME,), 32))) if level == OP else ""
+    case = Case("" if layer else NAME, "float32", 1, level, layer)
+    setup = levels.prepare(replace(small, graphs=graphs), case, tmp_path).setup
+    contenders.frozen(setup)
+    assert said == [graphs]
 
 
 def test_a_model_is_right_and_has_a_bound(small: Suite, tmp_path: Path) -> None:

@@ -77,6 +77,17 @@ def test_a_changed_input_and_results_of_one_s_own(cuda):
     assert_same(half(inputs[0]), half(inputs[0].bfloat16()))
 
 
+def test_without_graphs_nothing_is_recorded(cuda):
+    model = Net().eval()
+    frozen = rf.freeze(model, image(2), graphs=False)
+    for engine in (frozen, copy.deepcopy(frozen)):
+        for n in (2, 3):
+            x = image(n)
+            assert_same(engine(x), expected(model, x))
+        assert "CUDA graphs" not in repr(engine)
+    assert not cuda.recordings
+
+
 def test_it_is_recorded_for_one_thread_in_one_pool_on_one_stream(cuda):
     frozen = rf.freeze(Net().eval(), image(1))
     frozen(image(2))

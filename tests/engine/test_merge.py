@@ -1,5 +1,7 @@
 """Which calls of a captured pass become one, and which stay apart."""
 
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,15 +9,19 @@ from nets import ConvBnRelu, assert_same_model, image
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.backends import ORDER
+from resnet_fused.backends import ORDER, _tuned, choose
 from resnet_fused.engine import merge as merging
 from resnet_fused.engine.capture import capture
 from resnet_fused.engine.merge import merge
+from resnet_fused.ops import OPS
+from resnet_fused.tuning import tune_calls
+from resnet_fused.tuning.calls import harvest, harvest_merged
 
 X = image(2, 3, 16, 16)
 HEAD = torch.ops.resnet_fused.avg_pool_linear.default
 CONV = torch.ops.resnet_fused.conv_bn_act.default
 MAX_POOL = torch.ops.aten.max_pool2d.default
+STEM_NAME = "conv_bn_act_max_pool"
 STEM = torch.ops.resnet_fused.conv_bn_act_max_pool.default
 
 
@@ -80,6 +86,41 @@ def test_a_stem_is_one_call_where_one_kernel_runs_it(monkeypatch):
     assert (op, args[0].shape, args[0].device) == ("conv_bn_act_max_pool", X.shape, X.device)
     assert args[9:] == ((3, 3), (2, 2), (1, 1))
     assert_same_model(rf.freeze(model, X), model, X, reduced=8 * 64)
+
+
+@pytest.fixture
+def whole(monkeypatch, cache):
+    """A backend, first in the order, that runs a stem in one kernel and has no other op."""
+    module = types.ModuleType("whole")
+    module.ADVICE, module.available = "none", lambda: None
+    module.supports = lambda op, *args: None
+    module.conv_bn_act_max_pool = in_one = lambda *args: OPS[STEM_NAME].reference(*args)
+    monkeypatch.setitem(choose.__globals__, "ORDER", {"whole": module, **ORDER})
+    yield in_one
+    _tuned.forget()
+
+
+@pytest.mark.parametrize(("seconds", "merges"), [(0.8, True), (1.2, False)])
+def test_a_stem_is_one_call_unless_its_parts_were_measured_to_be_faster(whole, seconds, merges):
+    """Against the convolution on the backend just found fastest for it, and the pool."""
+    model, parts = Head().eval(), []
+    assert targets(model)[0] is STEM, "nothing was measured"
+
+    def clock(run):
+        parts.append(run.func is OPS[STEM_NAME].decomposition)
+        return seconds if run.func is whole else 1.0
+
+    calls = [*harvest(model, X), *harvest_merged(model, X, X.device)]
+    assert [call.op for call in calls] == ["conv_bn_act", STEM_NAME, "avg_pool_linear"]
+    report = tune_calls(calls, X.device, clock=clock)
+    assert any(parts)
+    assert (report.rows[1].choice.backend == "whole") == merges
+    assert (targets(model)[0] is STEM) == merges
+    assert_same_model(rf.freeze(model, X), model, X, reduced=8 * 64)
+
+
+def test_where_the_engine_runs_a_stem_in_two_it_is_not_timed_as_one(cache):
+    assert [call.op for call in harvest_merged(Head().eval(), X, X.device)] == ["avg_pool_linear"]
 
 
 class Stem(Head):

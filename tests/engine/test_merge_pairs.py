@@ -18,7 +18,7 @@ from resnet_fused.engine.merge import PAIR, merge, pairs
 from resnet_fused.models import create_model
 from resnet_fused.ops import OPS
 from resnet_fused.tuning import tune_calls
-from resnet_fused.tuning.calls import draw, harvest, harvest_pairs
+from resnet_fused.tuning.calls import draw, harvest, harvest_merged
 
 CPU, NAME = torch.device("cpu"), "conv_bn_act_conv_bn_act"
 X = image(2, 3, 12, 12)
@@ -82,7 +82,7 @@ def tuned(model: nn.Module, seconds: float):
     def clock(run):
         return seconds if getattr(run.func, "__name__", "") == "run" else 1.0
 
-    calls = [*harvest(model, X), *harvest_pairs(model, X, CPU)]
+    calls = [*harvest(model, X), *harvest_merged(model, X, CPU)]
     return tune_calls(calls, CPU, clock=clock)
 
 
@@ -138,7 +138,7 @@ def test_it_is_weighed_against_the_fastest_of_each(whole, monkeypatch):
             during.append(len(fast))
         return 0.5 if run.func is quick else 1.0
 
-    tune_calls([*harvest(model, X), *harvest_pairs(model, X, CPU)], CPU, clock=clock)
+    tune_calls([*harvest(model, X), *harvest_merged(model, X, CPU)], CPU, clock=clock)
     assert set(during) == {2}
 
 
@@ -232,7 +232,8 @@ def test_a_merged_call_computes_what_the_two_do():
 
 def test_harvest_finds_the_pairs_of_a_resnet50(whole):
     model = create_model("resnet50").eval()
-    found = harvest_pairs(model, torch.empty(2, 3, 64, 64), CPU)
+    merged = harvest_merged(model, torch.empty(2, 3, 64, 64), CPU)
+    found = [call for call in merged if call.op == NAME]
     assert len(found) == 7
     assert sum(call.count for call in found) == 16
     assert rf.fusion_report(model).fused == []
@@ -240,9 +241,9 @@ def test_harvest_finds_the_pairs_of_a_resnet50(whole):
 
 def test_nothing_to_harvest_where_nobody_runs_both_or_no_engine_is(whole):
     model = network()
-    assert harvest_pairs(model, X, CPU)
+    assert harvest_merged(model, X, CPU)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not harvest_pairs(model, X, CPU)
-    assert not harvest_pairs(network().train(), X, CPU)
+        assert not harvest_merged(model, X, CPU)
+    assert not harvest_merged(network().train(), X, CPU)
     whole.supports = lambda op, *args: "not today"
-    assert not harvest_pairs(model, X, CPU)
+    assert not harvest_merged(model, X, CPU)

@@ -1,10 +1,12 @@
 """Every convolution of the paper's ResNets on each GPU backend, against float64."""
 
 import contextlib
+import functools
 import re
 
 import pytest
 import torch
+from ends import head_arguments, stem_arguments
 from paths import arguments, assert_right
 
 import resnet_fused as rf
@@ -87,6 +89,45 @@ def test_pointwise_ops_on_a_gpu_that_is_not_the_current_one(op, other_device):
         out = run(*args)
     with rf.use_backend("reference"):
         torch.testing.assert_close(out, run(*args))
+
+
+def end_arguments(op: str, device) -> tuple:
+    if op == "conv_bn_act_max_pool":
+        shape = (2, 3, 64, 64), 64, 7, 2, 3, 1, 3, 2, 1
+        return stem_arguments(*shape, dtype=torch.float16, device=device)
+    return head_arguments((8, 64, 7, 7), 10, dtype=torch.float16, device=device)
+
+
+@pytest.mark.parametrize("op", ["conv_bn_act_max_pool", "avg_pool_linear"])
+def test_the_ends_on_a_gpu_that_is_not_the_current_one(op, other_device):
+    args = end_arguments(op, other_device)
+    with rf.use_backend("triton"):
+        out = getattr(torch.ops.resnet_fused, op)(*args)
+    assert out.device == other_device
+    assert_right(args, out, op)
+
+
+@functools.cache
+def _too_large() -> bool:
+    return not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 20 << 30
+
+
+@pytest.mark.skipif(_too_large(), reason="needs 20 GiB of free memory")
+@pytest.mark.parametrize(("kernel", "padding"), [(1, 0), (3, 1)])
+def test_offsets_beyond_32_bits(kernel, padding, device):
+    """The last of images of 2³¹ elements is what it is alone."""
+    torch.manual_seed(0)
+    x = torch.zeros(34, 64, 1024, 1024, dtype=torch.float16, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    x[-1].normal_()
+    assert x.numel() > 2**31
+    weight = torch.randn(16, 64, kernel, kernel, dtype=torch.float16, device=device)
+    with rf.use_backend("triton"):
+        whole, alone = (
+            rf.functional.conv_bn_act(t, weight, padding=padding) for t in (x, x[-1:].clone())
+        )
+    assert not whole[0].any()
+    torch.testing.assert_close(whole[-1:], alone)
 
 
 @each_backend

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from resnet_fused.backends.triton import launch, launch_ends, tiles
+from resnet_fused.backends.triton import launch, launch_ends
 from resnet_fused.backends.triton.launch import Launch
 from resnet_fused.backends.triton.pair_tiles import Pair
 from resnet_fused.backends.triton.shapes import Config, Problem
@@ -48,6 +48,8 @@ class Compiled:
     instruction: str
     #: How often each width of load is written: "tma", "async 16", "load 4", ..., in bytes.
     loads: dict[str, int]
+    #: Whether operands are rounded to TF32 on their way from memory or shared memory.
+    rounds: bool
 
 
 def compile_conv(
@@ -161,6 +163,7 @@ def compile_launch(step: Launch, capability: int) -> Compiled:
         kernel.metadata.shared,
         instruction,
         _loads(ptx),
+        "cvt.rna.tf32" in ptx or step.arguments.get("ROUNDED", False),
     )
 
 
@@ -185,8 +188,3 @@ def _loads(ptx: str) -> dict[str, int]:
     for vector, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bus](\d+)\b", ptx):
         found[f"load {int(vector or 1) * int(bits) // 8}"] += 1
     return {name: count for name, count in sorted(found.items()) if count}
-
-
-def best(problem: Problem, dtype: torch.dtype, capability: int) -> Config:
-    """Return the config that is used where none was measured."""
-    return tiles.heuristic(problem, launch.precision(dtype), capability)

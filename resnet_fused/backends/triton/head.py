@@ -18,6 +18,11 @@ class HeadConfig(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
 
+    def __str__(self) -> str:
+        """Return a name, such as m64n32k64w4s3."""
+        m, n, k, warps, stages = self
+        return f"m{m}n{n}k{k}w{warps}s{stages}"
+
 
 def head_config(images: int, classes: int, capability: int) -> HeadConfig:
     """Return the largest tiles that leave no processor idle, or the smallest.

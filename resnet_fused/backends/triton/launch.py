@@ -5,6 +5,7 @@ Tensors on the meta device give the same launches, to be compiled where no GPU i
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ WIDE_FROM = 2**31
 #: What vector loads and descriptors want of an address.
 ALIGNMENT = 16
 _BLOCK = 1024
+#: Whether descriptors can have float32 rounded to TF32 on its way, from Triton 3.7 on.
+DESCRIPTORS_ROUND = "round_f32_to_tf32" in {f.name for f in dataclasses.fields(TensorDescriptor)}
 
 
 class Launch(NamedTuple):
@@ -216,14 +219,16 @@ def _tma(
         n, oh, ow, shape = 1, 1, problem.m, (1, 1, 1, problem.m, problem.c)
     out = (n, oh, ow, problem.o)
     out_box = (box_n, box_h, box_w, config.block_n)
+    rounds = kind == "tf32" and DESCRIPTORS_ROUND
     arguments = {
-        "x_desc": _descriptor(x, shape, (box_n, box_h, 1, box_w, config.block_k)),
-        "w_desc": _descriptor(packed, packed.shape, (config.block_n, config.block_k)),
+        "x_desc": _descriptor(x, shape, (box_n, box_h, 1, box_w, config.block_k), rounds),
+        "w_desc": _descriptor(packed, packed.shape, (config.block_n, config.block_k), rounds),
         "y_desc": _descriptor(y, out, out_box),
         "residual_desc": None if residual is None else _descriptor(residual, out, out_box),
         **vectors, **geometry(problem), "images": n, "oh": oh, "ow": ow,
         "IN": problem.c, "OUT": problem.o, "STRIDE": s, "RELU": relu,
-        "PRECISION": dot_precision(kind), "BOX_N": box_n, "BOX_H": box_h, "BOX_W": box_w,
+        "PRECISION": dot_precision(kind), "ROUNDED": rounds,
+        "BOX_N": box_n, "BOX_H": box_h, "BOX_W": box_w,
         "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
     }  # fmt: skip
     resident = occupancy(problem, kind, config, capability)
@@ -231,9 +236,12 @@ def _tma(
     return Launch(conv_tma_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
 
 
-def _descriptor(t: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> TensorDescriptor:
+def _descriptor(
+    t: Tensor, shape: tuple[int, ...], block: tuple[int, ...], rounds: bool = False
+) -> TensorDescriptor:
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return TensorDescriptor(t, list(shape), strides, list(block))
+    to_tf32 = {"round_f32_to_tf32": True} if rounds else {}
+    return TensorDescriptor(t, list(shape), strides, list(block), **to_tf32)
 
 
 @functools.lru_cache

@@ -169,17 +169,23 @@ def _legal(stem: Stem, precision: str, capability: int) -> Iterator[StemConfig]:
     most_m, most_n = max(16, power(stem.pairs)), max(16, power(stem.conv.o))
     # wgmma and tcgen05 take 64 rows at least.
     least_n = min(64, most_n) if asynchronous(precision, capability) else 16
+    # Of 16 pairs in TF32 on sm_100 ptxas keeps 16 bytes on the stack (Triton 3.7.1).
+    least_m = min(32, most_m) if precision == "tf32" and capability >= 100 else 16
+    # A tile of 16 x 16 gives no thread 16 bytes to load.
+    least = min(512, most_m * most_n)
     bands = [band for band in (1, 2, 4, 7, 8, 14, 16, 28) if band <= height]
     for block_m, block_n, band in itertools.product((16, 32, 64), (16, 32, 64), bands):
         num_warps = _warps(precision, block_m * block_n)
-        if num_warps and block_m <= most_m and least_n <= block_n <= most_n:
+        if not num_warps or block_m * block_n < least:
+            continue
+        if least_m <= block_m <= most_m and least_n <= block_n <= most_n:
             yield StemConfig(block_m, block_n, block_k, num_warps, band)
 
 
 def _warps(precision: str, sums: int) -> int:
     """Return the warps that hold five tiles of so many sums without spilling, 0 if none do.
 
-    From compiling all candidates for ResNet's stem at batch 1 and 256 (Triton 3.7.1): some with
+    From compiling all candidates for ResNet's stem at batch 1, 8 and 256 (Triton 3.7.1): some with
     fewer sums a thread, or with a third stage, keep 8 or 16 bytes on the stack.
     """
     if precision == "fp32":  # operands of products without tensor cores

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from resnet_fused.backends.triton.cost import Arch, arch_of, asynchronous, cost, shared_bytes
 from resnet_fused.backends.triton.shapes import ITEMSIZE, Config, Problem, count, power
 
-MOST_CANDIDATES = 16
+#: Half a second is what one takes to compile: with as many ResNet-50 at one batch size is tuned in
+#: less than two minutes (`benchmarks/NOTES.md`).
+MOST_CANDIDATES = 8
 
 
 def heuristic(problem: Problem, precision: str, capability: int) -> Config:
@@ -65,10 +67,22 @@ def _legal(problem: Problem, precision: str, capability: int) -> Iterator[Config
                 continue
             if not _fits_registers(problem, precision, config, capability):
                 continue
+            if not _loads_wide(problem, precision, config):
+                continue
             if tma and not takes_tma(problem, precision, config, capability):
                 continue
             if shared_bytes(problem, precision, config, capability) <= arch.block_shared:
                 yield from _splits(problem, config, arch)
+
+
+def _loads_wide(problem: Problem, precision: str, config: Config) -> bool:
+    """Return whether a thread has 16 bytes of either operand to load, if the problem has so many.
+
+    In a flat problem every pixel is loaded by itself.
+    """
+    side = min(config.block_m, config.block_n)
+    enough = side * config.block_k * ITEMSIZE[precision] >= 16 * 32 * config.num_warps
+    return enough or problem.flat or side == max(16, power(min(problem.m, problem.o)))
 
 
 _SIDES = (16, 32, 64, 128, 256)
@@ -101,9 +115,8 @@ def block_k(problem: Problem, precision: str) -> int:
 def _fits_registers(problem: Problem, precision: str, config: Config, capability: int) -> bool:
     """Return whether a thread's sums and what it loads leave nothing to spill.
 
-    The limits are from compiling every candidate for ResNet-50's convolutions (batch 256, Triton
-    3.7.1). With them a few on sm_80 still keep 8 bytes on the stack: ptxas's own choice, to fit
-    one more block on a multiprocessor.
+    The limits are from compiling every candidate for ResNet-50's convolutions: Triton 3.7.1,
+    `resnet-fused inspect -m resnet50 --all`.
     """
     threads = 32 * config.num_warps
     sums = config.block_m * config.block_n / threads
@@ -114,14 +127,19 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
     if problem.training and sums > 64:
         return False  # addresses, masks and what the statistics take
     beside = problem.residual and not config.tma
+    cut = (config.block_m, config.block_n, config.num_warps, config.num_stages)
+    if beside and problem.taps == 1 and cut == (64, 64, 4, 2):
+        return False  # ptxas puts 8 bytes on the stack, to fit one more block beside it
     if precision == "fp32":
         return sums <= 32  # operands of products without tensor cores
     if not asynchronous(precision, capability):
         # Operands of mma and a row's addresses and masks leave room for few pixels a thread.
-        most = 128 if config.block_n == 256 and not beside else 64
+        rounds = precision == "tf32"  # in registers of its own
+        most = 128 if config.block_n == 256 and not beside and not rounds else 64
         rows = threads // 2 if problem.training else threads
         return sums <= most and config.block_m <= rows
-    return sums <= (64 if precision == "tf32" and beside else 128)
+    # Operands in TF32 pass through registers, to be rounded, unless descriptors round them.
+    return sums <= (64 if precision == "tf32" and not config.tma else 128)
 
 
 def _splits(problem: Problem, config: Config, arch: Arch) -> Iterator[Config]:

@@ -98,6 +98,32 @@ def test_addresses_and_layouts_of_a_stem():
     assert torch.equal(run.conv_bn_act_max_pool(*turned, *args[4:]), expected)
 
 
+def test_storage_of_a_stem_that_overlaps():
+    """Images, channels and pixels that share memory are read as what they are."""
+    x, weight, scale, _, *rest = stem("16-byte rows")[0]
+    overlapping = (
+        x[:, :, :1].expand_as(x),
+        weight[:1].expand_as(weight),
+        scale[:1].expand_as(scale),
+        torch.arange(12.0).as_strided(scale.shape, (2,)),
+    )
+    plain = [t.contiguous() for t in overlapping]
+    out = run.conv_bn_act_max_pool(*overlapping, *rest)
+    assert torch.equal(out, run.conv_bn_act_max_pool(*plain, *rest))
+    assert_right((*plain, *rest), out, STEM)
+
+
+def test_addresses_and_storage_of_a_head():
+    x, weight, bias = head_arguments((2, 16, 3, 2), 10)
+    expected = run.avg_pool_linear(x, weight, bias)
+    odd = [torch.empty(t.numel() + 1)[1:].view(t.shape).copy_(t) for t in (x, weight, bias)]
+    assert all(t.data_ptr() % launch.ALIGNMENT for t in odd)
+    assert torch.equal(run.avg_pool_linear(*odd), expected)
+    overlapping = (x[:1].expand_as(x), weight[:, :1].expand_as(weight), bias[:1].expand_as(bias))
+    out = run.avg_pool_linear(*overlapping)
+    assert_right(tuple(t.contiguous() for t in overlapping), out, HEAD)
+
+
 def test_a_stem_s_weight_is_packed_again_when_it_changes():
     args = stem("one pixel, the rest padding")[0]
     run.conv_bn_act_max_pool(*args)

@@ -119,6 +119,19 @@ def test_addresses_that_are_not_aligned():
     assert torch.equal(call(PAIR, (*odd, *args[8:])), call(PAIR, args))
 
 
+def test_storage_that_overlaps():
+    x, *args = arguments((2, 16, 5, 5), 16, 24, 3, 1, 1, 1)
+    weight, scale, shift, weight2, *rest = args
+    overlapping = (
+        x[:1].expand_as(x), weight[:, :1].expand_as(weight), scale[:1].expand_as(scale), shift,
+        weight2[:1].expand_as(weight2),
+    )  # fmt: skip
+    plain = [t.contiguous() for t in overlapping]
+    out = call(PAIR, (*overlapping, *rest))
+    assert torch.equal(out, call(PAIR, (*plain, *rest)))
+    assert_right((*plain, *rest), out, PAIR)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "reason"),
     [

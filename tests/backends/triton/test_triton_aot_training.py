@@ -138,8 +138,8 @@ def test_kernels(kernels, case):
         if kernel.kernel == "scale_shift_kernel" or (layer == "stem" and build is not passes):
             continue  # one channel a thread; pixels of three channels
         if build is weight and precision == "tf32" and kernel.kernel.startswith("conv"):
-            # Products in TF32 take K, here the pixels, running fastest only: turned one by one.
-            assert widths == {4}, kernel
+            # Products in TF32 take K, here the pixels, running fastest only: one of them is turned.
+            assert widths == {4, 16}, kernel
         elif build is statistics:  # scale and shift beside the tiles
             assert 16 in widths <= {4, 16}, kernel
         else:

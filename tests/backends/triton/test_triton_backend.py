@@ -132,6 +132,22 @@ def test_kernels_are_launched_on_the_device_of_x(monkeypatch):
     run.conv_bn_act(x, weight, *rest, config=Config.parse("m16n64k64w4s2x4g8"))
     run.bn_apply(x, None, None, x, "relu")
     assert launched == ["conv_fwd_kernel", "affine_kernel", "affine_kernel"]
+    del launched[:]
+    geometry = ((1, 1), (1, 1), (1, 1))
+    run.conv_bn_act_max_pool(
+        x, weight, None, None, *geometry, 1, "relu", (3, 3), (2, 2), (1, 1)
+    )  # fmt: skip
+    run.avg_pool_linear(x, weight[:, :, 0, 0], None)
+    half, first, second = (
+        torch.empty(shape, dtype=torch.float16, device="meta")
+        for shape in ((1, 64, 7, 7), (64, 64, 3, 3), (256, 64, 1, 1))
+    )
+    vectors = (None, None, second, None, None, None)
+    run.conv_bn_act_conv_bn_act(half, first, *vectors, *geometry, "relu", "relu")
+    assert launched == [
+        "stem_fwd_kernel", "mean_kernel", "linear_kernel", "conv_pair_fwd_kernel"
+    ]  # fmt: skip
+    assert not current
 
 
 def test_training_is_not_chosen_but_by_name(monkeypatch):

@@ -17,11 +17,24 @@ def tile_of(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, acc, PRECISION: tl.constexpr):
-    """Return acc + a · b, summed in float32."""
+def multiply(a, b, acc, PRECISION: tl.constexpr, ROUNDED: tl.constexpr = False):
+    """Return acc + a · b, summed in float32; in TF32 both are rounded unless they are ROUNDED.
+
+    Tensor cores do not: they cut the last 13 bits of the mantissa off, always towards zero.
+    """
     if INTERPRETED:  # The interpreter would multiply the bits of bfloat16 as integers.
         a, b = a.to(tl.float32), b.to(tl.float32)
+    elif PRECISION == "tf32" and not ROUNDED:
+        a, b = _nearest_tf32(a), _nearest_tf32(b)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _nearest_tf32(value):
+    """Return float32 values with 10 bits of mantissa, of two the larger; NaN stays NaN."""
+    return tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit

@@ -17,8 +17,9 @@ def conv_tma_fwd_kernel(
     x_desc, w_desc, y_desc, residual_desc, scale_ptr, shift_ptr, images, oh, ow,
     IN: tl.constexpr, OUT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, STRIDE: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
-    RELU: tl.constexpr, PRECISION: tl.constexpr, BOX_N: tl.constexpr, BOX_H: tl.constexpr,
-    BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    RELU: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr, BOX_N: tl.constexpr,
+    BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Tiles of BOX_N · BOX_H · BOX_W output pixels and BLOCK_N channels, one after another.
 
@@ -57,7 +58,7 @@ def conv_tma_fwd_kernel(
                 ]
             )
             b = w_desc.load([first, tap * IN + k])
-            acc = multiply(b, a.reshape(BLOCK_M, BLOCK_K).T, acc, PRECISION)
+            acc = multiply(b, a.reshape(BLOCK_M, BLOCK_K).T, acc, PRECISION, ROUNDED)
         channels = first + tl.arange(0, BLOCK_N)
         acc = affine(acc, scale_ptr, shift_ptr, channels, channels < OUT).T
         if residual_desc is not None:
