@@ -203,7 +203,7 @@ def tune(*words: str | Path) -> Result:
 
 @pytest.fixture
 def small_tune(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One call to tune: that of the tiny network."""
+    """Two calls to tune: the convolution and the head of the tiny network."""
     monkeypatch.setattr("resnet_fused.models.create_model", network)
     return cache
 
@@ -225,7 +225,7 @@ def test_tune_shows_a_table_and_where_the_cache_is(
     tune("-d", "bf16")
     monkeypatch.setattr("resnet_fused.env._devices", lambda: [torch.device("cpu")])
     doctor = call("doctor")
-    assert f"2 calls in {file}" in doctor.stdout
+    assert f"4 calls in {file}" in doctor.stdout
 
 
 def test_tune_exits_with_1_where_nothing_answers_rightly(
@@ -272,7 +272,7 @@ def test_tune_on_a_terminal_shows_a_bar(small_tune: Path) -> None:
         "resnet50", batch=2, image_size=16, dtype="fp32", device="cpu", force=False, console=console
     )
     shown = console.file.getvalue()
-    assert "1/1" in shown
+    assert "2/2" in shown
     assert "0:00:00" in shown
 
 
