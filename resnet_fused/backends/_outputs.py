@@ -11,53 +11,58 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 #: Smaller blocks come from the C library's own lists, which do not go back to the system.
 _LEAST = 2**20
 #: What one thread keeps at most; beyond it outputs are allocated as torch allocates them.
-_MOST = 512 * 2**20
+_MOST = 2**30
+
+
+class _Lent(np.ndarray):
+    """A block in use. torch drops it with the last tensor that reads it, in whatever thread."""
+
+    block: np.ndarray
+    #: Where the block goes then; appending is all that another thread ever does.
+    kept: list[np.ndarray]
+
+    def __del__(self) -> None:
+        self.kept.append(self.block)
 
 
 class _Blocks(threading.local):
-    """One thread's blocks, those used longest ago first."""
+    """One thread's blocks, the sizes used longest ago first."""
 
     def __init__(self) -> None:
-        self.by_size: OrderedDict[int, list[torch.UntypedStorage]] = OrderedDict()
+        self.by_size: OrderedDict[int, list[np.ndarray]] = OrderedDict()
+        #: Bytes of all blocks, lent ones too.
         self.total = 0
 
-    def take(self, nbytes: int) -> torch.UntypedStorage | None:
-        """Return a block of exactly this size that nobody holds, or None if none may be kept."""
+    def take(self, nbytes: int) -> Tensor | None:
+        """Return bytes of exactly this size that nobody holds, or None if none may be kept."""
         kept = self.by_size.setdefault(nbytes, [])
         self.by_size.move_to_end(nbytes)
-        for block in kept:
-            # Whoever held it may have resized it.
-            if _is_free(block) and block.nbytes() == nbytes:
-                return block
-        self._make_room(nbytes)
-        if self.total + nbytes > _MOST:
-            return None
-        block = torch.empty(nbytes, dtype=torch.uint8).untyped_storage()
-        kept.append(block)
-        self.total += nbytes
-        return block
+        if not kept:
+            self._make_room(nbytes)
+            if self.total + nbytes > _MOST:
+                return None
+            kept.append(torch.empty(nbytes, dtype=torch.uint8).numpy())  # aligned by torch
+            self.total += nbytes
+        block = kept.pop()
+        lent = block.view(_Lent)
+        lent.block, lent.kept = block, kept
+        return torch.from_numpy(lent)
 
     def _make_room(self, nbytes: int) -> None:
-        for size in list(self.by_size):
-            if self.total + nbytes <= _MOST:
-                return
-            held = [block for block in self.by_size[size] if not _is_free(block)]
-            self.total -= size * (len(self.by_size[size]) - len(held))
-            self.by_size[size] = held
+        for size, kept in self.by_size.items():
+            while kept and self.total + nbytes > _MOST:
+                kept.pop()
+                self.total -= size
 
 
 _blocks = _Blocks()
-
-
-def _is_free(block: torch.UntypedStorage) -> bool:
-    # One use is this object; every tensor, view, array or saved activation is another.
-    return bool(torch._C._storage_Use_Count(block._cdata) == 1)
 
 
 CPU = torch.device("cpu")
@@ -74,16 +79,18 @@ def empty_channels_last(
     block = _blocks.take(nbytes) if nbytes >= _LEAST else None
     if block is None:
         return torch.empty(tuple(shape), dtype=dtype, memory_format=torch.channels_last)
-    n, c, h, w = shape
-    strides = (c * h * w, 1, w * c, c)
-    return torch.empty(0, dtype=dtype).set_(block, 0, (n, c, h, w), strides)
+    return _strided(block.view(dtype), shape)
 
 
 def channels_last(x: Tensor) -> Tensor:
     """Return ``x`` as channels_last to the letter: sides of length one may have any stride."""
-    _, c, h, w = x.shape
-    x = x.contiguous(memory_format=torch.channels_last)
-    return x.as_strided(x.shape, (c * h * w, 1, w * c, c))
+    return _strided(x.contiguous(memory_format=torch.channels_last), x.shape)
+
+
+def _strided(x: Tensor, shape: Sequence[int]) -> Tensor:
+    _, c, h, w = shape
+    # Not a view: autograd adds to a gradient in place only where nothing else holds its memory.
+    return x.as_strided(tuple(shape), (c * h * w, 1, w * c, c)).data
 
 
 _local = threading.local()

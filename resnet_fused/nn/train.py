@@ -63,13 +63,14 @@ def applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
     raw = x.x if isinstance(x, Pending) else x
     if not uses_batch_statistics(bn) or raw.dim() != 4:
         return False
-    values = math.inf if shared else math.prod(_shape(conv, raw))
-    return trains(raw.device, result_dtype(raw), values)
+    return trains(raw.device, result_dtype(raw), math.inf if shared else _values(conv, raw))
 
 
-def _shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
+def _values(conv: nn.Conv2d, x: Tensor) -> int:
+    """Return how many the convolution's result has."""
     geometry = conv.stride, padding_of(conv), conv.dilation
-    return output_shape(x.shape, conv.weight.shape, *geometry)
+    n, o, h, w = output_shape(x.shape, conv.weight.shape, *geometry)
+    return n * o * h * w
 
 
 def run(

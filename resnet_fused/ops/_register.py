@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from resnet_fused.backends import choose
+from resnet_fused.ops import _direct
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
 from resnet_fused.ops._op import Op
 
@@ -21,7 +22,8 @@ def register(op: Op) -> None:
     """Make ``torch.ops.resnet_fused.<name>`` exist, with every transform torch knows."""
     qualified = f"{NAMESPACE}::{op.name}"
     _LIBRARY.define(op.name + op.schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    _LIBRARY.impl(op.name, _kernel(op), "CompositeExplicitAutograd")
+    run = _direct.RUN[op.name] = _runner(op)
+    _LIBRARY.impl(op.name, _checked(op, run), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, op.fake, lib=_LIBRARY)
     if not op.mutates:
         torch.library.register_autograd(
@@ -46,11 +48,18 @@ def _refuse(op: Op) -> Callable[..., Any]:
     return backward
 
 
-def _kernel(op: Op) -> Callable[..., Any]:
-    otherwise = op.decomposition or op.reference
-
+def _checked(op: Op, run: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         op.check(*args)
+        return run(*args)
+
+    return kernel
+
+
+def _runner(op: Op) -> Callable[..., Any]:
+    otherwise = op.decomposition or op.reference
+
+    def runner(*args: Any) -> Any:
         # An op that writes its arguments is a few sums over vectors: no backend has its own.
         run = None if op.mutates else choose(op.name, *args)
         try:
@@ -59,7 +68,7 @@ def _kernel(op: Op) -> Callable[..., Any]:
             # Whatever was to be allocated: an output, partial sums, a copy in another layout.
             raise torch.OutOfMemoryError(f"{op.name} on {_in_words(op, args)}: {error}") from error
 
-    return kernel
+    return runner
 
 
 def _in_words(op: Op, args: tuple[Any, ...]) -> str:

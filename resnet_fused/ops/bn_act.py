@@ -10,6 +10,7 @@ from torch import Tensor
 
 from resnet_fused.backends import _bn_math
 from resnet_fused.ops import _bn, _checks
+from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 from resnet_fused.ops._shared import Shared, shared
 
@@ -108,11 +109,10 @@ def gradients(
     Where ``batch`` is shared, x's gradient needs all of its sums; the others are this process's.
     """
     need_x, need_weight, need_bias, need_residual = needs
-    ops = torch.ops.resnet_fused
     # The masked gradient is the residual's own; written once, it also spares a second mask.
     write = need_residual and act is not None
-    sum_g, sum_gx, masked = ops.bn_act_backward_reduce(
-        grad, x, mean, var, weight, bias, y, eps, act, write
+    sum_g, sum_gx, masked = call(
+        "bn_act_backward_reduce", grad, x, mean, var, weight, bias, y, eps, act, write
     )
     grad_x = grad_weight = grad_bias = None
     g, left = (masked, None) if write else (grad, act)
@@ -121,8 +121,8 @@ def gradients(
         count = _bn.values_per_channel(x.shape)
         if batch is not None:
             sums, count = batch.means(*sums), 1
-        grad_x = ops.bn_act_backward_apply(
-            g, x, mean, var, weight, bias, y, *sums, eps, left, count
+        grad_x = call(
+            "bn_act_backward_apply", g, x, mean, var, weight, bias, y, *sums, eps, left, count
         )
     if need_weight and weight is not None:
         grad_weight = (sum_gx * _bn_math.invstd(var, eps)).to(weight.dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.ops import _bn, _checks, bn_act, conv_bn_stats
+from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 from resnet_fused.ops._shared import shared
 from resnet_fused.ops.conv_bn_act import check_convolution
@@ -99,7 +100,7 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
     vectors = (mean, var, bn_weight, bn_bias)
     a = x
     if wants[5]:
-        a = torch.ops.resnet_fused.bn_act(x, *vectors, None, ctx.eps, ctx.act)
+        a = call("bn_act", x, *vectors, None, ctx.eps, ctx.act)
     grad_a, grad_weight = conv_bn_stats.convolution_gradients(
         ctx, grad, a, weight, (need_activation, wants[5])
     )

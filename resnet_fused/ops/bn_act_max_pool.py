@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.ops import _bn, _checks, bn_act
+from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 from resnet_fused.ops._shared import shared
 from resnet_fused.ops.conv_bn_act_max_pool import check_pool, pool_shape
@@ -114,7 +115,7 @@ def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """Each output's gradient goes to the element it came from, then through BatchNorm."""
     x, mean, var, weight, bias, index = ctx.saved_tensors
     wants = ctx.needs_input_grad
-    grad_a = torch.ops.resnet_fused.max_pool_backward(grad, index, x.shape, *ctx.pool)
+    grad_a = call("max_pool_backward", grad, index, x.shape, *ctx.pool)
     needs = (wants[0], wants[3], wants[4], False)
     vectors = (mean, var, weight, bias)
     grads = bn_act.gradients(grad_a, x, *vectors, None, ctx.eps, ctx.act, needs, ctx.shared)

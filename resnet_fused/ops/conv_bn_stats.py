@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.ops import _bn, _checks
+from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 from resnet_fused.ops.conv_bn_act import GEOMETRIES, check_convolution, output_shape, pair
 from resnet_fused.ops.conv_bn_act import flops as convolution_flops
@@ -81,13 +82,14 @@ def convolution_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return grad_x and grad_weight, each only if it is wanted."""
     need_x, need_weight = wants or ctx.needs_input_grad[:2]
-    ops = torch.ops.resnet_fused
-    grad_x = ops.conv_backward_data(grad, weight, x.shape, *ctx.geometry) if need_x else None
+    grad_x = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry) if need_x else None
     grad_weight = None
     if need_weight:
         # In the weight's own layout, or the accumulation would copy it.
         channels_last = not weight.is_contiguous()
-        grad_weight = ops.conv_backward_weight(grad, x, weight.shape, *ctx.geometry, channels_last)
+        grad_weight = call(
+            "conv_backward_weight", grad, x, weight.shape, *ctx.geometry, channels_last
+        )
     return grad_x, grad_weight
 
 

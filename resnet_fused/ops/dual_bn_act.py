@@ -10,6 +10,7 @@ from torch import Tensor
 
 from resnet_fused.backends import _bn_math
 from resnet_fused.ops import _bn, _checks
+from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 from resnet_fused.ops._shared import shared
 
@@ -87,14 +88,16 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of both BatchNorms through their statistics; ReLU's mask is common to both."""
     x, mean, var, weight, bias, r, r_mean, r_var, r_weight, r_bias, y = ctx.saved_tensors
     wants = ctx.needs_input_grad
-    ops = torch.ops.resnet_fused
-    sum_g, sum_gx, sum_gr = ops.dual_bn_act_backward_reduce(grad, x, mean, r, r_mean, y, ctx.act)
+    sum_g, sum_gx, sum_gr = call(
+        "dual_bn_act_backward_reduce", grad, x, mean, r, r_mean, y, ctx.act
+    )
     grad_x = grad_r = None
     if wants[0] or wants[5]:
         sums, count = (sum_g, sum_gx, sum_gr), _bn.values_per_channel(x.shape)
         if ctx.shared is not None:
             sums, count = ctx.shared.means(*sums), 1
-        grad_x, grad_r = ops.dual_bn_act_backward_apply(
+        grad_x, grad_r = call(
+            "dual_bn_act_backward_apply",
             grad, x, mean, var, weight, r, r_mean, r_var, r_weight, y, *sums,
             ctx.eps, ctx.residual_eps, ctx.act, count,
         )  # fmt: skip
