@@ -236,7 +236,7 @@ def _report(
 @app.command()
 def keep(
     record: Annotated[Path, typer.Argument(help="A finished record, as suite.json.")],
-    name: Annotated[str, typer.Argument(help="Its device, such as cpu-zen4-2-threads.")],
+    name: Annotated[str, typer.Argument(help="Its device, such as cpu-zen5-2-threads.")],
 ) -> None:
     """Put a record and its chart into benchmarks/results, where the README's tables come from."""
     with terminal.one_line_errors(PROGRAM):

@@ -51,6 +51,7 @@ def keep(record: Record, name: str) -> None:
         raise UsageError(f"{name}: {left} cases of the record are left; --resume measures them")
     if not against_peers(_inference(record).rows):
         raise UsageError(f"{name}: the record has no model that a peer ran; see `models`")
+    RESULTS.mkdir(exist_ok=True)  # git keeps no empty folder
     chart.save(_inference(record), RESULTS / f"{name}.png")
     save_record(record, RESULTS / f"{name}.json")
 

@@ -33,8 +33,8 @@ ADVICE = "Build the extension with a C++17 compiler: pip install --no-binary :al
 #: Dtypes in which a fused training step is no slower than torch's, for convolutions with at least
 #: so many values in their result: each costs some 0.4 ms more in Python than torch's own layers
 #: (Zen 4, one thread). BasicBlock of 64 channels, batch 8: 0.6x eager's speed at 14x14, 1.1x at
-#: 28x28. In bfloat16 the convolutions leave so little to save that this outweighs it everywhere:
-#: 0.94 to 0.98x over ResNet-50 at batch 8 on two threads, for a fifth less memory.
+#: 28x28. In bfloat16 the convolutions leave too little to save: 1.12x over ResNet-34, 0.98x over
+#: ResNet-50 at batch 8 on two threads, for a fifth less memory.
 FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {torch.float32: 200_000}
 
 #: Ops that need bfloat16 dot products for bfloat16; the others take it on any processor.

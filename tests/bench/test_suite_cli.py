@@ -101,7 +101,7 @@ def test_a_kept_record_makes_the_table(
     record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = tmp_path / "benchmarks" / "results"
-    results.mkdir(parents=True)
+    results.parent.mkdir()
     monkeypatch.setattr(readme, "RESULTS", results)
     readme_file = tmp_path / "README.md"
     readme_file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
