@@ -143,6 +143,10 @@ def flags():
 @pytest.mark.usefixtures("flags")
 def test_descriptors_round_what_is_multiplied_and_nothing_else():
     pytest.importorskip("triton")
+    from resnet_fused.backends.triton import launch
+
+    if not launch.DESCRIPTORS_ROUND:
+        pytest.skip("descriptors round from Triton 3.7 on")
     (step,) = launches("conv", "tf32", TMA, 90)
     rounding = {n for n, d in step.arguments.items() if getattr(d, "round_f32_to_tf32", False)}
     assert rounding == {"x_desc", "w_desc"}
@@ -157,4 +161,4 @@ def test_where_descriptors_cannot_round_the_kernel_does(monkeypatch):
     monkeypatch.setattr(launch, "DESCRIPTORS_ROUND", False)
     (step,) = launches("conv", "tf32", TMA, 90)
     assert not step.arguments["ROUNDED"]
-    assert not step.arguments["x_desc"].round_f32_to_tf32
+    assert not getattr(step.arguments["x_desc"], "round_f32_to_tf32", False)
