@@ -60,7 +60,7 @@ def _apply(
         return torch.relu(F.batch_norm(x, zeros, ones, scale, shift, eps=0.0) + residual)
 
     return {
-        KERNEL: lambda: kernels.bn_act(x, scale, shift, residual, out=out),
+        KERNEL: lambda: kernels.bn_apply(x, scale, shift, residual, out=out),
         EAGER: lambda: eager(x, residual),
         INDUCTOR: _compiled(eager, x, residual),
         COPY: lambda: torch.add(x, residual, out=out),

@@ -53,7 +53,12 @@ def max_error(value: Tensor, oracle: Tensor) -> float:
 
 
 def two_x_rule(
-    value: Tensor, eager: Tensor, oracle: Tensor, reduced: int, dtype: torch.dtype | None = None
+    value: Tensor,
+    eager: Tensor,
+    oracle: Tensor,
+    reduced: int,
+    dtype: torch.dtype | None = None,
+    size: float = 0.0,
 ) -> ErrorCheck:
     """Hold ``value`` to at most twice eager torch's error plus a floor.
 
@@ -67,9 +72,11 @@ def two_x_rule(
         oracle: the result in float64.
         reduced: how many terms each element sums (C/groups · KH · KW for a convolution).
         dtype: what the computation rounds to on its way, where that is not ``value``'s own dtype.
+        size: √Σ terms², the size of a sum whose terms have random signs, for a result of few
+            sums: all may cancel to nearly nothing, and the floor stands on the larger of both.
     """
     finite = oracle[oracle.isfinite()]
-    peak = float(finite.abs().max()) if finite.numel() else 0.0
+    peak = max(size, float(finite.abs().max())) if finite.numel() else size
     floor = peak * _rounding(dtype or value.dtype, reduced)
     eager_error = max_error(eager, oracle)
     allowed = 2 * (eager_error if math.isfinite(eager_error) else 0.0) + floor

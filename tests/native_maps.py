@@ -48,10 +48,10 @@ def per_channel(v):
     return v.view(-1, 1, 1)
 
 
-def rule(got, formula, *args, reduced=1, dtype=None):
+def rule(got, formula, *args, reduced=1, dtype=None, size=0.0):
     """Hold ``got`` to the 2x rule beside ``formula`` in the arguments' own dtypes."""
     up = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
-    check = two_x_rule(got, formula(*args).to(got.dtype), formula(*up), reduced, dtype)
+    check = two_x_rule(got, formula(*args).to(got.dtype), formula(*up), reduced, dtype, size)
     assert check.ok, f"{check} for {tuple(got.shape)}"
 
 

@@ -161,7 +161,7 @@ def test_bn_act(shape, isa, dtype):
     _C.set_cpu_isa(isa)
     for kind, relu in itertools.product(KINDS, (False, True)):
         args = act_arguments(shape, dtype, kind)
-        got = kernels.bn_act(*args, relu=relu)
+        got = kernels.bn_apply(*args, relu=relu)
         assert is_channels_last(got)
         rule(got, act_formula, *args, relu)
 
@@ -172,7 +172,7 @@ def test_bn_act(shape, isa, dtype):
 def test_bn_act_drawn(isa, dtype, shape, kind, relu):
     _C.set_cpu_isa(isa)
     args = act_arguments(shape, dtype, kind)
-    rule(kernels.bn_act(*args, relu=relu), act_formula, *args, relu)
+    rule(kernels.bn_apply(*args, relu=relu), act_formula, *args, relu)
 
 
 @each_run
@@ -181,9 +181,9 @@ def test_in_place_gives_the_same_bits(shape, isa, dtype):
     _C.set_cpu_isa(isa)
     for kind, which in (("none", 0), ("plain", 0), ("plain", 3), ("affine", 3)):
         args = list(act_arguments(shape, dtype, kind))
-        expected = kernels.bn_act(*args)
+        expected = kernels.bn_apply(*args)
         args[which] = args[which].clone()
-        got = kernels.bn_act(*args, out=args[which])
+        got = kernels.bn_apply(*args, out=args[which])
         assert got is args[which]
         assert torch.equal(got, expected)
     x, residual = maps(shape, dtype, 2)
@@ -204,7 +204,7 @@ def test_relu_keeps_nan_and_infinity(isa, dtype):
     _C.set_cpu_isa(isa)
     x = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1.0] * 5).view(1, 25, 1, 1).to(dtype)
     one, zero = torch.ones(25), torch.zeros(25)
-    for got in (kernels.bn_act(x, one, zero), kernels.add_relu(x, torch.zeros_like(x))):
+    for got in (kernels.bn_apply(x, one, zero), kernels.add_relu(x, torch.zeros_like(x))):
         assert max_error(got, torch.relu(x)) == 0
 
 
@@ -219,7 +219,7 @@ def test_bfloat16_is_rounded_to_nearest_even(isa):
     values = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
     c = len(values)
     x = torch.zeros(1, c, 1, 1, dtype=torch.bfloat16)
-    got = kernels.bn_act(x, torch.zeros(c), values, relu=False).flatten()
+    got = kernels.bn_apply(x, torch.zeros(c), values, relu=False).flatten()
     assert max_error(got, values.to(torch.bfloat16)) == 0
 
 
@@ -227,7 +227,7 @@ def test_other_layouts_are_converted():
     x, residual = (torch.randn(2, 6, 4, 5) for _ in range(2))
     scale, shift = vectors(12, 2)
     scale, shift = scale[::2], shift[::2]
-    expected = kernels.bn_act(*map(torch.clone, (x, scale, shift, residual)))
+    expected = kernels.bn_apply(*map(torch.clone, (x, scale, shift, residual)))
     assert is_channels_last(expected)
     torch.testing.assert_close(expected, act_formula(x, scale, shift, residual, None, None, True))
-    assert torch.equal(kernels.bn_act(x, scale, shift, residual), expected)
+    assert torch.equal(kernels.bn_apply(x, scale, shift, residual), expected)

@@ -37,7 +37,7 @@ def test_nothing_is_written_beside_an_output(shape, isa, dtype):
     grad, x, _, y = backward_maps(shape, dtype)
     mean, *v = vectors(shape[1], 4)
     for run in (
-        functools.partial(kernels.bn_act, x, *v[:2]),
+        functools.partial(kernels.bn_apply, x, *v[:2]),
         functools.partial(kernels.add_relu, x, grad),
         functools.partial(kernels.bn_act_backward_apply, grad, x, *v, y=y),
     ):
@@ -56,15 +56,15 @@ V = torch.zeros(4)
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        ("residual", lambda: kernels.bn_act(X, V, V, X[:, :, :1])),
-        ("residual", lambda: kernels.bn_act(X, V, V, X.bfloat16())),
+        ("residual", lambda: kernels.bn_apply(X, V, V, X[:, :, :1])),
+        ("residual", lambda: kernels.bn_apply(X, V, V, X.bfloat16())),
         ("residual", lambda: kernels.add_relu(X, X.to("meta"))),
-        ("scale", lambda: kernels.bn_act(X, V[:3], V)),
-        ("shift", lambda: kernels.bn_act(X, V, V.view(2, 2))),
-        ("residual_scale", lambda: kernels.bn_act(X, V, V, X, V)),
-        ("residual_scale", lambda: kernels.bn_act(X, V, V, None, V, V)),
-        ("out", lambda: kernels.bn_act(X, V, V, out=torch.zeros(1, 4, 2, 2))),
-        ("out", lambda: kernels.bn_act(X, V, V, out=X[:, :2])),
+        ("scale", lambda: kernels.bn_apply(X, V[:3], V)),
+        ("shift", lambda: kernels.bn_apply(X, V, V.view(2, 2))),
+        ("residual_scale", lambda: kernels.bn_apply(X, V, V, X, V)),
+        ("residual_scale", lambda: kernels.bn_apply(X, V, V, None, V, V)),
+        ("out", lambda: kernels.bn_apply(X, V, V, out=torch.zeros(1, 4, 2, 2))),
+        ("out", lambda: kernels.bn_apply(X, V, V, out=X[:, :2])),
         ("grad", lambda: kernels.bn_act_backward_reduce(X[:, :2], X, V, y=X)),
         ("scale", lambda: kernels.bn_act_backward_reduce(X, X, V)),
         ("mean2", lambda: kernels.bn_act_backward_reduce(X, X, V, y=X, x2=X)),
@@ -92,10 +92,22 @@ STATS = {
     "x": address(), "mean": address(2), "var": address(3), "scratch": address(4),
     "scratch_bytes": _C.bn_stats_scratch_bytes(4, 8), **SIZES,
 }  # fmt: skip
-ACT = {
+BN_APPLY = {
     "x": address(), "scale": address(2), "shift": address(3), "residual": address(4),
     "residual_scale": address(6), "residual_shift": address(7), "y": address(8), **SIZES,
     "relu": True,
+}  # fmt: skip
+ACT = {
+    "x": address(), "mean": address(2), "var": address(3), "weight": address(4),
+    "bias": address(5), "residual": address(6), "y": address(8), "scratch": address(10),
+    "scratch_bytes": _C.bn_act_scratch_bytes(4, 8), **SIZES, "eps": 1e-5, "relu": True,
+}  # fmt: skip
+BACKWARD = {
+    "grad": address(), "x": address(2), "mean": address(4), "var": address(5),
+    "weight": address(6), "bias": address(7), "y": address(8), "grad_x": address(10),
+    "grad_weight": address(12), "grad_bias": address(13), "grad_residual": address(14),
+    "scratch": address(16), "scratch_bytes": _C.bn_act_backward_scratch_bytes(4, 8), **SIZES,
+    "eps": 1e-5, "relu": True,
 }  # fmt: skip
 REDUCE = {
     "grad": address(), "x": address(2), "x2": address(4), "scale": 0, "shift": 0, "y": address(6),
@@ -117,7 +129,9 @@ POOL_BACK = {"grad": POOL["y"], "grad_x": POOL["x"], **POOL}
 del POOL_BACK["x"], POOL_BACK["y"]
 POINTERS = {
     "bn_stats": (STATS, ("x", "mean", "var", "scratch")),
-    "bn_act": (ACT, ("x", "scale", "shift", "y")),
+    "bn_apply": (BN_APPLY, ("x", "scale", "shift", "y")),
+    "bn_act": (ACT, ("x", "mean", "var", "y", "scratch")),
+    "bn_act_backward": (BACKWARD, ("grad", "x", "mean", "var", "scratch")),
     "bn_act_backward_reduce": (
         REDUCE, ("grad", "x", "mean", "mean2", "sum_g", "sum_gx", "sum_gx2", "scratch"),
     ),
@@ -145,7 +159,27 @@ def test_null_and_misaligned_pointers(function):
     ("function", "good", "changes"),
     [
         ("bn_stats", STATS, {"dtype": "float16", "rows": -1, "c": 0, "scratch_bytes": 8}),
-        ("bn_act", ACT, {"rows": -1, "c": 1 << 25, "y": ACT["x"] + 4, "residual_shift": 0}),
+        (
+            "bn_apply",
+            BN_APPLY,
+            {"rows": -1, "c": 1 << 25, "y": BN_APPLY["x"] + 4, "residual_shift": 0},
+        ),
+        (
+            "bn_act",
+            ACT,
+            {"c": 0, "y": ACT["x"] + 4, "weight": ACT["weight"] + 2, "scratch_bytes": 8},
+        ),
+        (
+            "bn_act_backward",
+            BACKWARD,
+            {
+                "rows": 0,
+                "grad_x": BACKWARD["grad_residual"],
+                "grad_residual": BACKWARD["x"] + 4,
+                "grad_weight": 2,
+                "scratch_bytes": 64,
+            },
+        ),
         (
             "bn_act_backward_reduce",
             REDUCE,

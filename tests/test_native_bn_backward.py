@@ -1,5 +1,6 @@
 """BatchNorm's backward kernels, and that no sum depends on the number of threads."""
 
+import itertools
 import math
 
 import pytest
@@ -47,9 +48,22 @@ def masked_formula(grad, gate, relu):
     return torch.where(gate <= 0, 0.0, grad) if relu else grad
 
 
-def sums_formula(g, x, mean):
+def sum_formula(g):
+    return g.sum((0, 2, 3), dtype=torch.promote_types(g.dtype, torch.float32))
+
+
+def products(g, x, mean):
     wide = torch.promote_types(g.dtype, torch.float32)
-    return (g.to(wide) * (x.to(wide) - per_channel(mean))).sum((0, 2, 3))
+    return g.to(wide) * (x.to(wide) - per_channel(mean))
+
+
+def sums_formula(g, x, mean):
+    return products(g, x, mean).sum((0, 2, 3))
+
+
+def size(terms):
+    """Of a sum of terms of random signs; one channel's may cancel."""
+    return float(terms.double().square().sum((0, 2, 3)).sqrt().max()) if terms.numel() else 0.0
 
 
 def apply_formula(g, x, a, b, d):
@@ -63,7 +77,7 @@ def check_reduce(shape, dtype, mask, dual, store, seed=0):
     mean, mean2, scale, shift = vectors(shape[1], 4, seed)
     given_ = {"y": y} if mask == "y" else {"scale": scale, "shift": shift}
     given_ |= {"x2": x2, "mean2": mean2} if dual else {}
-    gate = y if mask == "y" else kernels.bn_act(x.float(), scale, shift, relu=False)
+    gate = y if mask == "y" else kernels.bn_apply(x.float(), scale, shift, relu=False)
     g = masked_formula(grad, gate, mask != "none")
     masked = torch.full_like(grad, 7.0) if store else None
     sums = kernels.bn_act_backward_reduce(
@@ -73,11 +87,9 @@ def check_reduce(shape, dtype, mask, dual, store, seed=0):
     if store:
         assert torch.equal(masked, g)
     terms = max(1, x[:, 0].numel())
-    rule(sums[0], lambda g: g.sum((0, 2, 3), dtype=torch.promote_types(g.dtype, torch.float32)), g,
-         reduced=terms)  # fmt: skip
-    rule(sums[1], sums_formula, g, x, mean, reduced=terms)
-    if dual:
-        rule(sums[2], sums_formula, g, x2, mean2, reduced=terms)
+    rule(sums[0], sum_formula, g, reduced=terms, size=size(g))
+    for got, *args in zip(sums[1:], (x, x2), (mean, mean2), strict=False):
+        rule(got, sums_formula, g, *args, reduced=terms, size=size(products(g, *args)))
 
 
 REDUCTIONS = [
@@ -108,7 +120,7 @@ def test_backward_apply(shape, isa, dtype):
     _C.set_cpu_isa(isa)
     grad, x, x2, y = backward_maps(shape, dtype)
     scale, shift, *v = vectors(shape[1], 8)
-    gate = kernels.bn_act(x.float(), scale, shift, relu=False)
+    gate = kernels.bn_apply(x.float(), scale, shift, relu=False)
     for relu, given_, z in ((False, {}, y), (True, {"y": y}, y),
                             (True, {"scale": scale, "shift": shift}, gate)):  # fmt: skip
         g = masked_formula(grad, z, relu)
@@ -156,7 +168,7 @@ def test_the_recomputed_mask_is_the_forward_s(isa, dtype):
     (scale,) = vectors(48, 1)
     shift = -(x[0, :, 0, 0].float() * scale)
     shift = torch.where(torch.arange(48) % 2 == 0, shift, torch.nextafter(shift, scale))
-    passed = kernels.bn_act(x.float(), scale, shift) > 0
+    passed = kernels.bn_apply(x.float(), scale, shift) > 0
     masked = torch.empty_like(x)
     ones = torch.ones_like(x)
     kernels.bn_act_backward_reduce(ones, x, torch.zeros(48), scale, shift, masked=masked)
@@ -193,7 +205,7 @@ def test_the_whole_backward_is_torch_s(isa):
     mean, var = kernels.bn_stats(x)
     invstd = torch.rsqrt(var + 1e-5)
     scale = weight * invstd
-    y = kernels.bn_act(x, scale, bias - mean * scale, residual)
+    y = kernels.bn_apply(x, scale, bias - mean * scale, residual)
     masked = torch.empty_like(grad)
     sum_g, sum_gx = kernels.bn_act_backward_reduce(grad, x, mean, y=y, masked=masked)
     n = x[:, 0].numel()
@@ -206,6 +218,51 @@ def test_the_whole_backward_is_torch_s(isa):
     for ours, theirs, exact in zip(got, plain, oracle, strict=True):
         check = two_x_rule(ours, theirs, exact, n)
         assert check.ok, check
+
+
+WANTED = [w for w in itertools.product((True, False), repeat=4) if any(w)]
+
+
+@each_run
+@pytest.mark.parametrize("mask", ["y", "recomputed", None])
+def test_the_whole_backward_in_one_call_has_the_bits_of_its_parts(mask, isa, dtype):
+    _C.set_cpu_isa(isa)
+    grad, x, _, y = backward_maps((3, 21, 9, 7), dtype)
+    weight, bias = vectors(21, 2)
+    bn = (*kernels.bn_stats(x), weight, bias)
+    relu, y = mask is not None, y if mask == "y" else None
+    scale, shift = kernels.scale_shift(*bn, 1e-3)
+    masked = torch.empty_like(grad)
+    sums = kernels.bn_act_backward_reduce(
+        grad, x, bn[0], scale, shift, y, relu, masked if relu else None
+    )
+    vector = kernels.gradient_vectors(*bn[:3], *sums, 1e-3, x[:, 0].numel())
+    g = masked if relu else grad
+    grad_x = kernels.bn_act_backward_apply(g, x, *vector, relu=False)
+    grad_weight = (sums[1].double() * torch.rsqrt(bn[1].double() + 1e-3)).float()
+    expected = (grad_x, grad_weight, sums[0], masked)
+    for wanted in WANTED:
+        if wanted[3] and not relu:
+            continue
+        found = kernels.bn_act_backward(grad, x, *bn, 1e-3, y, relu, wanted)
+        assert [made is not None for made in found] == list(wanted)
+        for i, (got, right) in enumerate(zip(found, expected, strict=True)):
+            if i == 1 and got is not None:
+                torch.testing.assert_close(got, right)
+            else:
+                assert got is None or torch.equal(got, right)
+
+
+@each_run
+@pytest.mark.parametrize("affine", [True, False])
+def test_bn_act_in_one_call_has_the_bits_of_its_parts(affine, isa, dtype):
+    _C.set_cpu_isa(isa)
+    x, residual = maps((2, 19, 5, 6), dtype, 2)
+    bn = (*kernels.bn_stats(x), *(vectors(19, 2) if affine else (None, None)))
+    vector = kernels.scale_shift(*bn, 1e-5)
+    for r, relu in itertools.product((None, residual), (True, False)):
+        expected = kernels.bn_apply(x, *vector, r, relu=relu)
+        assert torch.equal(kernels.bn_act(x, *bn, 1e-5, r, relu), expected)
 
 
 # --- repeatable ----------------------------------------------------------------------------------
@@ -225,7 +282,7 @@ def test_the_same_bits_on_any_number_of_threads(shape, isa, dtype):
             grad, x, mean, y=y, masked=masked, x2=x2, mean2=mean2
         )
         yield masked
-        yield kernels.bn_act(x, v[0], v[1], x2, v[2], v[3])
+        yield kernels.bn_apply(x, v[0], v[1], x2, v[2], v[3])
         yield from kernels.bn_act_backward_apply_both(grad, x, x2, v[:3], v[3:], y)
         pooled, index = kernels.max_pool_index(x, 3, 2, 1)
         yield from (pooled, index)

@@ -52,8 +52,7 @@ FROZEN = {
     "all but the last block": (
         lambda name: "layer1.1" in name or "fc" in name,
         {"conv_backward_weight": 3, "conv_backward_data": 1, "dual_bn_act_backward_reduce": 1,
-         "dual_bn_act_backward_apply": 1, "bn_act_backward_reduce": 1, "bn_act_backward_apply": 1,
-         "bn_act": 1},
+         "dual_bn_act_backward_apply": 1, "bn_act_backward": 1, "bn_act": 1},
     ),
     # Sums alone give a BatchNorm's own gradients.
     "all but the last BatchNorms": (
@@ -64,9 +63,8 @@ FROZEN = {
     # Down to the stem, but of all weights none.
     "all but the stem's BatchNorm": (
         lambda name: name.startswith("bn1"),
-        {"conv_backward_data": 5, "bn_act_backward_reduce": 4, "bn_act_backward_apply": 3,
-         "dual_bn_act_backward_reduce": 1, "dual_bn_act_backward_apply": 1,
-         "max_pool_backward": 1},
+        {"conv_backward_data": 5, "bn_act_backward": 4, "dual_bn_act_backward_reduce": 1,
+         "dual_bn_act_backward_apply": 1, "max_pool_backward": 1},
     ),
 }  # fmt: skip
 

@@ -52,6 +52,10 @@ class Operands {
     need_block({name, address, vector_bytes_}, alignof(float));
     return pointer<F>(address);
   }
+  template <class F = const float>
+  F* optional_vector(const char* name, uintptr_t address) {
+    return address ? vector<F>(name, address) : nullptr;
+  }
   char* scratch(uintptr_t address, size_t bytes, size_t least) {
     need_block({"scratch", address, bytes}, 64);
     if (bytes < least) fail("scratch_bytes: expected at least " + std::to_string(least));
@@ -82,26 +86,31 @@ void bn_stats(uintptr_t x, uintptr_t mean, uintptr_t var, uintptr_t scratch, siz
   Device::run(on.dtype, args, queue...);
 }
 
-template <class Device, class... Queue>
-void bn_act(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t residual,
-            uintptr_t residual_scale, uintptr_t residual_shift, uintptr_t y,
-            const std::string& dtype, int64_t rows, int64_t c, bool relu, Queue... queue) {
-  Operands on(Device::dtype(dtype), rows, c);
-  if (!residual_scale != !residual_shift) fail_together("residual_scale", "residual_shift");
-  if (residual_scale && !residual && rows) fail_together("residual_scale", "residual");
+inline BnActArgs apply_args(Operands& on, uintptr_t x, const float* scale, const float* shift,
+                            uintptr_t residual, uintptr_t y, int64_t rows, int64_t c, bool relu) {
   BnActArgs args{};
   args.x = on.map("x", x);
-  args.scale = on.vector("scale", scale);
-  args.shift = on.vector("shift", shift);
+  args.scale = scale;
+  args.shift = shift;
   if (residual) args.residual = on.map("residual", residual);
-  if (residual_scale) {
-    args.residual_scale = on.vector("residual_scale", residual_scale);
-    args.residual_shift = on.vector("residual_shift", residual_shift);
-  }
   args.y = on.output("y", y, {{"x", x, 0}, {"residual", residual, 0}});
   args.rows = rows;
   args.c = c;
   args.relu = relu;
+  return args;
+}
+
+template <class Device, class... Queue>
+void bn_apply(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t residual,
+              uintptr_t residual_scale, uintptr_t residual_shift, uintptr_t y,
+              const std::string& dtype, int64_t rows, int64_t c, bool relu, Queue... queue) {
+  Operands on(Device::dtype(dtype), rows, c);
+  if (!residual_scale != !residual_shift) fail_together("residual_scale", "residual_shift");
+  if (residual_scale && !residual && rows) fail_together("residual_scale", "residual");
+  BnActArgs args = apply_args(on, x, on.vector("scale", scale), on.vector("shift", shift), residual,
+                              y, rows, c, relu);
+  args.residual_scale = on.optional_vector("residual_scale", residual_scale);
+  args.residual_shift = on.optional_vector("residual_shift", residual_shift);
   if (rows == 0) return;
   py::gil_scoped_release release;
   Device::run(on.dtype, args, queue...);
@@ -212,7 +221,7 @@ void register_bn(py::module_& m, const QueueName&... queue) {
         arg("scratch_bytes"), arg("dtype"), arg("rows"), arg("c"), queue...,
         "Mean and biased variance of each column of x (rows, c), in one pass; NaN without rows.\n"
         "The same bits on any number of threads. Vectors are float32; scratch is 64-byte aligned.");
-  m.def("bn_act", &bn_act<Device, Queue...>, arg("x"), arg("scale"), arg("shift"), arg("residual"),
+  m.def("bn_apply", &bn_apply<Device, Queue...>, arg("x"), arg("scale"), arg("shift"), arg("residual"),
         arg("residual_scale"), arg("residual_shift"), arg("y"), arg("dtype"), arg("rows"), arg("c"),
         arg("relu"), queue...,
         "y = act(x*scale + shift + r), r = 0, residual or residual*residual_scale + residual_shift\n"

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "host_device.h"
+#include "training_args.h"
 
 namespace rf {
 
@@ -14,14 +15,29 @@ RF_HOST_DEVICE void bn_scale_shift(float mean, float var, float weight, float bi
   shift = fmaf(-mean, scale, bias);
 }
 
-// grad_x = g*a + x*b + d, with sum_gx = sum(g * (x - mean)), over count values per channel.
+// The weight's gradient, and grad_x = g*a + x*b + d, with sum_gx = sum(g * (x - mean)), over count
+// values per channel.
 RF_HOST_DEVICE void bn_gradient_vectors(float mean, float var, float weight, float sum_g,
                                         float sum_gx, float eps, float count, float& a, float& b,
-                                        float& d) {
+                                        float& d, float& grad_weight) {
   const float inverse = 1 / sqrtf(var + eps);
+  grad_weight = sum_gx * inverse;
   a = inverse * weight;
   b = -(a * inverse * inverse * sum_gx / count);
   d = -(a * sum_g / count) - b * mean;
+}
+
+// Channel i of the vectors; weight and bias may be absent.
+RF_HOST_DEVICE void bn_scale_shift(const BnScaleShiftArgs& g, int64_t i) {
+  bn_scale_shift(g.mean[i], g.var[i], g.weight ? g.weight[i] : 1, g.bias ? g.bias[i] : 0, g.eps,
+                 g.scale[i], g.shift[i]);
+}
+
+RF_HOST_DEVICE void bn_gradient_vectors(const BnGradientVectorsArgs& g, int64_t i) {
+  float grad_weight;
+  bn_gradient_vectors(g.mean[i], g.var[i], g.weight ? g.weight[i] : 1, g.sum_g[i], g.sum_gx[i],
+                      g.eps, g.count, g.a[i], g.b[i], g.d[i], grad_weight);
+  if (g.grad_weight) g.grad_weight[i] = grad_weight;
 }
 
 }  // namespace rf

@@ -48,5 +48,6 @@ template <class P>
 P* pointer(uintptr_t address) {
   return reinterpret_cast<P*>(address);
 }
+inline uintptr_t address(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
 }  // namespace rf

@@ -19,6 +19,22 @@ struct BnStatsArgs {
   int64_t rows, c;
 };
 
+// Null weight or bias: ones, zeros.
+struct BnScaleShiftArgs {
+  const float *mean, *var, *weight, *bias;
+  float *scale, *shift;
+  int64_t c;
+  float eps;
+};
+
+// Null grad_weight: not wanted.
+struct BnGradientVectorsArgs {
+  const float *mean, *var, *weight, *sum_g, *sum_gx;
+  float *a, *b, *d, *grad_weight;
+  int64_t c;
+  float eps, count;
+};
+
 struct BnActArgs {
   const void* x;
   const float *scale, *shift;

@@ -141,6 +141,17 @@ static void bn_stats(const BnStatsArgs& g) {
   }
 }
 
+// The vectors between the passes.
+static void bn_scale_shift(const BnScaleShiftArgs& args) {
+  const BnScaleShiftArgs g = args;
+  for (int64_t i = 0; i < g.c; ++i) rf::bn_scale_shift(g, i);
+}
+
+static void bn_gradient_vectors(const BnGradientVectorsArgs& args) {
+  const BnGradientVectorsArgs g = args;
+  for (int64_t i = 0; i < g.c; ++i) rf::bn_gradient_vectors(g, i);
+}
+
 // The gradient behind the ReLU at element i, channel j.
 template <class E, Mask M, class L>
 static inline typename Vec::reg masked_gradient(const BnGradient& g, typename Vec::reg x, int64_t i,

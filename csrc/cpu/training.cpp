@@ -1,5 +1,5 @@
 // The training kernels on the CPU, for Python.
-#include "../common/bn_bindings.h"
+#include "../common/bn_op_bindings.h"
 #include "../common/max_pool_bindings.h"
 #include "checks.h"
 
@@ -16,6 +16,12 @@ struct Cpu {
     return cpu::reduction_scratch_bytes(rows, c, doubles);
   }
   static void run(DType d, const BnStatsArgs& args) { training_table_for(d).bn_stats(args); }
+  static void run(const BnScaleShiftArgs& args) {
+    training_table_for(DType::f32).bn_scale_shift(args);
+  }
+  static void run(const BnGradientVectorsArgs& args) {
+    training_table_for(DType::f32).bn_gradient_vectors(args);
+  }
   static void run(DType d, const BnActArgs& args) { training_table_for(d).bn_act(args); }
   static void run(DType d, const BnReduceArgs& args) {
     training_table_for(d).bn_act_backward_reduce(args);
@@ -36,6 +42,7 @@ struct Cpu {
 
 void register_cpu_training(py::module_& m) {
   register_bn<Cpu>(m);
+  register_bn_ops<Cpu>(m);
   register_max_pool_training<Cpu>(m);
 }
 

@@ -9,6 +9,8 @@ namespace rf::cpu {
 
 struct TrainingTable {
   void (*bn_stats)(const BnStatsArgs&);
+  void (*bn_scale_shift)(const BnScaleShiftArgs&);
+  void (*bn_gradient_vectors)(const BnGradientVectorsArgs&);
   void (*bn_act)(const BnActArgs&);
   void (*bn_act_backward_reduce)(const BnReduceArgs&);
   void (*bn_act_backward_apply)(const BnApplyArgs&);

@@ -1,4 +1,5 @@
 // The training kernels built for AVX2 with FMA, float32 and bfloat16.
+#include "../common/bn_vectors.h"
 #include "training.h"
 
 #if defined(__x86_64__)

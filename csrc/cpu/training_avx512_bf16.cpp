@@ -1,4 +1,5 @@
 // The training kernels built for AVX-512 with BF16: bfloat16, rounded by one instruction.
+#include "../common/bn_vectors.h"
 #include "training.h"
 
 #if defined(__x86_64__)

@@ -2,6 +2,8 @@
 
 template <class E>
 constexpr TrainingTable training_table{bn_stats<E>,
+                                       bn_scale_shift,
+                                       bn_gradient_vectors,
                                        bn_act<E>,
                                        bn_act_backward_reduce<E>,
                                        bn_act_backward_apply<E>,

@@ -5,29 +5,25 @@
 namespace rf::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) bn_scale_shift_kernel(const ScaleShiftArgs g) {
+__global__ void __launch_bounds__(kThreads) bn_scale_shift_kernel(const BnScaleShiftArgs g) {
   const int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x;
-  if (i < g.c)
-    bn_scale_shift(g.mean[i], g.var[i], g.weight ? g.weight[i] : 1, g.bias ? g.bias[i] : 0, g.eps,
-                   g.scale[i], g.shift[i]);
+  if (i < g.c) bn_scale_shift(g, i);
 }
 
-__global__ void __launch_bounds__(kThreads) bn_gradient_vectors_kernel(const GradientVectorsArgs g) {
+__global__ void __launch_bounds__(kThreads) bn_gradient_vectors_kernel(const BnGradientVectorsArgs g) {
   const int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x;
-  if (i < g.c)
-    bn_gradient_vectors(g.mean[i], g.var[i], g.weight ? g.weight[i] : 1, g.sum_g[i], g.sum_gx[i],
-                        g.eps, g.count, g.a[i], g.b[i], g.d[i]);
+  if (i < g.c) bn_gradient_vectors(g, i);
 }
 
 // -------------------------------------------------------------------------------------------------
 
 }  // namespace
 
-void launch(const ScaleShiftArgs& args, Stream stream) {
+void launch(const BnScaleShiftArgs& args, Stream stream) {
   put("bn_scale_shift", bn_scale_shift_kernel, ceil_div(args.c, kThreads), args, stream);
 }
 
-void launch(const GradientVectorsArgs& args, Stream stream) {
+void launch(const BnGradientVectorsArgs& args, Stream stream) {
   put("bn_gradient_vectors", bn_gradient_vectors_kernel, ceil_div(args.c, kThreads), args, stream);
 }
 

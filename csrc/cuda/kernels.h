@@ -12,21 +12,6 @@ namespace rf::cuda {
 
 using Stream = uintptr_t;
 
-// Null weight or bias: ones, zeros.
-struct ScaleShiftArgs {
-  const float *mean, *var, *weight, *bias;
-  float *scale, *shift;
-  int64_t c;
-  float eps;
-};
-
-struct GradientVectorsArgs {
-  const float *mean, *var, *weight, *sum_g, *sum_gx;
-  float *a, *b, *d;
-  int64_t c;
-  float eps, count;
-};
-
 void launch(DType dtype, const BnStatsArgs& args, Stream stream);
 void launch(DType dtype, const BnActArgs& args, Stream stream);
 void launch(DType dtype, const BnReduceArgs& args, Stream stream);
@@ -34,8 +19,8 @@ void launch(DType dtype, const BnApplyArgs& args, Stream stream);
 void launch(DType dtype, const AddReluArgs& args, Stream stream);
 void launch(DType dtype, const PoolIndexArgs& args, Stream stream);
 void launch(DType dtype, const PoolBackwardArgs& args, Stream stream);
-void launch(const ScaleShiftArgs& args, Stream stream);
-void launch(const GradientVectorsArgs& args, Stream stream);
+void launch(const BnScaleShiftArgs& args, Stream stream);
+void launch(const BnGradientVectorsArgs& args, Stream stream);
 
 // What reductions over (rows, c) need, with so many doubles per part and channel.
 size_t reduction_scratch_bytes(int64_t rows, int64_t c, int doubles);

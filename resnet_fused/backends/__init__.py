@@ -66,22 +66,21 @@ class Explanation(tuple[Verdict, ...]):
         return "\n".join(f"{v.name:<{width}}  {'runs' if v.chosen else v.reason}" for v in self)
 
 
-def _names() -> tuple[str, ...]:
-    return (AUTO, *ORDER, REFERENCE)
+_NAMES = (AUTO, *ORDER, REFERENCE)
 
 
 def _check_name(name: str, source: str) -> str:
-    if name in _names():
+    if name in _NAMES:
         return name
-    near = difflib.get_close_matches(str(name), _names(), n=2)
+    near = difflib.get_close_matches(str(name), _NAMES, n=2)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    raise ValueError(f"{source}: unknown backend {name!r}{hint}; accepted: {', '.join(_names())}")
+    raise ValueError(f"{source}: unknown backend {name!r}{hint}; accepted: {', '.join(_NAMES)}")
 
 
 def requested() -> str:
     """Return the backend asked for: :class:`use_backend`, else RESNET_FUSED_BACKEND, else auto."""
-    name = _requested.name()
-    return name if _requested.is_set() else _check_name(name, "RESNET_FUSED_BACKEND")
+    # What use_backend sets was checked there.
+    return _check_name(_requested.name(), "RESNET_FUSED_BACKEND")
 
 
 class use_backend:

@@ -6,6 +6,8 @@ x̂ = (x - μ) / √(σ² + ε) and y = γ x̂ + β. Vectors are in the statisti
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,45 @@ def gradient_vectors(
     a = inverse if weight is None else inverse * weight
     b = a * inverse * inverse * sum_gx / -count
     return a, b, -(a * sum_g / count) - b * mean
+
+
+def gradients(
+    reduce: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    apply: Callable[..., Tensor],
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    wanted: Sequence[bool],
+    means: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what bn_act_backward does, by the two ops that it is made of.
+
+    Args:
+        reduce: bn_act_backward_reduce.
+        apply: bn_act_backward_apply.
+        means: gives both sums over the joined batch, divided by its count; None: x is the batch.
+    """
+    want_x, want_weight, want_bias, want_residual = wanted
+    vectors = (mean, var, weight, bias)
+    # The masked gradient is the residual's own; written once, it also spares a second mask.
+    sum_g, sum_gx, masked = reduce(grad, x, *vectors, y, eps, act, want_residual)
+    # An op's results may not be one tensor.
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) for _ in range(3))
+    if want_x:
+        g, left = (masked, None) if want_residual else (grad, act)
+        count = x.shape[0] * x.shape[2] * x.shape[3]
+        sums: tuple[Tensor, ...] = (sum_g, sum_gx)
+        if means is not None:
+            sums, count = means(*sums), 1
+        grad_x = apply(g, x, *vectors, y, *sums, eps, left, count)
+    if want_weight and weight is not None:
+        grad_weight = (sum_gx * invstd(var, eps)).to(weight.dtype)
+    if want_bias and bias is not None:
+        grad_bias = sum_g.to(bias.dtype)
+    return grad_x, grad_weight, grad_bias, masked

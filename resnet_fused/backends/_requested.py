@@ -14,11 +14,6 @@ def name() -> str:
     return os.environ.get("RESNET_FUSED_BACKEND", AUTO) if _name is None else _name
 
 
-def is_set() -> bool:
-    """Return whether the name was set rather than taken from the environment."""
-    return _name is not None
-
-
 def swap(new: str | None) -> str | None:
     """Set the name and return the one set before; None leaves it to the environment."""
     global _name

@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _bn_math, native
+from resnet_fused.backends import native
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_vector
 
 
 class _Maps:
-    """The maps and vectors of one call; keeps what was converted alive until the kernel has run."""
+    """The maps and vectors of one call."""
 
     def __init__(self, x: Tensor) -> None:
         n, c, h, w = x.shape
-        self._shape, self._dtype, self._device, self._kept = x.shape, x.dtype, x.device, [x]
+        self._shape, self._dtype, self._device = x.shape, x.dtype, x.device
+        #: What was converted, and scratch memory: alive until the kernel has run.
+        self._kept: list[Tensor] = []
         self.sizes = (CUDA_DTYPE_NAMES[x.dtype], n * h * w, c)
 
     def run(self, kernel: str, *args: Any) -> None:
@@ -44,22 +46,32 @@ class _Maps:
         if t is None:
             return 0
         self._check(name, t)
-        self._kept.append(t.detach().contiguous(memory_format=torch.channels_last))
+        if not t.is_contiguous(memory_format=torch.channels_last):
+            t = t.detach().contiguous(memory_format=torch.channels_last)
+            self._kept.append(t)
         # 0 says that there is no such map; an empty one, never read, is still there.
-        return self._kept[-1].data_ptr() or 1
+        return t.data_ptr() or 1
 
     def vector(self, name: str, t: Tensor | None) -> int:
         """Return the address of a vector to read, 0 for None."""
-        vector = as_vector(t)
-        if vector is None:
+        if t is None:
             return 0
-        if vector.shape != self._shape[1:2] or vector.device != self._device:
+        if t.shape != self._shape[1:2] or t.device != self._device:
             raise ValueError(
                 f"{name}: must be a vector of {self._shape[1]} values on {self._device}, "
-                f"got {tuple(vector.shape)} on {vector.device}"
+                f"got {tuple(t.shape)} on {t.device}"
             )
-        self._kept.append(vector)
-        return vector.data_ptr()
+        if t.dtype != torch.float32 or not t.is_contiguous():
+            t = t.detach().float().contiguous()
+            self._kept.append(t)
+        return t.data_ptr()
+
+    def affine(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[int, ...]:
+        """Return the addresses of a BatchNorm's vectors."""
+        named = ("mean", mean), ("var", var), ("weight", weight), ("bias", bias)
+        return tuple(self.vector(name, vector) for name, vector in named)
 
     def output(self, name: str, out: Tensor | None) -> Tensor:
         """Return the map to write: ``out``, checked, or a new one."""
@@ -75,7 +87,7 @@ class _Maps:
         return [_vector(self._shape[1], self._device) for _ in range(count)]
 
     def _check(self, name: str, t: Tensor) -> None:
-        if (t.shape, t.dtype, t.device) != (self._shape, self._dtype, self._device):
+        if t.shape != self._shape or t.dtype != self._dtype or t.device != self._device:
             raise ValueError(
                 f"{name}: must be {tuple(self._shape)} of {self._dtype} on {self._device}, "
                 f"got {tuple(t.shape)} of {t.dtype} on {t.device}"
@@ -99,9 +111,7 @@ def _vector(channels: int, device: torch.device) -> Tensor:
 def scale_shift(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return :func:`_bn_math.scale_shift`, on a GPU by one kernel."""
-    if not native.kernels_on(mean.device)[1]:
-        return _bn_math.scale_shift(mean, var, weight, bias, eps)
+    """Return :func:`_bn_math.scale_shift` by one kernel, the arithmetic of :func:`bn_act`."""
     kept = [as_vector(t) for t in (mean, var, weight, bias)]
     made = [_vector(len(mean), mean.device) for _ in range(2)]
     run(mean.device, "bn_scale_shift", *map(_address, [*kept, *made]), len(mean), eps)
@@ -117,9 +127,7 @@ def gradient_vectors(
     eps: float,
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return :func:`_bn_math.gradient_vectors`, on a GPU by one kernel."""
-    if not native.kernels_on(mean.device)[1]:
-        return _bn_math.gradient_vectors(mean, var, weight, sum_g, sum_gx, eps, count)
+    """Return :func:`_bn_math.gradient_vectors` by one kernel."""
     kept = [as_vector(t) for t in (mean, var, weight, sum_g, sum_gx)]
     made = [_vector(len(mean), mean.device) for _ in range(3)]
     run(mean.device, "bn_gradient_vectors", *map(_address, [*kept, *made]), len(mean), eps, count)
@@ -145,7 +153,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def bn_act(
+def bn_apply(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
@@ -163,9 +171,30 @@ def bn_act(
     maps = _Maps(x)
     y = maps.output("out", out)
     maps.run(
-        "bn_act", maps.map("x", x), maps.vector("scale", scale), maps.vector("shift", shift),
+        "bn_apply", maps.map("x", x), maps.vector("scale", scale), maps.vector("shift", shift),
         maps.map("residual", residual), maps.vector("residual_scale", residual_scale),
         maps.vector("residual_shift", residual_shift), y.data_ptr(), *maps.sizes, relu,
+    )  # fmt: skip
+    return y
+
+
+def bn_act(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """Return :func:`bn_apply` with the scale and shift of :func:`scale_shift`, in one call."""
+    maps = _Maps(x)
+    y = maps.output("out", None)
+    maps.run(
+        "bn_act", maps.map("x", x), *maps.affine(mean, var, weight, bias),
+        maps.map("residual", residual), y.data_ptr(), *maps.scratch("bn_act"), *maps.sizes, eps,
+        relu,
     )  # fmt: skip
     return y
 
@@ -177,6 +206,48 @@ def add_relu(x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
     addresses = maps.map("x", x), maps.map("residual", residual), y.data_ptr()
     maps.run("add_relu", *addresses, maps.sizes[0], x.numel())
     return y
+
+
+def bn_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    y: Tensor | None = None,
+    relu: bool = True,
+    wanted: Sequence[bool] = (True, True, True, False),
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias and residual, None for those that are not wanted.
+
+    It is :func:`bn_act_backward_reduce`, :func:`gradient_vectors` and :func:`bn_act_backward_apply`
+    in one call. x is not empty; vectors' gradients are float32.
+
+    Args:
+        grad: the gradient of bn_act's result.
+        x: what bn_act normalised.
+        mean: of x.
+        var: of x.
+        weight: BatchNorm's own.
+        bias: BatchNorm's own.
+        eps: BatchNorm's own.
+        y: bn_act's result; needed with ``relu`` where a residual was added.
+        relu: whether bn_act rectified.
+        wanted: which gradients; the residual's only with ``relu``, else it is ``grad``.
+    """
+    maps = _Maps(x)
+    vector_like = (lambda: None, lambda: maps.new_vectors(1)[0])
+    map_like = (lambda: None, lambda: maps.output("grad", None))
+    makers = (map_like, vector_like, vector_like, map_like)
+    made = tuple(maker[bool(want)]() for maker, want in zip(makers, wanted, strict=True))
+    kernel = "bn_act_backward"
+    maps.run(
+        kernel, maps.map("grad", grad), maps.map("x", x), *maps.affine(mean, var, weight, bias),
+        maps.map("y", y), *map(_address, made), *maps.scratch(kernel), *maps.sizes, eps, relu,
+    )  # fmt: skip
+    return made
 
 
 def bn_act_backward_reduce(

@@ -22,8 +22,7 @@ def bn_act(
     act: str | None,
 ) -> Tensor:
     """Run the op."""
-    vectors = scale_shift(mean, var, weight, bias, eps)
-    return kernels.bn_act(x, *vectors, residual, relu=act == "relu")
+    return kernels.bn_act(x, mean, var, weight, bias, eps, residual, relu=act == "relu")
 
 
 def dual_bn_act(
@@ -44,7 +43,29 @@ def dual_bn_act(
     """Run the op."""
     own = scale_shift(mean, var, weight, bias, eps)
     theirs = scale_shift(residual_mean, residual_var, residual_weight, residual_bias, residual_eps)
-    return kernels.bn_act(x, *own, residual, *theirs, relu=act == "relu")
+    return kernels.bn_apply(x, *own, residual, *theirs, relu=act == "relu")
+
+
+def bn_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Run the op."""
+    vectors = (mean, var, weight, bias)
+    found = kernels.bn_act_backward(grad, x, *vectors, eps, y, act == "relu", wanted)
+    like = (x, weight, bias, x)
+    return tuple(
+        x.new_empty(0) if made is None or t is None else made.to(t.dtype)
+        for made, t in zip(found, like, strict=True)
+    )
 
 
 def bn_act_backward_reduce(

@@ -15,6 +15,7 @@ from resnet_fused.backends._outputs import empty_channels_last, scratch
 
 # Ops of training, run as they stand there.
 from resnet_fused.backends._training_ops import bn_act as bn_act
+from resnet_fused.backends._training_ops import bn_act_backward as bn_act_backward
 from resnet_fused.backends._training_ops import bn_act_backward_apply as bn_act_backward_apply
 from resnet_fused.backends._training_ops import bn_act_backward_reduce as bn_act_backward_reduce
 from resnet_fused.backends._training_ops import bn_act_max_pool as bn_act_max_pool
@@ -222,7 +223,7 @@ def bn_apply(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str | None
 ) -> Tensor:
     """Run the op."""
-    return _training_kernels.bn_act(x, scale, shift, residual, relu=act == "relu")
+    return _training_kernels.bn_apply(x, scale, shift, residual, relu=act == "relu")
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:

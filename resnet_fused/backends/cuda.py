@@ -20,6 +20,7 @@ from resnet_fused.backends._hopper_conv import conv_bn_act as conv_bn_act
 
 # Ops of training, run as they stand there.
 from resnet_fused.backends._training_ops import bn_act as bn_act
+from resnet_fused.backends._training_ops import bn_act_backward as bn_act_backward
 from resnet_fused.backends._training_ops import (
     bn_act_backward_apply as bn_act_backward_apply,
 )
@@ -122,7 +123,7 @@ def bn_apply(
     x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, act: str | None
 ) -> Tensor:
     """Run the op."""
-    return _training_kernels.bn_act(x, scale, shift, residual, relu=act == "relu")
+    return _training_kernels.bn_apply(x, scale, shift, residual, relu=act == "relu")
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ around them before, such as offloading or a measurement, sees all other tensors 
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from resnet_fused.ops import _direct
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
@@ -89,18 +92,19 @@ class Output:
 _outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def block_end(op: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Return ``op(*args)``, which saves no result but how to compute it.
+def block_end(op: str, *args: Any) -> Tensor:
+    """Return the op's result, which saves no result but how to compute it.
 
     Args:
         op: bn_act or dual_bn_act, as often as needed with the same result.
         args: its arguments; the 4-dimensional ones are kept, or block outputs themselves.
     """
     if not _applies() or not args[0].numel():
-        return op(*args)
+        return _direct.record(op, *args)
     hooks = _around()
     # Saved apart from what the op saves itself, as hooks may give each thing back only once.
-    output = Output(op, [_save(a, hooks) if isinstance(a, Tensor) else a for a in args], hooks)
+    again = functools.partial(_direct.call, op)
+    output = Output(again, [_save(a, hooks) if isinstance(a, Tensor) else a for a in args], hooks)
     given = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
 
     def pack(t: Tensor) -> Any:
@@ -109,7 +113,7 @@ def block_end(op: Callable[..., Tensor], *args: Any) -> Tensor:
         return output if is_result else Kept(t, hooks)
 
     with saved_tensors_hooks(pack, _unpack):
-        y = op(*args)
+        y = _direct.record(op, *args)
     _outputs[y] = (weakref.ref(output), y._version)
     return y
 

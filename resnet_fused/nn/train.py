@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from resnet_fused.backends import trains
 from resnet_fused.nn import recompute
 from resnet_fused.nn.bn import BATCH_NORMS, sharing_group, uses_batch_statistics
-from resnet_fused.ops import _bn, _shared
+from resnet_fused.ops import _bn, _direct, _shared
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
 from resnet_fused.ops.conv_bn_act import output_shape
 
@@ -43,7 +43,7 @@ def value(result: Tensor | Pending) -> Tensor:
     if not isinstance(result, Pending):
         return result
     *vectors, eps, act = result
-    return torch.ops.resnet_fused.bn_act(*vectors, None, eps, act)
+    return _direct.record("bn_act", *vectors, None, eps, act)
 
 
 def applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
@@ -142,25 +142,23 @@ class _Biased(torch.autograd.Function):
 def _convolve(
     weight: Tensor, x: Tensor | Pending, geometry: tuple[object, ...], memory: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ops = torch.ops.resnet_fused
     # Where autocast would cast the activation, it has to be there.
     if isinstance(x, Pending) and result_dtype(x.x) == x.x.dtype:
         *vectors, eps, act = x
-        return ops.bn_act_conv_bn_stats(*vectors, weight, eps, act, *geometry)
+        return _direct.record("bn_act_conv_bn_stats", *vectors, weight, eps, act, *geometry)
     x = value(x)
     with recompute.reading(x) if memory == "low" else contextlib.nullcontext():
-        return ops.conv_bn_stats(x, weight, *geometry)
+        return _direct.record("conv_bn_stats", x, weight, *geometry)
 
 
 def _finish(result: Pending, residual: Tensor | Pending, memory: str) -> Tensor:
-    ops = torch.ops.resnet_fused
     *vectors, eps, act = result
     if isinstance(residual, Pending) and residual.act is None and _one_batch(result, residual):
         *others, other_eps, _ = residual
-        op, args = ops.dual_bn_act, (*vectors, *others, eps, other_eps, act)
+        name, args = "dual_bn_act", (*vectors, *others, eps, other_eps, act)
     else:
-        op, args = ops.bn_act, (*vectors, value(residual), eps, act)
-    return recompute.block_end(op, *args) if memory == "low" else op(*args)
+        name, args = "bn_act", (*vectors, value(residual), eps, act)
+    return (recompute.block_end if memory == "low" else _direct.record)(name, *args)
 
 
 def _one_batch(result: Pending, residual: Pending) -> bool:
@@ -178,7 +176,7 @@ def pool(module: nn.Module, x: Pending) -> Tensor:
     if any(first != second for first, second in sizes) or max(sizes[0]) > LARGEST_POOL:
         return module(value(x))
     *vectors, eps, act = x
-    y, _ = torch.ops.resnet_fused.bn_act_max_pool(*vectors, eps, act, *sizes)
+    y, _ = _direct.record("bn_act_max_pool", *vectors, eps, act, *sizes)
     return y
 
 
@@ -192,9 +190,8 @@ def _update(bn: Any, mean: Tensor, var: Tensor, count: int, batch: _shared.Share
         if batch is not None:
             # The op makes the variance unbiased by a count that it has to know; for 2, it doubles.
             var, count = var * (batch.values / (batch.values - 1) / 2).to(var.dtype), 2
-        torch.ops.resnet_fused.bn_update_stats(
-            bn.running_mean, bn.running_var, bn.num_batches_tracked, mean, var, count, bn.momentum
-        )
+        running = bn.running_mean, bn.running_var, bn.num_batches_tracked
+        _direct.record("bn_update_stats", *running, mean, var, count, bn.momentum)
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, ...]:

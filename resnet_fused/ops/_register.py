@@ -23,7 +23,8 @@ def register(op: Op) -> None:
     qualified = f"{NAMESPACE}::{op.name}"
     _LIBRARY.define(op.name + op.schema, tags=(torch.Tag.needs_fixed_stride_order,))
     run = _direct.RUN[op.name] = _runner(op)
-    _LIBRARY.impl(op.name, _checked(op, run), "CompositeExplicitAutograd")
+    checked = _checked(op, run)
+    _LIBRARY.impl(op.name, checked, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, op.fake, lib=_LIBRARY)
     if not op.mutates:
         torch.library.register_autograd(
@@ -36,6 +37,11 @@ def register(op: Op) -> None:
     for device in AUTOCAST_DEVICES:
         _LIBRARY.impl(op.name, _autocast(op, handle.default, device), f"Autocast{device.upper()}")
     register_flop_formula(handle)(op.flops)
+    if op.mutates:
+        _direct.RECORD[op.name] = checked
+    elif op.setup_context and op.backward:
+        recorded = _direct.recorded(checked, op.setup_context, op.backward)
+        _direct.RECORD[op.name] = _under_autocast(op, recorded)
 
 
 def _refuse(op: Op) -> Callable[..., Any]:
@@ -76,6 +82,18 @@ def _in_words(op: Op, args: tuple[Any, ...]) -> str:
     named = zip(inspect.signature(op.check).parameters, args, strict=True)
     words = [f"{n} {tuple(a.shape)}" for n, a in named if isinstance(a, torch.Tensor)]
     return f"{', '.join(words)} in {args[0].dtype} on {args[0].device}"
+
+
+def _under_autocast(op: Op, recorded: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``recorded`` with what the dispatcher does before autograd sees an op."""
+    autocasts = {device: _autocast(op, recorded, device) for device in AUTOCAST_DEVICES}
+
+    def run(*args: Any) -> Any:
+        device = args[0].device.type
+        cast = device in autocasts and torch.is_autocast_enabled(device)
+        return autocasts[device](*args) if cast else recorded(*args)
+
+    return run
 
 
 def _autocast(op: Op, handle: Any, device: str) -> Callable[..., Any]:

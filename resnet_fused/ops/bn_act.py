@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -108,27 +109,22 @@ def gradients(
 
     Where ``batch`` is shared, x's gradient needs all of its sums; the others are this process's.
     """
-    need_x, need_weight, need_bias, need_residual = needs
-    # The masked gradient is the residual's own; written once, it also spares a second mask.
-    write = need_residual and act is not None
-    sum_g, sum_gx, masked = call(
-        "bn_act_backward_reduce", grad, x, mean, var, weight, bias, y, eps, act, write
+    wanted = (
+        needs[0],
+        needs[1] and weight is not None,
+        needs[2] and bias is not None,
+        needs[3] and act is not None,
     )
-    grad_x = grad_weight = grad_bias = None
-    g, left = (masked, None) if write else (grad, act)
-    if need_x:
-        sums: tuple[Tensor, ...] = (sum_g, sum_gx)
-        count = _bn.values_per_channel(x.shape)
-        if batch is not None:
-            sums, count = batch.means(*sums), 1
-        grad_x = call(
-            "bn_act_backward_apply", g, x, mean, var, weight, bias, y, *sums, eps, left, count
-        )
-    if need_weight and weight is not None:
-        grad_weight = (sum_gx * _bn_math.invstd(var, eps)).to(weight.dtype)
-    if need_bias and bias is not None:
-        grad_bias = sum_g.to(bias.dtype)
-    return grad_x, grad_weight, grad_bias, g if need_residual else None
+    saved = (x, mean, var, weight, bias, y, eps, act)
+    if batch is None:
+        found = call("bn_act_backward", grad, *saved, wanted)
+    else:
+        reduce = functools.partial(call, "bn_act_backward_reduce")
+        apply = functools.partial(call, "bn_act_backward_apply")
+        found = _bn_math.gradients(reduce, apply, grad, *saved, wanted, batch.means)
+    *grads, masked = (t if want else None for t, want in zip(found, wanted, strict=True))
+    # Without ReLU the residual's gradient is the output's.
+    return *grads, grad if needs[3] and act is None else masked
 
 
 def flops(x_shape: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:

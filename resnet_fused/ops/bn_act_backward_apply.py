@@ -31,10 +31,7 @@ def check(
     count: int,
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
-    _checks.check_feature_map(NAME, x)
-    _checks.check_like(NAME, "grad", grad, x)
-    if y is not None:
-        _checks.check_like(NAME, "y", y, x)
+    reduce.check_maps(NAME, grad, x, y)
     _bn.check_statistics(NAME, mean, var, x)
     _bn.check_affine(NAME, weight, bias, x)
     _bn.check_vector(NAME, "sum_g", sum_g, x)

@@ -28,16 +28,21 @@ def check(
     masked: bool,
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
-    _checks.check_feature_map(NAME, x)
-    _checks.check_like(NAME, "grad", grad, x)
-    if y is not None:
-        _checks.check_like(NAME, "y", y, x)
+    check_maps(NAME, grad, x, y)
     _bn.check_statistics(NAME, mean, var, x)
     _bn.check_affine(NAME, weight, bias, x)
     _bn.check_eps(NAME, eps)
     _checks.check_act(NAME, act)
     if masked and act is None:
         raise ValueError(f"{NAME}: masked must be False for act=None, where it would be grad")
+
+
+def check_maps(op: str, grad: Tensor, x: Tensor, y: Tensor | None) -> None:
+    """Check the maps that a backward reads."""
+    _checks.check_feature_map(op, x)
+    _checks.check_like(op, "grad", grad, x)
+    if y is not None:
+        _checks.check_like(op, "y", y, x)
 
 
 def mask(

@@ -95,9 +95,10 @@ def elementwise(shape, dtype):
     y = torch.relu(y)
     v = [torch.randn(shape[1], generator=torch.Generator().manual_seed(i)) for i in range(6)]
     for relu in (False, True):
-        yield kernels.bn_act(x, *v[:2], relu=relu)
-        yield kernels.bn_act(x, *v[:2], x2, relu=relu)
-        yield kernels.bn_act(x, *v[:2], x2, *v[2:4], relu=relu)
+        yield kernels.bn_apply(x, *v[:2], relu=relu)
+        yield kernels.bn_apply(x, *v[:2], x2, relu=relu)
+        yield kernels.bn_apply(x, *v[:2], x2, *v[2:4], relu=relu)
+        yield kernels.bn_act(x, v[0], v[1].abs(), *v[2:4], 1e-5, x2, relu=relu)
         yield kernels.bn_act_backward_apply(grad, x, *v[:3], y=y, relu=relu)
         yield kernels.bn_act_backward_apply(grad, x, *v[:5], relu=relu)
         yield from kernels.bn_act_backward_apply_both(grad, x, x2, v[:3], v[3:], y, relu=relu)
@@ -187,8 +188,8 @@ def test_views_that_are_not_aligned_take_the_narrow_path(module):
     assert x.data_ptr() % 16
     vectors = torch.randn(2, 17)
     for scale, shift in (vectors[:, :16], vectors[:, 1:]):
-        got = kernels.bn_act(x, scale, shift)
-        assert torch.equal(got, kernels.bn_act(x.clone(), scale.clone(), shift.clone()))
+        got = kernels.bn_apply(x, scale, shift)
+        assert torch.equal(got, kernels.bn_apply(x.clone(), scale.clone(), shift.clone()))
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -30,8 +30,8 @@ def test_all_who_run_a_pass_agree(what, dtype, monkeypatch):
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
-    right = bn.kernels.bn_act
-    monkeypatch.setattr(bn.kernels, "bn_act", lambda *a, **k: right(*a, **k).add_(0.1))
+    right = bn.kernels.bn_apply
+    monkeypatch.setattr(bn.kernels, "bn_apply", lambda *a, **k: right(*a, **k).add_(0.1))
     with pytest.raises(AssertionError, match="BN apply"):
         bn.check(SHAPE, torch.float32, bn.APPLY)
 

@@ -34,7 +34,9 @@ def everything(shape, dtype):
     masked = torch.empty_like(x)
     results = [
         *kernels.bn_stats(x),
-        kernels.bn_act(x, *v[:2], x2, *v[2:4]),
+        kernels.bn_apply(x, *v[:2], x2, *v[2:4]),
+        kernels.bn_act(x, v[0], v[1].abs(), *v[2:4], 1e-5, x2),
+        *kernels.bn_act_backward(grad, x, v[0], v[1].abs(), *v[2:4], 1e-5, y, True, [True] * 4),
         kernels.add_relu(x, x2),
         *kernels.bn_act_backward_reduce(grad, x, v[0], y=y, x2=x2, mean2=v[1]),
         *kernels.bn_act_backward_reduce(grad, x, *v[:3], masked=masked),
@@ -113,7 +115,7 @@ def test_a_captured_graph():
     def step():
         mean, var = kernels.bn_stats(x)
         vectors = kernels.scale_shift(mean, var, weight, bias, 1e-5)
-        y = kernels.bn_act(x, *vectors, r)
+        y = kernels.bn_apply(x, *vectors, r)
         return y, *kernels.bn_act_backward_reduce(grad, x, mean, y=y)
 
     side = torch.cuda.Stream()

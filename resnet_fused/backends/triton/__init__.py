@@ -21,6 +21,7 @@ from resnet_fused.backends.triton import pair_tiles, training
 
 # Ops of training, run as they stand there.
 from resnet_fused.backends.triton.training import bn_act as bn_act
+from resnet_fused.backends.triton.training import bn_act_backward as bn_act_backward
 from resnet_fused.backends.triton.training import bn_act_backward_apply as bn_act_backward_apply
 from resnet_fused.backends.triton.training import bn_act_backward_reduce as bn_act_backward_reduce
 from resnet_fused.backends.triton.training import bn_act_conv_bn_stats as bn_act_conv_bn_stats

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import _bn_math
 from resnet_fused.backends.triton.shapes import Problem
 
 if TYPE_CHECKING:
@@ -214,6 +215,23 @@ def bn_act_max_pool(
         pool = (pool_size, pool_stride, pool_padding)
         _run(x, [bn_launch.max_pool(x, own, act, pool, y, index)])
     return y, index
+
+
+def bn_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Run the op by its two parts."""
+    saved = (x, mean, var, weight, bias, y, eps, act)
+    return _bn_math.gradients(bn_act_backward_reduce, bn_act_backward_apply, grad, *saved, wanted)
 
 
 def bn_act_backward_reduce(

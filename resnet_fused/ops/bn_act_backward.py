@@ -1,0 +1,140 @@
+"""bn_act_backward: the gradients of bn_act, for a batch that one process has all of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import _bn_math
+from resnet_fused.ops import _bn, _checks
+from resnet_fused.ops import bn_act_backward_apply as apply
+from resnet_fused.ops import bn_act_backward_reduce as reduce
+from resnet_fused.ops._op import Op
+
+NAME = "bn_act_backward"
+Result = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def check(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    wanted: Sequence[bool],
+) -> None:
+    """Raise ValueError or TypeError naming the argument that does not fit the others."""
+    if len(wanted) != 4:
+        raise ValueError(
+            f"{NAME}: wanted must have 4 values, for x, weight, bias and residual, got {wanted}"
+        )
+    for name, vector, want in (("weight", weight, wanted[1]), ("bias", bias, wanted[2])):
+        if want and vector is None:
+            raise ValueError(f"{NAME}: wanted must be False for {name}, which is None")
+    if wanted[3] and act is None:
+        raise ValueError(f"{NAME}: wanted must be False for residual with act=None: it is grad")
+    reduce.check_maps(NAME, grad, x, y)
+    _bn.check_statistics(NAME, mean, var, x)
+    _bn.check_affine(NAME, weight, bias, x)
+    _bn.check_eps(NAME, eps)
+    _checks.check_act(NAME, act)
+
+
+def reference(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    wanted: Sequence[bool],
+) -> Result:
+    """Compute the gradients of x, weight, bias and residual; empty where not wanted."""
+    saved = (x, mean, var, weight, bias, y, eps, act)
+    return _bn_math.gradients(reduce.reference, apply.reference, grad, *saved, wanted)
+
+
+def fake(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    wanted: Sequence[bool],
+) -> Result:
+    """Return two empty maps and two empty vectors, empty of elements where not wanted."""
+    check(grad, x, mean, var, weight, bias, y, eps, act, wanted)
+
+    def empty(like: Tensor | None, want: bool) -> Tensor:
+        if like is None or not want:
+            return x.new_empty(0)
+        return (
+            torch.empty_like(like) if like.dim() == 1 else _checks.empty_channels_last(x, x.shape)
+        )
+
+    x_too, weight_too, bias_too, residual_too = wanted
+    return empty(x, x_too), empty(weight, weight_too), empty(bias, bias_too), empty(x, residual_too)
+
+
+def flops(*args: Any, out_shape: Sequence[Any], **kwargs: Any) -> int:
+    """None, as for the forward."""
+    return 0
+
+
+def nbytes(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    wanted: Sequence[bool],
+) -> int:
+    """grad, x and y read once for the sums and once for x's gradient, what is wanted written."""
+    read = sum(t.nbytes for t in (grad, x, mean, var, weight, bias, y) if t is not None)
+    again = grad.nbytes + x.nbytes if wanted[0] else 0
+    return read + again + x.nbytes * (wanted[0] + wanted[3])
+
+
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yield for each sample of the reduction, with several sets of what is wanted."""
+    for i, (*args, masked) in enumerate(reduce.samples(device, dtype)):
+        # An empty batch's variance is NaN, and so would be its weight's gradient.
+        weight = args[4] is not None and i % 5 != 4 and args[1].numel() > 0
+        wanted = [i % 3 != 2, weight, args[5] is not None and i % 7 != 6, masked]
+        yield *args, wanted
+
+
+OP = Op(
+    name=NAME,
+    schema=(
+        "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+        "Tensor? y, float eps, str? act, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    check=check,
+    reference=reference,
+    fake=fake,
+    setup_context=None,
+    backward=None,
+    autocast=(),
+    flops=flops,
+    nbytes=nbytes,
+    samples=samples,
+)
