@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -121,6 +122,38 @@ def test_outputs_go_as_the_gradient_passes():
     assert alive[0] == 0
     assert max(alive) <= 3
     assert not any(o() for o in outputs)
+
+
+def test_no_output_outlives_the_forward():
+    """Neither the graph nor what it calls holds one: their memory is there for the next block."""
+    model = rf.fuse(stage(4), memory="low")
+    outputs: list = []
+    for block in list(model)[1:]:
+        block.register_forward_hook(lambda m, a, y: outputs.append(weakref.ref(y)))
+    loss = model(X).sum()
+    assert len(outputs) == 4
+    assert not any(y() is not None for y in outputs)
+    loss.backward()
+
+
+def test_of_a_long_stage_some_outputs_are_kept():
+    """Else all were there at once in the end, as if none had been dropped."""
+    blocks = 2 * recompute.LONGEST + 3
+    default, low = both(stage(blocks))
+    lengths: list[int] = []
+    compute = recompute.Output._compute
+
+    def count(output: recompute.Output) -> None:
+        if output._y is None:
+            lengths.append(output.length)
+        compute(output)
+
+    with pytest.MonkeyPatch.context() as patch, rf.use_backend("reference"):
+        patch.setattr(recompute.Output, "_compute", count)
+        found = gradients(low, X)
+    assert max(lengths) == recompute.LONGEST
+    assert len(lengths) == blocks - 2
+    assert_same_bits(found, gradients(default, X))
 
 
 def test_an_output_kept_by_the_caller_keeps_nothing_else():

@@ -4,7 +4,9 @@ A block's end, y = act(BN(z) + r), follows from what is kept anyway: the convolu
 batch's statistics, and r, which is the output of the block before or, behind a BatchNorm of its
 own, of the projection's convolution. So autograd saves in y's place how to compute it. The first
 reader in backward, the ReLU of a stage's last block, has the stage's outputs computed up to its
-own, which live until their blocks' backward is done.
+own, which live until their blocks' backward is done. Of a long stage every seventh is kept, where
+the computing stops: for its 36 blocks ResNet-152 would else have as many outputs at once as if it
+had kept them all.
 
 Autograd is told by ``saved_tensors_hooks`` around each op that saves a block's output. What was
 around them before, such as offloading or a measurement, sees all other tensors as ever.
@@ -15,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +28,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from resnet_fused.ops import _direct
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+
+#: How many outputs in a row, each computed from the one before, are not kept.
+LONGEST = 6
 
 
 class Kept:
@@ -61,6 +67,8 @@ class Output:
         self.hooks = hooks
         self._op, self._args = op, args
         self._y: Tensor | None = None
+        #: How many outputs have to be computed for it, itself included, if none is.
+        self.length: int = 1 + max((a.length for a in args if isinstance(a, Output)), default=0)
 
     def value(self) -> Tensor:
         """Return the output, computed at the first call with every one before it that it needs."""
@@ -102,6 +110,8 @@ def block_end(op: str, *args: Any) -> Tensor:
     if not _applies() or not args[0].numel():
         return _direct.record(op, *args)
     hooks = _around()
+    if _before(args, hooks) == LONGEST:
+        return _direct.record(op, *args)
     # Saved apart from what the op saves itself, as hooks may give each thing back only once.
     again = functools.partial(_direct.call, op)
     output = Output(again, [_save(a, hooks) if isinstance(a, Tensor) else a for a in args], hooks)
@@ -114,6 +124,7 @@ def block_end(op: str, *args: Any) -> Tensor:
 
     with saved_tensors_hooks(pack, _unpack):
         y = _direct.record(op, *args)
+    given.clear()  # torch keeps `pack` with what it packed
     _outputs[y] = (weakref.ref(output), y._version)
     return y
 
@@ -125,13 +136,14 @@ def reading(x: Tensor) -> Iterator[None]:
     if output is None:
         yield
         return
-    known, hooks = output, output.hooks
+    known, hooks, read = output, output.hooks, [x]
 
     def pack(t: Tensor) -> Any:
-        return known if _same(t, x) else Kept(t, hooks)
+        return known if _same(t, read[0]) else Kept(t, hooks)
 
     with saved_tensors_hooks(pack, _unpack):
         yield
+    read.clear()  # torch keeps `pack` with what it packed
 
 
 def _unpack(saved: Kept | Output) -> Tensor:
@@ -173,6 +185,12 @@ def _find(x: Tensor, hooks: Hooks | None) -> Output | None:
     reference, version = entry
     output: Output | None = reference()
     return output if output and version == x._version and output.hooks == hooks else None
+
+
+def _before(args: Sequence[Any], hooks: Hooks | None) -> int:
+    """Return how many outputs have to be computed for the arguments, if none is."""
+    found = [_find(a, hooks) for a in args if isinstance(a, Tensor)]
+    return max((output.length for output in found if output), default=0)
 
 
 def _same(t: Tensor, tensor: Tensor) -> bool:
