@@ -150,10 +150,9 @@ def test_of_a_long_stage_some_outputs_are_kept():
 
     with pytest.MonkeyPatch.context() as patch, rf.use_backend("reference"):
         patch.setattr(recompute.Output, "_compute", count)
-        found = gradients(low, X)
+        assert_same_bits(gradients(low, X), gradients(default, X))
     assert max(lengths) == recompute.LONGEST
     assert len(lengths) == blocks - 2
-    assert_same_bits(found, gradients(default, X))
 
 
 def test_an_output_kept_by_the_caller_keeps_nothing_else():
