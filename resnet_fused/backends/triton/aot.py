@@ -47,7 +47,7 @@ class Compiled:
     #: "wgmma", "tcgen05", "mma.sync", several if it has products of several kinds, or "fma" without
     #: tensor cores.
     instruction: str
-    #: How often each width of load is written: "im2col", "tma", "async 16", "load 4", ..., in bytes.
+    #: How often each kind of load is written: "im2col", "tma", "async 16", "load 4", ..., in bytes.
     loads: dict[str, int]
     #: Whether operands are rounded to TF32 on their way from memory or shared memory.
     rounds: bool

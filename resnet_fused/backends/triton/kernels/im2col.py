@@ -20,8 +20,11 @@ def _start(
     PAD_H: gl.constexpr, PAD_W: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """Return a tile, its step 0, where its first window is, and its first output channel."""
-    tile_m, tile_n = tile_of(tile, tiles_m, tiles // tiles_m, GROUP_M)
+    """Return a tile, its step 0, where its first window is, and its first output channel.
+
+    Those of the last tile where there is none of that number.
+    """
+    tile_m, tile_n = tile_of(min(tile, tiles - 1), tiles_m, tiles // tiles_m, GROUP_M)
     image, top, left = window_of(tile_m * BLOCK_M, oh, ow, STRIDE_H, STRIDE_W, PAD_H, PAD_W)
     return tile, 0, image, top, left, tile_n * BLOCK_N
 
@@ -40,7 +43,7 @@ def _fetch(
     tile, step, image, top, left, first = place
     wanted = tile < tiles
     tap, down, right, channel = tap_of(step, BLOCKS, BLOCK_K, KW, DIL_H, DIL_W)
-    offsets = [down.to(gl.int16), right.to(gl.int16)]
+    offsets = [gl.cast(down, gl.int16), gl.cast(right, gl.int16)]
     barrier = ready.index(slot)
     mbarrier.expect(barrier, (BLOCK_M + BLOCK_N) * BLOCK_K * 2, pred=wanted)
     tma.async_load_im2col(
@@ -84,7 +87,7 @@ def conv_im2col_fwd_kernel(
     BLOCKS: gl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
     STEPS: gl.constexpr = KH * KW * BLOCKS
     # A warp has 16 rows of channels of a wgmma; with warps to spare, the pixels are shared out.
-    DOWN: gl.constexpr = 4 if BLOCK_N < 16 * gl.num_warps() else gl.num_warps()
+    DOWN: gl.constexpr = gl.num_warps() if 16 * gl.num_warps() <= BLOCK_N else 4
     ACROSS: gl.constexpr = gl.num_warps() // DOWN
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(
         [3, 0], [DOWN, ACROSS], [16, BLOCK_M // ACROSS, 16]
@@ -139,5 +142,5 @@ def conv_im2col_fwd_kernel(
         y_tile.permute((1, 0)).store(activate(sums, RELU).to(DTYPE))
         fence_async_shared()
         tma.async_store(y_desc, [tile_m * BLOCK_M, tile_n * BLOCK_N], y_tile)
-        finished += 1
+        finished += 1  # noqa: SIM113 - Gluon has no enumerate
     tma.store_wait(0)
