@@ -125,7 +125,7 @@ def conv_im2col_fwd_kernel(
             mbarrier.wait(ready.index(slot), done // STAGES & 1)
             w = w_tiles.index(slot).reshape([BLOCK_N, BLOCK_K])
             x = x_tiles.index(slot).permute((1, 0))
-            sums = warpgroup_mma(w, x, sums, use_acc=step > 0, is_async=True)
+            sums = warpgroup_mma(w, x, sums, is_async=True)
             sums = warpgroup_mma_wait(1, deps=[sums])  # this step's products stay under way
             place = _fetch(
                 place, x_desc, w_desc, x_tiles, w_tiles, ready, (done + STAGES - 1) % STAGES,
