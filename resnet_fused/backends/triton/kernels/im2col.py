@@ -120,7 +120,7 @@ def conv_im2col_fwd_kernel(
             mbarrier.expect(added, BLOCK_M * BLOCK_N * 2)
             tma.async_load(residual_desc, [tile_m * BLOCK_M, tile_n * BLOCK_N], added, y_tile)
         sums = gl.zeros((BLOCK_N, BLOCK_M), gl.float32, SUMS)
-        for step in range(STEPS):
+        for _ in range(STEPS):
             slot = done % STAGES
             mbarrier.wait(ready.index(slot), done // STAGES & 1)
             w = w_tiles.index(slot).reshape([BLOCK_N, BLOCK_K])
