@@ -180,10 +180,9 @@ def _tma(block: Block) -> types.SimpleNamespace:
 
 
 def _products(block: Block) -> dict[str, Callable]:
-    def multiply(a, b, sums, use_acc, is_async):
+    def multiply(a, b, sums, is_async):
         def run() -> None:
-            product = a.data.float() @ b.data.float()
-            sums.copy_(sums + product if use_acc else product)
+            sums.add_(a.data.float() @ b.data.float())
 
         assert is_async
         block.products.append(run)
