@@ -235,28 +235,20 @@ def run(launch, eager: bool) -> None:
         assert [block.loads, block.products, block.stores] == [[], [], []]
 
 
-def check(arguments: tuple, config: str, blocks: int, eager: bool) -> None:
-    """Run one conv_bn_act on ``blocks`` blocks and hold it to the rule.
-
-    Args:
-        arguments: of :func:`paths.arguments`, its keywords last.
-        config: how it is cut.
-        blocks: of the grid.
-        eager: as for :func:`run`.
-    """
-    from paths import arguments as drawn
-    from paths import assert_right
+def check(path: str, dtype: torch.dtype, blocks: int, eager: bool) -> None:
+    """Hold one of IM2COL_PATHS to the rule; one dtype goes without the residual."""
+    from paths import IM2COL_PATHS, arguments, assert_right
 
     from resnet_fused.backends.triton import launch
     from resnet_fused.backends.triton.shapes import Config, Problem
 
     torch.manual_seed(0)
-    *positional, keywords = arguments
-    args = drawn(*positional, **keywords)
+    shape, config = IM2COL_PATHS[path]
+    args = arguments(*shape, dtype=dtype, residual=dtype == torch.bfloat16)
     x, weight, scale, shift, residual, *geometry, act = args
     problem = Problem.of(x.shape, weight.shape, *geometry, residual is not None)
-    shape = (problem.n, problem.o, *problem.out_size)
-    y = torch.full(shape, torch.nan, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    out = (problem.n, problem.o, *problem.out_size)
+    y = torch.full(out, torch.nan, dtype=dtype).contiguous(memory_format=torch.channels_last)
     (step,) = launch.conv(
         x, weight, scale, shift, residual, y, problem, Config.parse(config), act, 90
     )

@@ -74,7 +74,7 @@ def test_windows_are_those_of_the_output_pixels():
             for row in range(oh)
             for column in range(ow)
         ]
-        for first in range(0, p.m, max(1, p.m // 3)):
+        for first in (0, p.m // 3):
             start = places.window_of.fn(first, oh, ow, *p.stride, *p.padding)
             walked = walk((p.h, p.w), *windows, start, p.m - first)
             assert list(walked) == expected[first:], p

@@ -17,31 +17,18 @@ from compiling import NEWER_TRITON, compiled, compilers
 
 from resnet_fused.backends.triton import im2col
 from resnet_fused.backends.triton.cost import shared_bytes
-from resnet_fused.backends.triton.shapes import Problem
+from resnet_fused.backends.triton.shapes import Config, Problem
 from resnet_fused.inspection import convolutions
 
 sys.path.append(str(Path(__file__).parents[2] / "ops"))  # formulas
+from paths import IM2COL_PATHS, arguments, each_half, each_im2col_path
+
 triton = pytest.importorskip("triton")
 PACKAGES = NEWER_TRITON if NEWER_TRITON.exists() else None
 if im2col.missing() and PACKAGES is None:
     pytest.skip(f"{im2col.missing()}, and {NEWER_TRITON} is not there", allow_module_level=True)
 
-HALF = {"dtype": torch.float16}
-ADDED = {"dtype": torch.bfloat16, "residual": True}
-#: name: (arguments of conv_bn_act, config, blocks that share the tiles).
-PATHS = {
-    "several tiles a block": (((2, 24, 9, 7), 72, 3, 1, 1, 1, 1, ADDED), "m32n64k32w4s3x1g8", 2),
-    "one block": (((2, 64, 6, 5), 136, 3, 1, 1, 1, 1, HALF), "m32n64k64w4s4x1g2", 1),
-    "a block for every tile": (((1, 64, 6, 5), 64, 3, 1, 1, 1, 1, ADDED), "m32n64k64w8s3x1g8", 1),
-    "both edges, odd geometry": (
-        ((2, 40, 9, 7), 72, (3, 2), (2, 3), (2, 1), (2, 1), 1, HALF), "m32n64k64w4s4x1g2", 2
-    ),
-    "fewer steps than stages": (((3, 8, 7, 9), 8, 1, 2, 0, 1, 1, ADDED), "m32n64k16w4s3x1g8", 2),
-    "even kernel": (((1, 16, 6, 6), 8, 2, 2, 1, 1, 1, HALF), "m32n64k16w4s3x1g8", 1),
-    "wide tiles": (((2, 80, 13, 11), 136, 3, 1, 1, 1, 1, ADDED), "m128n128k64w8s5x1g8", 2),
-}  # fmt: skip
 ODD = [
-    (Problem(2, 9, 7, 24, 72, (3, 2), (2, 3), (2, 1), (2, 1), 1, True), torch.float16),
     (Problem(64, 14, 14, 8, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1), torch.float16),
     (Problem(8, 28, 28, 40, 264, (5, 5), (1, 1), (2, 2), (1, 1), 1), torch.bfloat16),
     (Problem(1, 7, 7, 512, 512, (3, 3), (1, 1), (1, 1), (1, 1), 1, True), torch.float16),
@@ -59,12 +46,21 @@ def pool(cache):
         yield pool
 
 
+def of_path(path: str) -> tuple:
+    shape, config = IM2COL_PATHS[path]
+    x, weight, *_, residual, stride, padding, dilation, groups, _ = arguments(*shape)
+    geometry = (stride, padding, dilation, groups)
+    problem = Problem.of(x.shape, weight.shape, *geometry, residual is not None)
+    return problem, torch.float16, Config.parse(config)
+
+
 def cases() -> list[tuple]:
     """Every candidate for ResNet-50's convolutions, ResNet-34's with a residual, and odd ones."""
     found = [p for p in convolutions("resnet34", 256, torch.bfloat16) if p.residual]
     found += convolutions("resnet50", 256, torch.bfloat16)
     every = (*((p, torch.bfloat16) for p in found), *ODD)
-    return [(p, dtype, c) for p, dtype in every for c in im2col.candidates(p, "bf16", 90)]
+    candidates = [(p, dtype, c) for p, dtype in every for c in im2col.candidates(p, "bf16", 90)]
+    return [*candidates, *map(of_path, IM2COL_PATHS)]
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +76,10 @@ def cubins(kernels, cache) -> list[Path]:
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["early loads", "late loads"])
-@pytest.mark.parametrize("path", PATHS)
-def test_its_source_is_right_on_the_host(pool, path, eager):
-    arguments, config, blocks = PATHS[path]
-    check = gluon_on_host.check
-    pool.submit(check, arguments, f"{config}-im2col", blocks, eager).result()
+@each_half
+@each_im2col_path
+def test_its_source_is_right_on_the_host(pool, path, dtype, eager):
+    pool.submit(gluon_on_host.check, path, dtype, 2, eager).result()
 
 
 def test_nothing_spills_and_everything_fits(kernels):
