@@ -67,8 +67,16 @@ def missing() -> str | None:
     return "the installed triton has no im2col descriptors: 3.8 or later has"
 
 
-def declines(problem: Problem, precision: str) -> str | None:
-    """Return why im2col descriptors do not take a convolution, or None."""
+def declines(problem: Problem, precision: str, capability: int) -> str | None:
+    """Return why the kernel does not take a convolution, or None.
+
+    Args:
+        problem: the convolution.
+        precision: "fp16", "bf16", "tf32" or "fp32".
+        capability: of the device, such as 90.
+    """
+    if capability != CAPABILITY:
+        return f"runs on sm_{CAPABILITY}, got sm_{capability}"
     if precision not in _PRECISIONS:
         return f"takes bfloat16 and float16, got {precision}"
     if problem.groups > 1:
@@ -91,10 +99,7 @@ def _declines_windows(problem: Problem) -> str | None:
     windows = Windows.of(problem)
     for corner in (*windows.lower, *windows.upper):
         if corner not in _CORNERS:
-            return (
-                "takes windows that begin 128 pixels outside of the map at most and end no more "
-                f"than 128 after the last that begins; this one asks for {corner}"
-            )
+            return f"takes first and last windows within 128 pixels of a map's ends, got {corner}"
     if (reach := max(_reach(problem))) > _MOST_TAP:
         return f"takes taps {_MOST_TAP} pixels from the first at most, got {reach}"
     return None
@@ -111,7 +116,7 @@ def candidates(problem: Problem, precision: str, capability: int) -> tuple[Confi
         precision: "fp16", "bf16", "tf32" or "fp32".
         capability: of the device, such as 90.
     """
-    if capability != CAPABILITY or declines(problem, precision):
+    if declines(problem, precision, capability):
         return ()
     legal = _legal(problem, precision)
     order = sorted(legal, key=lambda c: (round(cost(problem, precision, c, capability)), str(c)))
@@ -127,7 +132,7 @@ _SIDES = (32, 64, 128, 256)
 
 
 def _legal(problem: Problem, precision: str) -> Iterator[Config]:
-    k = block_k(problem, precision)
+    k, most = block_k(problem, precision), arch_of(CAPABILITY).block_shared
     for block_m, block_n, warps in itertools.product(_SIDES, _SIDES[1:], (4, 8)):
         sums = block_m * block_n // (32 * warps)
         if block_m > max(32, power(problem.m)) or block_n > max(64, power(problem.o)):
@@ -138,13 +143,9 @@ def _legal(problem: Problem, precision: str) -> Iterator[Config]:
             config = Config(block_m, block_n, k, warps, stages, tma=True, im2col=True)
             if stages > max(3, problem.steps(k)):
                 continue
-            if shared_bytes(problem, precision, config, CAPABILITY) <= _shared():
+            if shared_bytes(problem, precision, config, CAPABILITY) <= most:
                 yield config
                 break
-
-
-def _shared() -> int:
-    return arch_of(CAPABILITY).block_shared
 
 
 def block_k(problem: Problem, precision: str) -> int:

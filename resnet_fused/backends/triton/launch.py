@@ -115,7 +115,7 @@ def conv(
     """
     kind = precision(x.dtype)
     if config.im2col:
-        if reason := im2col.missing() or im2col.declines(problem, kind):
+        if reason := im2col.missing() or im2col.declines(problem, kind, capability):
             raise ValueError(f"config {config} does not run {problem}: {reason}")
     elif config.tma and not tiles.takes_tma(problem, kind, config, capability):
         raise ValueError(f"config {config} fetches tiles in a way that {problem} does not allow")

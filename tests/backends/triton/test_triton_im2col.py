@@ -58,7 +58,7 @@ def all_problems() -> list[Problem]:
     """Every convolution of the ResNets that descriptors take, on two images, and odd ones."""
     found = {p for name in MODELS for p in convolutions(name, 2, torch.bfloat16)}
     geometries = {dataclasses.replace(p, c=8, o=8, residual=False) for p in found}
-    taken = [p for p in geometries if im2col.declines(p, "bf16") is None]
+    taken = [p for p in geometries if im2col.declines(p, "bf16", 90) is None]
     return [*sorted(taken, key=str), *(problem(*case) for case in ODD)]
 
 
@@ -111,8 +111,8 @@ OUTSIDE = {
     "takes input pixels of whole 16 bytes, got 12 channels": problem((8, 8), (16, 12, 3, 3)),
     "takes output pixels of whole 16 bytes, got 20 channels": problem((8, 8), (20, 16, 3, 3)),
     "takes a stride of 8 at most": problem((64, 64), (16, 16, 3, 3), stride=(1, 9)),
-    "128 pixels outside of the map": problem((8, 8), (16, 16, 3, 3), padding=(129, 1)),
-    "this one asks for -130": problem((200, 200), (16, 16, 3, 3), dilation=(65, 1)),
+    "pixels of a map's ends, got -129": problem((8, 8), (16, 16, 3, 3), padding=(129, 1)),
+    "pixels of a map's ends, got -130": problem((200, 200), (16, 16, 3, 3), dilation=(65, 1)),
     "a matrix product": problem((8, 8), (16, 16, 1, 1)),
     "in 32 bits": problem((2**10, 2**10), (16, 16, 3, 3), padding=(1, 1), n=2**11),
     "takes taps 255 pixels from the first": problem(
@@ -124,14 +124,15 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("reason", OUTSIDE)
 def test_what_a_descriptor_cannot_say_is_declined_in_words(reason):
-    assert reason in (im2col.declines(OUTSIDE[reason], "bf16") or "")
+    assert reason in (im2col.declines(OUTSIDE[reason], "bf16", 90) or "")
     assert im2col.candidates(OUTSIDE[reason], "bf16", 90) == ()
 
 
 def test_other_precisions_and_devices_have_no_candidates():
     p = problem((14, 14), (64, 64, 3, 3), padding=(1, 1))
-    assert im2col.declines(p, "fp16") is None
-    assert im2col.declines(p, "tf32") == "takes bfloat16 and float16, got tf32"
+    assert im2col.declines(p, "fp16", 90) is None
+    assert im2col.declines(p, "tf32", 90) == "takes bfloat16 and float16, got tf32"
+    assert im2col.declines(p, "bf16", 100) == "runs on sm_90, got sm_100"
     assert [bool(im2col.candidates(p, "bf16", arch)) for arch in (80, 90, 100)] == [0, 1, 0]
 
 
@@ -139,7 +140,7 @@ def test_candidates_fit_the_device_and_leave_only_the_last_tile_partly_empty():
     found = {p for name in MODELS for p in convolutions(name, 1, torch.bfloat16)}
     for p in (dataclasses.replace(p, n=n) for p in found for n in (1, 8, 256)):
         configs = im2col.candidates(p, "bf16", 90)
-        taken = im2col.declines(p, "bf16") is None
+        taken = im2col.declines(p, "bf16", 90) is None
         assert (1 <= len(configs) <= im2col.MOST_CANDIDATES) if taken else not configs
         for c in configs:
             assert c == Config.parse(str(c))
