@@ -10,16 +10,20 @@ VENV ?= 1
 TORCH := torch==2.13.0
 # Headers for the Hopper convolution. What the package depends on is for its Python parts.
 CUTLASS := nvidia-cutlass==4.2.0.0
+# Has im2col descriptors, which the one that comes with torch has not; for the tests alone.
+NEWER_TRITON := triton==3.9.0
 ARGS ?=
 
 ifeq ($(VENV),0)
 PY := $(PYTHON)
 READY :=
 HEADERS :=
+NEWER :=
 else
 PY := .venv/bin/python
 READY := .venv/.installed
 HEADERS := .venv/.cutlass
+NEWER := .venv/.newer-triton
 endif
 
 .DEFAULT_GOAL := help
@@ -42,6 +46,11 @@ help:
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(CUTLASS)
 	@touch $@
 
+.venv/.newer-triton: .venv/.installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --upgrade --target .venv/newer-triton $(NEWER_TRITON)
+	@touch $@
+
 build: $(READY)
 	@$(PY) setup.py --quiet build_ext --inplace
 
@@ -55,7 +64,7 @@ check: $(READY)
 	    echo 'lint, format and type checks not run: ruff or mypy is not installed'; \
 	else exit 1; fi
 
-test: $(HEADERS) build check
+test: $(HEADERS) $(NEWER) build check
 	$(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses 2) $(ARGS)
 
 gpu: $(READY)

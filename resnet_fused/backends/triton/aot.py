@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -46,7 +47,7 @@ class Compiled:
     #: "wgmma", "tcgen05", "mma.sync", several if it has products of several kinds, or "fma" without
     #: tensor cores.
     instruction: str
-    #: How often each width of load is written: "tma", "async 16", "load 4", ..., in bytes.
+    #: How often each kind of load is written: "im2col", "tma", "async 16", "load 4", ..., in bytes.
     loads: dict[str, int]
     #: Whether operands are rounded to TF32 on their way from memory or shared memory.
     rounds: bool
@@ -151,7 +152,7 @@ def compile_launch(step: Launch, capability: int) -> Compiled:
     options, signature, constants, attributes = step.kernel._pack_args(
         backend, given, bound, specialization, rest
     )
-    source = ASTSource(step.kernel, signature, constants, attributes)
+    source = _source(step.kernel)(step.kernel, signature, constants, attributes)
     kernel = triton.compile(source, target=target, options=options.__dict__)
     registers, spilled = _usage(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
@@ -165,6 +166,14 @@ def compile_launch(step: Launch, capability: int) -> Compiled:
         _loads(ptx),
         "cvt.rna.tf32" in ptx or step.arguments.get("ROUNDED", False),
     )
+
+
+def _source(kernel: Any) -> type[ASTSource]:
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -182,7 +191,8 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 def _loads(ptx: str) -> dict[str, int]:
     """Count the loads of global memory by their width in bytes."""
-    found = Counter({"tma": len(re.findall(rf"{re.escape(_TMA)}[^;]*global[^;]*mbarrier", ptx))})
+    loads = re.findall(rf"{re.escape(_TMA)}[^;]*?global(\.im2col)?\.mbarrier", ptx)
+    found = Counter("im2col" if mode else "tma" for mode in loads)
     for width in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (?:0x)?(\d+)[,;]", ptx):
         found[f"async {int(width, 16)}"] += 1
     for vector, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bus](\d+)\b", ptx):

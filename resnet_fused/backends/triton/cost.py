@@ -51,7 +51,8 @@ def shared_bytes(problem: Problem, precision: str, config: Config, capability: i
     block = config.block_m * config.block_n
     loads = (config.block_m + config.block_n) * config.block_k * size
     if config.tma:  # beside the stages: the output's tile, the residual's, barriers
-        return config.num_stages * loads + (2 if problem.residual else 1) * block * size + 4096
+        ends = 2 if problem.residual and not config.im2col else 1
+        return config.num_stages * loads + ends * block * size + 4096
     # mma reads registers, filled a stage ahead.
     if problem.training:  # the input's scale and shift
         loads += 2 * 4 * config.block_k

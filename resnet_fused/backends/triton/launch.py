@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fused.backends._derived import derived
-from resnet_fused.backends.triton import tiles
+from resnet_fused.backends.triton import im2col, interpreted, tiles
 from resnet_fused.backends.triton.cost import occupancy
 from resnet_fused.backends.triton.kernels.conv import conv_fwd_kernel
 from resnet_fused.backends.triton.kernels.depthwise import depthwise_fwd_kernel
@@ -114,11 +114,20 @@ def conv(
         ValueError: the config does not fit the problem.
     """
     kind = precision(x.dtype)
-    if config.tma and not tiles.takes_tma(problem, kind, config, capability):
+    if config.im2col:
+        if reason := im2col.missing() or im2col.declines(problem, kind, capability):
+            raise ValueError(f"config {config} does not run {problem}: {reason}")
+    elif config.tma and not tiles.takes_tma(problem, kind, config, capability):
         raise ValueError(f"config {config} fetches tiles in a way that {problem} does not allow")
     packed = _packed(weight, problem.groups)
     vectors = {"scale_ptr": vector(scale), "shift_ptr": vector(shift)}
     relu = act == "relu"
+    if config.im2col:
+        from resnet_fused.backends.triton import launch_im2col
+
+        return [
+            launch_im2col.conv(x, packed, vectors, residual, y, problem, config, relu, capability)
+        ]
     if config.tma:
         return [_tma(x, packed, vectors, residual, y, problem, config, relu, capability)]
     tensors = {"x_ptr": x, "w_ptr": packed, "y_ptr": y, **vectors, "residual_ptr": residual}
@@ -219,7 +228,8 @@ def _tma(
         n, oh, ow, shape = 1, 1, problem.m, (1, 1, 1, problem.m, problem.c)
     out = (n, oh, ow, problem.o)
     out_box = (box_n, box_h, box_w, config.block_n)
-    rounds = kind == "tf32" and DESCRIPTORS_ROUND
+    # Interpreted products are float32's own, and from Triton 3.8 on its descriptors would round.
+    rounds = kind == "tf32" and DESCRIPTORS_ROUND and not interpreted()
     arguments = {
         "x_desc": _descriptor(x, shape, (box_n, box_h, 1, box_w, config.block_k), rounds),
         "w_desc": _descriptor(packed, packed.shape, (config.block_n, config.block_k), rounds),

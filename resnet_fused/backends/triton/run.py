@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused.backends.triton import launch, launch_ends, pair_tiles, stem, tiles
+from resnet_fused.backends.triton import im2col, launch, launch_ends, pair_tiles, stem, tiles
 from resnet_fused.backends.triton.pair_tiles import Pair
 from resnet_fused.backends.triton.shapes import Config, Problem
 from resnet_fused.backends.triton.stem import Stem, StemConfig
@@ -154,7 +154,8 @@ def conv_candidates(
     problem = Problem.of(
         x.shape, weight.shape, stride, padding, dilation, groups, residual is not None
     )
-    configs = tiles.candidates(problem, launch.precision(x.dtype), capability(x.device))
+    key = problem, launch.precision(x.dtype), capability(x.device)
+    configs = (*tiles.candidates(*key), *im2col.candidates_here(*key))
     return {str(c): functools.partial(conv_bn_act, config=c) for c in configs}
 
 

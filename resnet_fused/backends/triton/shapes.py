@@ -96,7 +96,7 @@ class Problem:
         return self.taps * math.ceil(self.c / block_k)
 
 
-_PATTERN = re.compile(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)x(\d+)g(\d+)(-tma)?")
+_PATTERN = re.compile(r"m(\d+)n(\d+)k(\d+)w(\d+)s(\d+)x(\d+)g(\d+)(-tma|-im2col)?")
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,15 @@ class Config:
     group_m: int = 8
     #: Tiles fetched by the tensor memory accelerator, by blocks that stay.
     tma: bool = False
+    #: Whether it gathers windows in its im2col mode, which is TMA too, and not boxes of the map.
+    im2col: bool = False
 
     def __str__(self) -> str:
         """Return the name, such as m128n64k64w4s3x1g8-tma."""
+        fetched = "-im2col" if self.im2col else "-tma" if self.tma else ""
         return (
             f"m{self.block_m}n{self.block_n}k{self.block_k}w{self.num_warps}s{self.num_stages}"
-            f"x{self.split_k}g{self.group_m}{'-tma' if self.tma else ''}"
+            f"x{self.split_k}g{self.group_m}{fetched}"
         )
 
     @staticmethod
@@ -134,10 +137,11 @@ class Config:
         if match is None:
             raise ValueError(
                 f"Config.parse: {name!r} is not the name of a config; accepted: such as "
-                "m128n64k64w4s3x1g8, with -tma behind it or not"
+                "m128n64k64w4s3x1g8, with -tma or -im2col behind it or not"
             )
         m, n, k, warps, stages, split, group = map(int, match.groups()[:-1])
-        return Config(m, n, k, warps, stages, split, group, tma=match[8] is not None)
+        tma, im2col = match[8] is not None, match[8] == "-im2col"
+        return Config(m, n, k, warps, stages, split, group, tma, im2col)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -161,7 +165,7 @@ def box(problem: Problem, block_m: int) -> tuple[int, int, int]:
 
 def count(problem: Problem, config: Config) -> int:
     """Return how many tiles cover the output."""
-    if config.tma and not problem.pointwise:
+    if config.tma and not config.im2col and not problem.pointwise:
         shape = zip((problem.n, *problem.out_size), box(problem, config.block_m), strict=True)
         rows = math.prod(math.ceil(extent / size) for extent, size in shape)
     else:

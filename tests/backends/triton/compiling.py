@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -10,18 +11,27 @@ from pathlib import Path
 import torch
 
 WORKERS = 2
+#: Where `make test` puts a Triton that has im2col descriptors, as the pinned one has none.
+NEWER_TRITON = Path(__file__).parents[3] / ".venv" / "newer-triton"
 
 
-def _begin(cache: str) -> None:
+def _begin(cache: str, packages: str | None) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache
     os.environ.pop("TRITON_INTERPRET", None)
     torch.set_num_threads(1)
+    if packages is not None:
+        sys.path.insert(0, packages)
+        import triton
+
+        assert Path(triton.__file__).is_relative_to(packages)
 
 
 @contextmanager
-def compilers(cache: Path) -> Iterator[ProcessPoolExecutor]:
+def compilers(cache: Path, packages: Path | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Two processes; ``packages`` is a folder that comes first on their path."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(WORKERS, context, _begin, (str(cache),)) as pool:
+    begin = (str(cache), None if packages is None else str(packages))
+    with ProcessPoolExecutor(WORKERS, context, _begin, begin) as pool:
         yield pool
 
 

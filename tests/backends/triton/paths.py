@@ -8,7 +8,10 @@ from resnet_fused.backends.triton.shapes import Problem
 from resnet_fused.testing import to_float64, two_x_rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+each_dtype, each_half = (
+    pytest.mark.parametrize("dtype", dtypes, ids=lambda d: str(d).removeprefix("torch."))
+    for dtypes in (DTYPES, DTYPES[1:])
+)
 
 
 def arguments(
@@ -78,3 +81,18 @@ PATHS = {
     "tma, even kernel": (((1, 16, 6, 6), 8, 2, 2, 1), "m16n16k16w4s2x1g8-tma"),
 }
 each_path = pytest.mark.parametrize("path", PATHS)
+
+#: The same for TMA's im2col mode, which takes float16 and bfloat16.
+IM2COL_PATHS = {
+    "several tiles a block": (((2, 24, 9, 7), 72, 3, 1, 1), "m32n64k32w4s3x1g8-im2col"),
+    "channels of two tiles": (((2, 64, 6, 5), 136, 3, 1, 1), "m32n64k64w4s4x1g2-im2col"),
+    "eight warps": (((1, 64, 6, 5), 64, 3, 1, 1), "m32n64k64w8s3x1g8-im2col"),
+    "odd geometry": (
+        ((2, 40, 9, 7), 72, (3, 2), (2, 3), (2, 1), (2, 1)),
+        "m32n64k64w4s4x1g2-im2col",
+    ),
+    "fewer steps than stages": (((3, 8, 7, 9), 8, 1, 2), "m32n64k16w4s3x1g8-im2col"),
+    "even kernel": (((1, 16, 6, 6), 8, 2, 2, 1), "m32n64k16w4s3x1g8-im2col"),
+    "wide tiles": (((2, 80, 13, 11), 136, 3, 1, 1), "m128n128k64w8s5x1g8-im2col"),
+}
+each_im2col_path = pytest.mark.parametrize("path", IM2COL_PATHS)

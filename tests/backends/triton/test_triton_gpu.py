@@ -11,8 +11,18 @@ from resnet_fused.backends import triton
 
 sys.path.append(str(Path(__file__).parents[2] / "ops"))  # formulas
 from ends import STEMS, each_head, each_stem, head_arguments, stem_arguments
-from paths import PATHS, arguments, assert_right, each_dtype, each_path
+from paths import (
+    IM2COL_PATHS,
+    PATHS,
+    arguments,
+    assert_right,
+    each_dtype,
+    each_half,
+    each_im2col_path,
+    each_path,
+)
 
+from resnet_fused.backends.triton import im2col
 from resnet_fused.backends.triton.shapes import Config
 from resnet_fused.backends.triton.stem import StemConfig
 from resnet_fused.ops import OPS
@@ -38,6 +48,22 @@ def test_path(path, dtype):
     out = run.conv_bn_act(*args, config=config_of(name))
     assert_right(args, out)
     assert torch.equal(run.conv_bn_act(*args, config=config_of(name)), out), "not repeatable"
+
+
+@each_im2col_path
+@each_half
+def test_im2col_path(path, dtype):
+    from resnet_fused.backends.triton import run
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for sm_90")
+    if reason := im2col.missing():
+        pytest.skip(reason)
+    shape, name = IM2COL_PATHS[path]
+    args = arguments(*shape, dtype=dtype, residual=dtype == torch.bfloat16, device="cuda")
+    out = run.conv_bn_act(*args, config=Config.parse(name))
+    assert_right(args, out)
+    assert torch.equal(run.conv_bn_act(*args, config=Config.parse(name)), out), "not repeatable"
 
 
 @each_stem

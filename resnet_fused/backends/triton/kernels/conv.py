@@ -95,8 +95,11 @@ def conv_fwd_kernel(
                 inside &= (first + ks < IN)[None, :]
                 known &= (first + ks < IN)[None, :]
             if UNEVEN:  # the last part is shorter
-                inside &= step < STEPS
-                known &= step < STEPS
+                # Widened before it is compared: Triton 3.8's interpreter would widen a truth to
+                # an integer, which is no mask.
+                present = (step + tl.zeros_like(ks) < STEPS)[None, :]
+                inside &= present
+                known &= present
             a = tl.load(x_rows[:, None] + offsets[None, :], mask=inside, other=0.0)
             channel, channel_in = first + ks, first + ks < IN
         if in_scale_ptr is not None:
