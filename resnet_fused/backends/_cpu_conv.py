@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resnet_fused.backends._derived import derived
 from resnet_fused.backends._outputs import empty_channels_last, scratch
+from resnet_fused.backends._sizes import output_size
 from resnet_fused.backends.native import DTYPE_NAMES, loaded
 
 #: A kernel call with everything bound.
@@ -183,7 +184,7 @@ def _worth_packing(
     if not _is_winograds(weight_shape, stride, dilation, groups):
         return None
     n, _, *sides = x.shape
-    oh, ow = (side + 2 * p - 2 for side, p in zip(sides, padding, strict=True))
+    oh, ow = output_size(sides, (3, 3), (1, 1), padding)
     tiles = n * -(-oh // 4) * -(-ow // 4)
     if tiles >= 256:
         return "winograd4"
@@ -224,8 +225,6 @@ def _plan(dtype: str, geometry: tuple[int, ...], threads: int, algorithm: str | 
     n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups = geometry
     algorithm = algorithm or extension.conv_bn_act_algorithms(dtype, *geometry)[0]
     layout = (o, c // groups, kh, kw, groups)
-    oh = (h + 2 * ph - dh * (kh - 1) - 1) // sh + 1
-    ow = (w + 2 * pw - dw * (kw - 1) - 1) // sw + 1
     return _Plan(
         dtype,
         algorithm,
@@ -233,7 +232,7 @@ def _plan(dtype: str, geometry: tuple[int, ...], threads: int, algorithm: str | 
         layout,
         extension.conv_bn_act_packed_bytes(dtype, algorithm, *layout),
         extension.conv_bn_act_scratch_bytes(dtype, algorithm, *geometry, threads),
-        (n, o, oh, ow),
+        (n, o, *output_size((h, w), (kh, kw), (sh, sw), (ph, pw), (dh, dw))),
     )
 
 

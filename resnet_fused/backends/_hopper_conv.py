@@ -18,6 +18,7 @@ from torch import Tensor
 from resnet_fused.backends import _training_kernels, native
 from resnet_fused.backends._derived import derived
 from resnet_fused.backends._outputs import empty_channels_last, scratch
+from resnet_fused.backends._sizes import output_size
 from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_vector
 
 CAPABILITY = (9, 0)
@@ -82,9 +83,8 @@ class Geometry(NamedTuple):
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
         """The output's (N, O, OH, OW)."""
-        oh = (self.h + 2 * self.ph - self.dh * (self.kh - 1) - 1) // self.sh + 1
-        ow = (self.w + 2 * self.pw - self.dw * (self.kw - 1) - 1) // self.sw + 1
-        return self.n, self.o, oh, ow
+        n, h, w, _, o, kh, kw, sh, sw, ph, pw, dh, dw, _ = self
+        return n, o, *output_size((h, w), (kh, kw), (sh, sw), (ph, pw), (dh, dw))
 
 
 def missing() -> str | None:

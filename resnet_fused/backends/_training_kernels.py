@@ -17,6 +17,7 @@ from torch import Tensor
 
 from resnet_fused.backends import native
 from resnet_fused.backends._outputs import empty_channels_last, scratch
+from resnet_fused.backends._sizes import pool_shape
 from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_vector
 
 
@@ -355,7 +356,7 @@ def max_pool_index(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[T
     is taken, and the last NaN.
     """
     n, c, h, w = x.shape
-    shape = (n, c, *((length + 2 * padding - kernel) // stride + 1 for length in (h, w)))
+    shape = pool_shape(x.shape, (kernel,) * 2, (stride,) * 2, (padding,) * 2)
     maps, y = _Maps(x), empty_channels_last(shape, x.dtype, x.device)
     index = empty_channels_last(shape, torch.uint8, x.device)
     maps.run(
@@ -370,7 +371,7 @@ def max_pool_backward(
 ) -> Tensor:
     """Return the gradient of :func:`max_pool_index`'s input of ``shape``. Deterministic."""
     n, c, h, w = shape
-    expected = (n, c, *((length + 2 * padding - kernel) // stride + 1 for length in (h, w)))
+    expected = pool_shape(shape, (kernel,) * 2, (stride,) * 2, (padding,) * 2)
     for name, t in (("grad", grad), ("index", index)):
         if tuple(t.shape) != expected:
             raise ValueError(f"{name}: must have shape {expected}, got {tuple(t.shape)}")

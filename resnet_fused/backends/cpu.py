@@ -12,6 +12,7 @@ from torch import Tensor
 from resnet_fused.backends import _cpu_conv, _torch_conv, _training_kernels, native
 from resnet_fused.backends._cpu_conv import Call, Convolution, convolve_once
 from resnet_fused.backends._outputs import empty_channels_last, scratch
+from resnet_fused.backends._sizes import pool_shape
 
 # Ops of training, run as they stand there.
 from resnet_fused.backends._training_ops import bn_act as bn_act
@@ -131,11 +132,8 @@ def conv_bn_act_max_pool(
 ) -> Tensor:
     """Run the op as two kernels; the map between them lives in memory that is used again."""
     y = conv_bn_act(x, weight, scale, shift, None, stride, padding, dilation, groups, act)
-    (size, _), (step, _), (pad, _) = pool_size, pool_stride, pool_padding
-    n, o, *spatial = y.shape
-    shape = (n, o, *((length + 2 * pad - size) // step + 1 for length in spatial))
-    pooled = empty_channels_last(shape, y.dtype)
-    bind_max_pool(y, pooled, size, step, pad)()
+    pooled = empty_channels_last(pool_shape(y.shape, pool_size, pool_stride, pool_padding), y.dtype)
+    bind_max_pool(y, pooled, pool_size[0], pool_stride[0], pool_padding[0])()
     return pooled
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 from torch._C import _functorch
 
 from resnet_fused import functional
+from resnet_fused.backends._sizes import output_shape
 from resnet_fused.nn import train
 from resnet_fused.nn.bn import is_batch_norm, is_sharded, scale_shift, uses_batch_statistics
 from resnet_fused.nn.match import Group, Matches
 from resnet_fused.nn.trace import Trace, has_hooks
 from resnet_fused.nn.train import Pending, padding_of, result_dtype
-from resnet_fused.ops.conv_bn_act import output_shape
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.backends import trains
+from resnet_fused.backends._sizes import output_shape
 from resnet_fused.nn import recompute
 from resnet_fused.nn.bn import BATCH_NORMS, sharing_group, uses_batch_statistics
 from resnet_fused.ops import _bn, _direct, _shared
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
-from resnet_fused.ops.conv_bn_act import output_shape
 
 #: The largest side of a pool's window that every backend's byte index can name.
 LARGEST_POOL = 16
@@ -63,14 +63,13 @@ def applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
     raw = x.x if isinstance(x, Pending) else x
     if not uses_batch_statistics(bn) or raw.dim() != 4:
         return False
-    return trains(raw.device, result_dtype(raw), math.inf if shared else _values(conv, raw))
+    values = math.inf if shared else math.prod(_output_shape(conv, raw))
+    return trains(raw.device, result_dtype(raw), values)
 
 
-def _values(conv: nn.Conv2d, x: Tensor) -> int:
-    """Return how many the convolution's result has."""
+def _output_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
     geometry = conv.stride, padding_of(conv), conv.dilation
-    n, o, h, w = output_shape(x.shape, conv.weight.shape, *geometry)
-    return n * o * h * w
+    return output_shape(x.shape, conv.weight.shape, *geometry)
 
 
 def run(
@@ -94,7 +93,7 @@ def run(
     """
     geometry = (conv.stride, padding_of(conv), conv.dilation, conv.groups)
     raw = x.x if isinstance(x, Pending) else x
-    shape = output_shape(raw.shape, conv.weight.shape, *geometry[:3])
+    shape = _output_shape(conv, raw)
     if residual is not None:
         tensor = residual.x if isinstance(residual, Pending) else residual
         if tuple(tensor.shape) != shape or tensor.dtype != result_dtype(raw):

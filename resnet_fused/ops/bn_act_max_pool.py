@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.backends._sizes import pool_shape
 from resnet_fused.ops import _bn, _checks, bn_act
 from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 from resnet_fused.ops._shared import shared
-from resnet_fused.ops.conv_bn_act_max_pool import check_pool, pool_shape
+from resnet_fused.ops.conv_bn_act_max_pool import check_pool
 
 NAME = "bn_act_max_pool"
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.backends._sizes import output_shape
 from resnet_fused.ops import _checks, conv_bn_stats
 from resnet_fused.ops._op import Op
-from resnet_fused.ops.conv_bn_act import check_geometry, output_shape
+from resnet_fused.ops.conv_bn_act import check_geometry
 
 NAME = "conv_backward_data"
 

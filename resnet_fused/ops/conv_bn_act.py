@@ -9,25 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.backends._sizes import output_shape
 from resnet_fused.ops import _checks
 from resnet_fused.ops._op import Op
 
 NAME = "conv_bn_act"
-
-
-def output_shape(
-    x: Sequence[int],
-    weight: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, ...]:
-    """Return (N, O, OH, OW) of a convolution of ``x`` with ``weight`` (O, C/groups, KH, KW)."""
-    spatial = [
-        (x[i + 2] + 2 * padding[i] - dilation[i] * (weight[i + 2] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    ]
-    return (x[0], weight[0], *spatial)
 
 
 def check(

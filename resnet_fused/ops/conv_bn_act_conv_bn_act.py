@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import _sizes
 from resnet_fused.ops import _checks, conv_bn_act
 from resnet_fused.ops._op import Op
 
@@ -25,7 +26,7 @@ def output_shape(
     dilation: Sequence[int],
 ) -> tuple[int, ...]:
     """Return (N, O, OH, OW): the first convolution's pixels, the second one's channels."""
-    n, _, oh, ow = conv_bn_act.output_shape(x, weight, stride, padding, dilation)
+    n, _, oh, ow = _sizes.output_shape(x, weight, stride, padding, dilation)
     return n, weight2[0], oh, ow
 
 

@@ -9,24 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.backends._sizes import output_shape, pool_shape
 from resnet_fused.ops import _checks, conv_bn_act
 from resnet_fused.ops._op import Op
 
 NAME = "conv_bn_act_max_pool"
-
-
-def pool_shape(
-    map_shape: Sequence[int],
-    pool_size: Sequence[int],
-    pool_stride: Sequence[int],
-    pool_padding: Sequence[int],
-) -> tuple[int, ...]:
-    """Return (N, O, PH, PW) of a max pool of a map (N, O, OH, OW)."""
-    spatial = [
-        (map_shape[i + 2] + 2 * pool_padding[i] - pool_size[i]) // pool_stride[i] + 1
-        for i in range(2)
-    ]
-    return (*map_shape[:2], *spatial)
 
 
 def check(
@@ -135,7 +122,7 @@ def fake(
     """Return an empty channels_last tensor of the pooled shape."""
     pool = (pool_size, pool_stride, pool_padding)
     check(x, weight, scale, shift, stride, padding, dilation, groups, act, *pool)
-    shape = conv_bn_act.output_shape(x.shape, weight.shape, stride, padding, dilation)
+    shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
     return _checks.empty_channels_last(x, pool_shape(shape, *pool))
 
 
@@ -181,7 +168,7 @@ def flops(
     **kwargs: Any,
 ) -> int:
     """Those of the convolution, two per multiply-add; the pool costs none."""
-    shape = conv_bn_act.output_shape(x_shape, weight_shape, stride, padding, dilation)
+    shape = output_shape(x_shape, weight_shape, stride, padding, dilation)
     return conv_bn_act.flops(x_shape, weight_shape, out_shape=shape)
 
 
@@ -200,7 +187,7 @@ def nbytes(
     pool_padding: Sequence[int],
 ) -> int:
     """x, weight and the vectors read once, the pooled output written once, the map never."""
-    shape = conv_bn_act.output_shape(x.shape, weight.shape, stride, padding, dilation)
+    shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
     n, o, ph, pw = pool_shape(shape, pool_size, pool_stride, pool_padding)
     read = sum(t.nbytes for t in (x, weight, scale, shift) if t is not None)
     return read + n * o * ph * pw * x.element_size()

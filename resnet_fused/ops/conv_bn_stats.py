@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.backends._sizes import output_shape
 from resnet_fused.ops import _bn, _checks
 from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
-from resnet_fused.ops.conv_bn_act import GEOMETRIES, check_convolution, output_shape, pair
+from resnet_fused.ops.conv_bn_act import GEOMETRIES, check_convolution, pair
 from resnet_fused.ops.conv_bn_act import flops as convolution_flops
 
 NAME = "conv_bn_stats"

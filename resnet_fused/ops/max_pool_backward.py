@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.backends._sizes import pool_shape
 from resnet_fused.ops import _checks, bn_act_max_pool
 from resnet_fused.ops._op import Op
 from resnet_fused.ops.bn_act_max_pool import check_window, corners
-from resnet_fused.ops.conv_bn_act_max_pool import check_pool, pool_shape
+from resnet_fused.ops.conv_bn_act_max_pool import check_pool
 
 NAME = "max_pool_backward"
 

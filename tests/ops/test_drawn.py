@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_contract import assert_contract
 
 import resnet_fused as rf
-from resnet_fused.ops.conv_bn_act import output_shape
+from resnet_fused.backends._sizes import output_shape
 
 fixed = settings(derandomize=True, deadline=None, max_examples=60)
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resnet_fused.backends._sizes import output_size
+
 #: Bytes of an element in each precision; "tf32" is float32 multiplied on tensor cores.
 ITEMSIZE = {"fp16": 2, "bf16": 2, "tf32": 4, "fp32": 4}
 #: With fewer input channels per group, K runs over (tap, channel) as one axis.
@@ -54,13 +56,7 @@ class Problem:
     @property
     def out_size(self) -> tuple[int, int]:
         """Height and width of the output."""
-        oh, ow = (
-            (size + 2 * p - d * (k - 1) - 1) // s + 1
-            for size, k, s, p, d in zip(
-                (self.h, self.w), self.kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
-        return oh, ow
+        return output_size((self.h, self.w), self.kernel, self.stride, self.padding, self.dilation)
 
     @property
     def m(self) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from resnet_fused.backends._sizes import output_size
 from resnet_fused.backends.triton.cost import Arch, arch_of, asynchronous
 from resnet_fused.backends.triton.shapes import ITEMSIZE, Problem, power
 
@@ -60,13 +61,8 @@ class Stem:
     @property
     def out_size(self) -> tuple[int, int]:
         """Height and width of the pooled output."""
-        height, width = (
-            (size + 2 * p - k) // s + 1
-            for size, k, s, p in zip(
-                self.conv.out_size, self.pool_size, self.pool_stride, self.pool_padding, strict=True
-            )
-        )
-        return height, width
+        pool = (self.pool_size, self.pool_stride, self.pool_padding)
+        return output_size(self.conv.out_size, *pool)
 
     @property
     def pairs(self) -> int:

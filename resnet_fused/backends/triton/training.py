@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import _bn_math
+from resnet_fused.backends._sizes import pool_shape
 from resnet_fused.backends.triton.shapes import Problem
 
 if TYPE_CHECKING:
@@ -207,8 +208,7 @@ def bn_act_max_pool(
     """Run the op in one pass: each output normalises what its window holds."""
     from resnet_fused.backends.triton import bn_launch
 
-    sizes = zip(x.shape[2:], pool_size, pool_stride, pool_padding, strict=True)
-    shape = (*x.shape[:2], *((n + 2 * p - k) // s + 1 for n, k, s, p in sizes))
+    shape = pool_shape(x.shape, pool_size, pool_stride, pool_padding)
     y, index = _empty(x, shape), _empty(x, shape, torch.uint8)
     if y.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
