@@ -71,8 +71,10 @@ static inline void add_moments(const typename E::T* x, int64_t c, float* work) {
     // The rows among themselves first: fewer roundings at the size of the whole sum.
     auto sum_r = Vec::zero(), square_r = Vec::zero();
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
+      if (begins_line<typename E::T>(j)) fetch(x + r * c + j);
       bn_add_moments<Vec>(get<E>(x + r * c + j, lanes), s, sum_r, square_r);
+    }
     put<F32>(work + c + j, Vec::add(sum, sum_r), lanes);
     put<F32>(work + 2 * c + j, Vec::add(square, square_r), lanes);
   });
@@ -181,6 +183,13 @@ static inline void add_products(const BnReduceArgs g, int64_t row, float* work) 
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const int64_t i = (row + r) * c + j;
+      if (begins_line<T>(j)) {
+        fetch(static_cast<const T*>(g.grad) + i);
+        fetch(static_cast<const T*>(g.x) + i);
+        if constexpr (M == Mask::from_y) fetch(static_cast<const T*>(g.y) + i);
+        if constexpr (DUAL) fetch(static_cast<const T*>(g.x2) + i);
+        if constexpr (STORE) fetch_to_write(static_cast<const T*>(g.masked) + i);
+      }
       const auto x = get<E>(static_cast<const T*>(g.x) + i, lanes);
       const auto v = masked_gradient<E, M>(g, x, i, j, lanes);
       sum = Vec::add(sum, v);

@@ -56,15 +56,15 @@ bool conv_backward_weight(uintptr_t grad, uintptr_t x, uintptr_t grad_weight, ui
 
 }  // namespace
 
-#define RF_SHAPE                                                                             \
+#define RF_WEIGHT_SHAPE                                                                      \
   py::arg("dtype"), py::arg("n"), py::arg("h"), py::arg("w"), py::arg("c"), py::arg("o"),    \
       py::arg("ph"), py::arg("pw")
 
 void register_conv_backward_weight(py::module_& m) {
-  m.def("conv_backward_weight_scratch_bytes", &scratch_bytes, RF_SHAPE, py::arg("threads"),
+  m.def("conv_backward_weight_scratch_bytes", &scratch_bytes, RF_WEIGHT_SHAPE, py::arg("threads"),
         "Bytes of scratch that conv_backward_weight needs on that many threads.");
   m.def("conv_backward_weight", &conv_backward_weight, py::arg("grad"), py::arg("x"),
-        py::arg("grad_weight"), py::arg("scratch"), py::arg("scratch_bytes"), RF_SHAPE,
+        py::arg("grad_weight"), py::arg("scratch"), py::arg("scratch_bytes"), RF_WEIGHT_SHAPE,
         py::arg("channels_last"), py::arg("threads"),
         "The gradient of the weight (o, c, 3, 3) of a convolution with stride 1, padding ph and pw;\n"
         "whether all of it is finite: where not, NaN and infinity are not yet where they belong.\n\n"

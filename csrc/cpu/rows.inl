@@ -14,6 +14,21 @@ static inline void put(typename E::T* p, typename E::reg v, Full) { E::store(p, 
 template <class E>
 static inline void put(typename E::T* p, typename E::reg v, Vec::mask m) { E::store(p, v, m); }
 
+// How many bytes ahead a reduction asks for what it will read. With the loads and stores of its sums
+// in between, the processor's own prefetching leaves half of the memory's bandwidth unused. Measured
+// on a Zen 5 core, ResNet-50's maps in memory: float32 backward sums 1.2 to 2.4 times faster than
+// without, statistics 1.0 to 1.7, bfloat16 1.0 to 1.6; 2048 bytes gain less, 8192 no more.
+constexpr uintptr_t kAhead = 4096;
+
+static inline const void* ahead(const void* p) {
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kAhead);
+}
+// Whether channel j is the first in a line of the cache, where rows begin with one.
+template <class T>
+static inline bool begins_line(int64_t j) { return j % (int64_t)(64 / sizeof(T)) == 0; }
+static inline void fetch(const void* p) { __builtin_prefetch(ahead(p)); }
+static inline void fetch_to_write(const void* p) { __builtin_prefetch(ahead(p), 1); }
+
 // f(channel, lanes) for each vector of c channels.
 template <class F>
 static inline __attribute__((always_inline)) void each_vector(int64_t c, const F& f) {
