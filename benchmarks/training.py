@@ -114,23 +114,19 @@ def run_case(
     network: Network, case: Case, setup: Setup, method: measure.Method, watch: Watch
 ) -> list[Row]:
     """Return a row per contender: images a second, memory at its highest, bytes kept."""
+    eager_turn = 0.0
+
+    def entered(name: str, prepare: Prepare) -> tuple[Row, Trainer]:
+        nonlocal eager_turn
+        row, trainer = enter(name, prepare, network, case, setup, eager_turn)
+        if name == REFERENCE:
+            eager_turn = row.error or 0.0
+        return row, trainer
+
     with measure.precision(case.dtype):
-        rows: dict[str, Row] = {}
-        steps: dict[str, Trainer] = {}
-        eager_turn = 0.0
-        for name, prepare in method.contenders.items():
-            watch.doing(f"{case}: building {name}", contender=name)
-            try:
-                rows[name], trainer = enter(name, prepare, network, case, setup, eager_turn)
-            except Exception as error:  # its own result; the others must still be measured
-                rows[name] = measure.failed(_row(network, case, name), error)
-                continue
-            if name == REFERENCE:
-                eager_turn = rows[name].error or 0.0
-            if rows[name].verdict == OK:
-                steps[name] = trainer
-        seconds = method.time(steps, lambda done: watch.doing(f"{case}: round {done}"))
-    return [measure.with_speed(row, seconds) for row in rows.values()]
+        return measure.run_entered(
+            case, method, entered, functools.partial(_row, network, case), watch
+        )
 
 
 def _row(network: Network, case: Case, name: str) -> Row:

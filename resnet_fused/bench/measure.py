@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from resnet_fused.bench import accuracy, memory, timing
@@ -24,22 +25,31 @@ from resnet_fused.bench.results import FAILED, OK, OUT_OF_MEMORY, SKIPPED, WRONG
 class Method:
     """Who takes part in a case, and how long and by which clock they are timed."""
 
-    #: By name, how each is built: a `Build`, or for training what makes a network ready for it.
+    #: By name, how each is built: a `Build`, for training what makes a network ready for it, for a
+    #: pass of BatchNorm what makes a call of its maps.
     contenders: Mapping[str, Callable[..., Any]]
     #: Asked for when the timing begins, after the building and checking.
     rounds: Callable[[], timing.Rounds]
     clock: timing.Clock
-    #: Whether a sample is one call: see `timing.interleave`.
-    single: bool = False
+    #: What a call finds in the caches, which the clock empties unless they are hot.
+    caches: str = timing.HOT
 
     def time(
-        self, runs: Mapping[str, Callable[[], object]], on_round: Callable[[int], None]
+        self,
+        runs: Mapping[str, Callable[[], object]],
+        on_round: Callable[[int], None],
+        feeds: Mapping[str, Callable[[], object]] | None = None,
     ) -> dict[str, list[float]]:
         """Return the seconds per call of every run, one value per round."""
         if not runs:
             return {}
         return timing.interleave(
-            runs, self.rounds(), clock=self.clock, single=self.single, on_round=on_round
+            runs,
+            self.rounds(),
+            clock=self.clock,
+            single=self.caches != timing.HOT,
+            feeds=feeds if self.caches == timing.FED else None,
+            on_round=on_round,
         )
 
 
@@ -55,6 +65,11 @@ class Entry:
         """Run once on the example: what is timed."""
         assert self.runner is not None
         return self.runner.run(self.input)
+
+    def feed(self) -> None:
+        """Write the input anew where it lies, as the layer before would have."""
+        if isinstance(self.input, torch.Tensor | np.ndarray):  # not JAX's, which are read only
+            torch.as_tensor(self.input).mul_(1)
 
 
 def contenders(peers: tuple[str, ...]) -> dict[str, Build]:
@@ -89,6 +104,34 @@ def precision(dtype: str) -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def run_entered(
+    case: Case,
+    method: Method,
+    enter: Callable[[str, Callable[..., Any]], tuple[Row, Callable[[], object]]],
+    blank: Callable[[str], Row],
+    watch: Watch,
+) -> list[Row]:
+    """Return a row per contender: `enter` builds and judges one, those that are right are timed.
+
+    `blank` gives the row of one that an error ended.
+    """
+    _forget_compiled()
+    rows: dict[str, Row] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    for name, build in method.contenders.items():
+        watch.doing(f"{case}: building {name}", contender=name)
+        try:
+            rows[name], run = enter(name, build)
+        # Whatever a contender dies of is its own result; the others must still be measured.
+        except Exception as error:
+            rows[name] = failed(blank(name), error)
+            continue
+        if rows[name].verdict == OK:
+            runs[name] = run
+    seconds = method.time(runs, lambda done: watch.doing(f"{case}: round {done}"))
+    return [with_speed(row, seconds) for row in rows.values()]
 
 
 def with_speed(row: Row, seconds: Mapping[str, list[float]]) -> Row:
@@ -145,9 +188,11 @@ def _run_case(
     network: Network, case: Case, setup: Setup, method: Method, watch: Watch
 ) -> list[Row]:
     entries = entered(network, case, setup, method.contenders, watch)
-    runs = {entry.row.contender: entry.call for entry in entries if entry.row.verdict == OK}
+    timed = {entry.row.contender: entry for entry in entries if entry.row.verdict == OK}
+    runs = {name: entry.call for name, entry in timed.items()}
+    feeds = {name: entry.feed for name, entry in timed.items()}
     with torch.inference_mode():
-        seconds = method.time(runs, lambda done: watch.doing(f"{case}: round {done}"))
+        seconds = method.time(runs, lambda done: watch.doing(f"{case}: round {done}"), feeds)
     for entry in entries:
         row = entry.row
         if row.verdict == OK and entry.runner:

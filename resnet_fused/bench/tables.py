@@ -88,14 +88,21 @@ def closing_lines(record: Record) -> list[str]:
     for name, mean in geometric_means(record.rows).items():
         right = sum(row.contender == name and row.ratio is not None for row in record.rows)
         lines.append(f"{name}: {mean:.2f}x {REFERENCE}, geometric mean of {right} cases of {total}")
-    for row in record.rows:
-        if row.verdict not in (OK, SKIPPED):
-            lines.append(f"{row.verdict}: {row.case} {row.contender}: {row.note}")
     device = record.conditions.get("device_kind", "cpu")
-    return [*lines, *_noise(record.rows), *notes(device)]
+    return [*lines, *faults(record.rows), *noise(record.rows), *notes(device)]
 
 
-def _noise(rows: Sequence[Row]) -> list[str]:
+def faults(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each row that has no time, but for those that were not to run."""
+    return [
+        f"{row.verdict}: {row.case} {row.contender}: {row.note}"
+        for row in rows
+        if row.verdict not in (OK, SKIPPED)
+    ]
+
+
+def noise(rows: Sequence[Row]) -> list[str]:
+    """Return a warning where something else was using the machine."""
     noisy = {row.case for row in rows if row.img_s and row.img_s.p80 > NOISY * row.img_s.p20}
     if not noisy:
         return []
@@ -168,6 +175,11 @@ def ratio_text(ratio: Spread | None) -> str:
     return f"{same}{ratio.median:.2f}x"
 
 
+def mean_text(ratios: Sequence[float]) -> str:
+    """Return the geometric mean of ratios as the tables show it."""
+    return f"{statistics.geometric_mean(ratios):.2f}x" if ratios else NONE
+
+
 def _model_grid(name: str, rows: Sequence[Row]) -> Grid:
     columns = (
         "dtype", "batch", "run", "img/s", "p20-p80", "GFLOP/s", "ratio", "error", "peak MiB",
@@ -221,13 +233,13 @@ def _peer_grid(rows: Sequence[Row]) -> Grid | None:
             str(cell.case.batch),
             cell.peer,
             f"{cell.peer_img_s:.1f}",
-            f"{cell.frozen_img_s:.1f}" if cell.frozen_img_s else NONE,
+            f"{cell.own_img_s:.1f}" if cell.own_img_s else NONE,
             ratio_text(cell.ratio),
         ]
         for cell in cells
     ]
     ratios = [cell.ratio.median for cell in cells if cell.ratio]
-    mean = f"{statistics.geometric_mean(ratios):.2f}x" if ratios else NONE
+    mean = mean_text(ratios)
     total = f"geometric mean, {len(ratios)} of {len(cells)}"
     return Grid(
         title="frozen against the quickest peer of each case",
