@@ -40,7 +40,8 @@ Seconds: TypeAlias = Annotated[
 Caches: TypeAlias = Annotated[
     str | None,
     typer.Option("--cache", help="What a call finds in the caches. fed: its input, just written, "
-                 "as a layer in a model does. cold: nothing. hot: what the call before left.",
+                 "and the code, but no weights, as a layer in a model does. cold: nothing. hot: "
+                 "what the call before left.",
                  show_default="fed for ops and blocks, else hot"),
 ]  # fmt: skip
 Graphs: TypeAlias = Annotated[

@@ -43,8 +43,8 @@ CSV_COLUMNS = (
     "saved_mib", "note",
 )  # fmt: skip
 CACHES = (
-    "Hot: each call finds what the one before left; fed: its input, just written, as a layer in a "
-    "model does, the rest (weights, residual) comes from memory; cold: all does."
+    "Hot: each call finds what the one before left; fed: its input, just written, and the code, as "
+    "a layer in a model does, but weights and residual come from memory; cold: all does."
 )
 _BOUND = (
     "bound: the longer of operations / peak and bytes / bandwidth, with the peaks of this run. "

@@ -33,8 +33,8 @@ DEFAULT_PEERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 SECONDS: Mapping[str, float] = {
     OP: 0.5, BLOCK: 0.5, INFERENCE: 3.0, COLD: 0.0, TRAINING: 5.0, PASS: 0.5,
 }  # fmt: skip
-#: Unless others are asked for: in a model, a layer's input has just been written, and its weights
-#: have been pushed out by the other layers.
+#: Unless others are asked for. In a model a layer's input has just been written, as far as a cache
+#: holds it, and its weights have been pushed out by those of the other layers.
 CACHES: Mapping[str, str] = {**dict.fromkeys(LEVELS, HOT), OP: FED, BLOCK: FED}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,6 +54,11 @@ class Method:
         )
 
 
+#: Seconds that a twin runs before a call whose input alone shall be in the caches: after some
+#: milliseconds of waiting for memory a Zen 5 takes as long to be at full speed again.
+WARM_S = 0.005
+
+
 @dataclass
 class Entry:
     """A contender in one case: what is known of it so far."""
@@ -60,6 +66,8 @@ class Entry:
     row: Row
     runner: Runner | None = None
     input: Any = None
+    #: A call of another instance, with weights of its own.
+    twin: Callable[[], object] = timing.nothing
 
     def call(self) -> object:
         """Run once on the example: what is timed."""
@@ -67,7 +75,10 @@ class Entry:
         return self.runner.run(self.input)
 
     def feed(self) -> None:
-        """Write the input anew where it lies, as the layer before would have."""
+        """Leave the caches as the layer before would have: code warm, the input just written."""
+        ends = time.perf_counter() + WARM_S
+        while time.perf_counter() < ends:
+            self.twin()
         if isinstance(self.input, torch.Tensor | np.ndarray):  # not JAX's, which are read only
             torch.as_tensor(self.input).mul_(1)
 
@@ -167,14 +178,23 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def entered(
-    network: Network, case: Case, setup: Setup, builds: Mapping[str, Build], watch: Watch
+    network: Network,
+    case: Case,
+    setup: Setup,
+    builds: Mapping[str, Build],
+    watch: Watch,
+    *,
+    twins: bool = False,
 ) -> list[Entry]:
-    """Build every contender, the reference first, and hold its answer to the rule."""
+    """Build every contender, and its twin if asked for, and hold its answer to the rule.
+
+    The reference comes first.
+    """
     entries: list[Entry] = []
     eager_error = math.inf
     for name, build in builds.items():
         watch.doing(f"{case}: building {name}", contender=name)
-        entry = _enter(name, build, network, case, setup)
+        entry = _enter(name, build, network, case, setup, twins=twins)
         if entry.runner:
             error = _error(entry.runner, case, network)
             eager_error = error if name == REFERENCE else eager_error
@@ -187,7 +207,8 @@ def entered(
 def _run_case(
     network: Network, case: Case, setup: Setup, method: Method, watch: Watch
 ) -> list[Row]:
-    entries = entered(network, case, setup, method.contenders, watch)
+    twins = method.caches == timing.FED
+    entries = entered(network, case, setup, method.contenders, watch, twins=twins)
     timed = {entry.row.contender: entry for entry in entries if entry.row.verdict == OK}
     runs = {name: entry.call for name, entry in timed.items()}
     feeds = {name: entry.feed for name, entry in timed.items()}
@@ -208,7 +229,9 @@ def _forget_compiled() -> None:
         torch._dynamo.reset()
 
 
-def _enter(name: str, build: Build, network: Network, case: Case, setup: Setup) -> Entry:
+def _enter(
+    name: str, build: Build, network: Network, case: Case, setup: Setup, *, twins: bool
+) -> Entry:
     """Build a contender and run it twice, the second time for its peak memory."""
     row = Row(case, name, OK, network.macs / 1e9, network.params / 1e6)
     declined = PEERS[name].declines(setup.dtype, setup.device) if name in PEERS else None
@@ -224,11 +247,19 @@ def _enter(name: str, build: Build, network: Network, case: Case, setup: Setup) 
             runner.run(example)
             meter.restart()
             runner.run(example)
+        peak = memory.growth_mib(before, meter.peak())
+        twin = _call(build(setup), setup) if twins else timing.nothing
     # Whatever a contender dies of is its own result; the others must still be measured.
     except Exception as error:
         return Entry(failed(row, error))
-    peak = memory.growth_mib(before, meter.peak())
-    return Entry(replace(row, peak_mib=peak), runner, example)
+    return Entry(replace(row, peak_mib=peak), runner, example, twin)
+
+
+def _call(runner: Runner, setup: Setup) -> Callable[[], object]:
+    with torch.inference_mode():
+        example = runner.prepare(setup.example)
+        runner.run(example)
+    return lambda: runner.run(example)
 
 
 def _error(runner: Runner, case: Case, network: Network) -> float:

@@ -21,8 +21,8 @@ from resnet_fused.tuning.measure import CudaClock
 
 T = TypeVar("T")
 #: What a call finds in the caches. Hot: all that the call before it left there, as in a loop over
-#: one layer. Fed: its input, just written, and nothing else, as a layer in a model does. Cold:
-#: nothing.
+#: one layer. Fed: its input, just written, and the code, but none of its weights, as a layer in a
+#: model does. Cold: nothing.
 CACHES = HOT, FED, COLD = ("hot", "fed", "cold")
 
 SHORTEST_SAMPLE_S = 0.04

@@ -70,8 +70,11 @@ def test_a_cold_sample_is_one_call() -> None:
 
 @pytest.mark.parametrize("given", [torch.tensor([1.0, -2.0]), np.array([1.0, -2.0], np.float32)])
 def test_feeding_writes_the_same_input_where_it_lies(given: torch.Tensor | np.ndarray) -> None:
-    entry = measure.Entry(Row(Case("m", "float32", 1), "fused", OK, 1.0, 1.0), input=given)
+    calls: list[int] = []
+    row = Row(Case("m", "float32", 1), "fused", OK, 1.0, 1.0)
+    entry = measure.Entry(row, input=given, twin=lambda: calls.append(1))
     entry.feed()
+    assert calls
     assert entry.input is given
     assert list(given) == [1.0, -2.0]
 

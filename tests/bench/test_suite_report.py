@@ -111,7 +111,7 @@ def test_the_terminal_shows_every_level_and_what_is_absent(whole: Record) -> Non
     report.show(whole, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for words in ("ops fp32 batch 2", "blocks fp32", "Cold start", "A training step", "time lost",
-                  "absent: cudnn is away", "fp32 1 TFLOP/s, 100 GB/s", 
+                  "absent: cudnn is away", "fp32 1 TFLOP/s, 100 GB/s",
                   "caches: op fed, cold hot. Hot:",
                   "CRASHED: 256x56x56 bottleneck 64 fp32 batch 2 frozen: ended by"):  # fmt: skip
         assert words in text, words
