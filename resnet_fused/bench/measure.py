@@ -172,9 +172,10 @@ def failed(row: Row, error: BaseException) -> Row:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # What torch's CPU allocator raises is a RuntimeError like any other.
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    # What torch's CPU allocator raises is a RuntimeError like any other, and what another process
+    # died of is known by its words alone.
+    kinds, words = (MemoryError, torch.OutOfMemoryError), ("can't allocate memory", "out of memory")
+    return isinstance(error, kinds) or any(word in str(error).lower() for word in words)
 
 
 def entered(

@@ -187,13 +187,20 @@ def _model_grid(name: str, rows: Sequence[Row]) -> Grid:
     last_of_case = {row.case: index for index, row in enumerate(rows)}
     cells = [_cells(row, first=_is_first(rows, index)) for index, row in enumerate(rows)]
     return Grid(
-        title=f"{name}: {rows[0].gmacs:.3f} GMACs an image, {rows[0].mparams:.2f} M parameters",
+        title=_model_title(name, rows),
         columns=columns,
         rows=cells,
         left=("dtype", "run"),
         breaks=frozenset(last_of_case.values()),
         styles={index: _style(row) for index, row in enumerate(rows)},
     )
+
+
+def _model_title(name: str, rows: Sequence[Row]) -> str:
+    counted = next((row for row in rows if row.gmacs), None)
+    if counted is None:  # no contender lived to count them
+        return name
+    return f"{name}: {counted.gmacs:.3f} GMACs an image, {counted.mparams:.2f} M parameters"
 
 
 def _is_first(rows: Sequence[Row], index: int) -> bool:

@@ -20,10 +20,12 @@ from resnet_fused.bench.progress import Watch
 from resnet_fused.bench.results import (
     BLOCK,
     COLD,
+    FAILED,
     INFERENCE,
     LEVELS,
     OK,
     OP,
+    OUT_OF_MEMORY,
     PASS,
     TRAINING,
     Case,
@@ -193,16 +195,24 @@ def test_a_cold_start_tells_its_stages(small: Suite, tmp_path: Path,
         assert row.img_s is not None
 
 
+@pytest.mark.parametrize(
+    ("last", "verdict"),
+    [
+        ("ImportError: no torch", FAILED),
+        ("RuntimeError: [x] DefaultCPUAllocator: can't allocate memory: you tried", OUT_OF_MEMORY),
+        ("torch.OutOfMemoryError: CUDA out of memory.", OUT_OF_MEMORY),
+    ],
+)
 def test_a_cold_start_that_fails_says_why(
-    small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    last: str, verdict: str, small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken:
-        returncode, stdout, stderr = 1, "", "Traceback\nImportError: no torch"
+        returncode, stdout, stderr = 1, "", f"Traceback\n{last}"
 
     monkeypatch.setattr(cold.subprocess, "run", lambda *args, **options: Broken())
     case = Case(NAME, "float32", 1, COLD)
     (row,) = levels.run_case(small, case, ("eager",), None, tmp_path, watch=Watch())
-    assert (row.verdict, row.note) == ("FAILED", "ImportError: no torch")
+    assert (row.verdict, row.note) == (verdict, last)
 
 
 def test_the_exact_gradient_is_that_of_the_repeated_images(small: Suite) -> None:
