@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import bn, charts, limits, page, summaries
+from benchmarks import bn, charts, limits, page
 from benchmarks.cold import STAGES
 from benchmarks.peaks import Peaks
 from resnet_fused.bench import tables
-from resnet_fused.bench.contenders import REFERENCE
+from resnet_fused.bench.contenders import FUSED, REFERENCE
 from resnet_fused.bench.options import SHORT_DTYPES
 from resnet_fused.bench.results import (
     BLOCK,
@@ -83,7 +83,6 @@ def grids(record: Record, most: int | None = limits.MOST) -> list[Grid]:
             found += tables.grids(part)
         else:
             found.append(_OF_LEVEL[level](part.rows))
-            found += summaries.training(part) if level == TRAINING else []
     return [*found, *limits.grids(record, most)]
 
 
@@ -214,11 +213,11 @@ def _passes(rows: Sequence[Row]) -> Grid:
     return Grid(title, columns, cells, left=("pass", "dtype"))
 
 
-def _against(other: Row | None, kernel: Row) -> str:
-    if other is None or not other.seconds or not kernel.seconds:
+def _against(other: Row | None, own: Row | None) -> str:
+    """Return how many times faster the package's own contender is than another."""
+    if other is None or own is None or not other.seconds or not own.seconds:
         return NONE if other is None or other.verdict == OK else other.verdict
-    ratio = paired_ratio(other.seconds, kernel.seconds)
-    return f"{ratio_text(ratio)} ({ratio.p20:.2f}-{ratio.p80:.2f})"
+    return ratio_text(paired_ratio(other.seconds, own.seconds), spread=other is not own)
 
 
 def _starts(rows: Sequence[Row]) -> Grid:
@@ -236,12 +235,14 @@ def _starts(rows: Sequence[Row]) -> Grid:
 
 
 def _training(rows: Sequence[Row]) -> Grid:
+    found = {(row.case, row.contender): row for row in rows}
     cells = [
         [
             row.case.model, SHORT_DTYPES[row.case.dtype], str(row.case.batch), row.contender,
             f"{row.img_s.median:.2f}" if row.img_s else row.verdict,
             f"{row.img_s.p20:.2f}-{row.img_s.p80:.2f}" if row.img_s else NONE,
-            ratio_text(row.ratio),
+            ratio_text(row.ratio, spread=True),
+            _against(row, found.get((row.case, FUSED))),
             NONE if row.error is None else f"{row.error:.1e}",
             NONE if row.saved_mib is None else f"{row.saved_mib:.1f}",
             NONE if row.peak_mib is None else f"{row.peak_mib:.0f}",
@@ -249,8 +250,8 @@ def _training(rows: Sequence[Row]) -> Grid:
         for row in rows
         if row.verdict != SKIPPED
     ]  # fmt: skip
-    columns = ("model", "dtype", "batch", "run", "img/s", "p20-p80", "ratio", "error", "kept MiB",
-               "peak MiB")  # fmt: skip
+    columns = ("model", "dtype", "batch", "run", "img/s", "p20-p80", "ratio (p20-p80)",
+               "fused / it", "error", "kept MiB", "peak MiB")  # fmt: skip
     return Grid("A training step", columns, cells, left=("model", "dtype", "run"))
 
 

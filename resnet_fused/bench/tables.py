@@ -167,12 +167,13 @@ def markdown(record: Record) -> str:
     return "\n\n".join([*head, *tables, closing]) + "\n"
 
 
-def ratio_text(ratio: Spread | None) -> str:
+def ratio_text(ratio: Spread | None, *, spread: bool = False) -> str:
     """Return a ratio as the tables show it, marked where its range has 1 in it."""
     if ratio is None:
         return NONE
     same = SAME if ratio.covers(1) and ratio.p20 != ratio.p80 else ""
-    return f"{same}{ratio.median:.2f}x"
+    around = f" ({ratio.p20:.2f}-{ratio.p80:.2f})" if spread else ""
+    return f"{same}{ratio.median:.2f}x{around}"
 
 
 def mean_text(ratios: Sequence[float]) -> str:
