@@ -13,7 +13,7 @@ import typer
 from benchmarks import asked, bn, documents, report, runner, suite
 from benchmarks.suite import Suite
 from resnet_fused.backends import cpu
-from resnet_fused.bench import conditions, options, results, terminal
+from resnet_fused.bench import conditions, options, photos, results, terminal
 from resnet_fused.bench.options import Settings, UsageError
 from resnet_fused.bench.results import (
     BLOCK,
@@ -99,6 +99,8 @@ def _measuring(*levels: str) -> Callable[..., None]:
                 backend=backend, rounds=rounds, seed=seed, images=images, peers=None,
                 out=out or Path("out") / str(context.info_name),
             )  # fmt: skip
+            if set(levels) - {OP, BLOCK}:  # before the run, not in its first case
+                photos.load(images, 1)
             by_level, absent = suite.peers_by_level(
                 "--peers", options.split(peers), settings.device
             )

@@ -22,6 +22,8 @@ from resnet_fused.roofline import Device, Schedule, roofline
 
 #: Rows of the square matrices, and bytes of the copy: far more than any cache holds.
 MATRIX = {"cpu": 2048, "cuda": 8192}
+#: Where a product is imitated, as float16's on most CPUs, it would last minutes: smaller ones then.
+SMALLEST, LONGEST_S = 256, 1.0
 COPIED = {"cpu": 2**28, "cuda": 2**31}
 #: Samples of each, and the least seconds that they take: a neighbour may halve some of them.
 SAMPLES, SECONDS = 5, 1.0
@@ -66,11 +68,20 @@ def measured(device: str, dtypes: Sequence[str], threads: int, *, watch: Watch) 
 
 
 def _product(device: str, dtype: str) -> float:
-    n = MATRIX[device]
+    clock, n = timing.clock_for(device), SMALLEST
+    with precision(dtype):
+        run = _multiplied(device, dtype, n)
+        run()  # the first one loads the library
+        while n < MATRIX[device] and 8 * clock(run, 1) < LONGEST_S:
+            n *= 2
+            run = _multiplied(device, dtype, n)
+        return float(2 * n**3 / _best(device, run))
+
+
+def _multiplied(device: str, dtype: str, n: int) -> Callable[[], object]:
     a, b = torch.randn(2, n, n, device=device).to(PRECISIONS[dtype])
     out = torch.empty_like(a)
-    with precision(dtype):
-        return float(2 * n**3 / _best(device, lambda: torch.mm(a, b, out=out)))
+    return lambda: torch.mm(a, b, out=out)
 
 
 def _best(device: str, run: Callable[[], object]) -> float:

@@ -102,6 +102,8 @@ def peers_by_level(
             one_of(option, name, [*PEERS, "all", "none"])
             if name not in PEERS:
                 raise UsageError(f"{option}: {name!r} stands alone, without other names")
+            if device not in PEERS[name].devices:
+                raise UsageError(f"{option}: {name} {_why_not(name, device)}")
         return dict.fromkeys(DEFAULT_PEERS[device], usable_peers(option, asked)), {}
     every = dict.fromkeys(DEFAULT_PEERS[device], tuple(PEERS))
     wanted = every if asked else DEFAULT_PEERS[device]

@@ -94,7 +94,7 @@ def run_case(network: Network, case: Case, setup: Setup, method: Method, watch: 
     A contender whose answer is wrong before the timing is not timed, and one whose answer is wrong
     after it (a reused buffer, say) loses its times.
     """
-    _forget_compiled()
+    forget_compiled()
     with precision(case.dtype):
         return _run_case(network, case, setup, method, watch)
 
@@ -128,7 +128,7 @@ def run_entered(
 
     `blank` gives the row of one that an error ended.
     """
-    _forget_compiled()
+    forget_compiled()
     rows: dict[str, Row] = {}
     runs: dict[str, Callable[[], object]] = {}
     for name, build in method.contenders.items():
@@ -224,7 +224,7 @@ def _run_case(
     return [with_speed(entry.row, right) for entry in entries]
 
 
-def _forget_compiled() -> None:
+def forget_compiled() -> None:
     """Forget what torch.compile made for cases before: past some eight it would give up."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -280,5 +280,9 @@ def judged(row: Row, error: float, allowed: float) -> Row:
     else:
         verdict, note = WRONG, "output of the wrong shape or not finite"
     return replace(
-        row, verdict=verdict, error=error if finite else None, allowed_error=allowed, note=note
+        row,
+        verdict=verdict,
+        error=error if finite else None,
+        allowed_error=allowed if math.isfinite(allowed) else None,
+        note=note,
     )

@@ -29,6 +29,8 @@ from resnet_fused.bench.results import (
     PASS,
     TRAINING,
     Case,
+    Record,
+    save,
 )
 from resnet_fused.flops import count
 from resnet_fused.models import create_model
@@ -157,6 +159,32 @@ def test_training_is_held_to_the_gradient_and_keeps_less(small: Suite, tmp_path:
     assert fused.saved_mib is not None
     assert fused.saved_mib < eager.saved_mib
     assert fused.img_s is not None
+
+
+def test_a_float16_gradient_that_overflows_is_computed_again_with_less_scale() -> None:
+    """1000 times the loss: at GradScaler's first factor float16 overflows."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
+    x, target = torch.randn(2, 3, 2, 2), torch.tensor([2, 7])
+
+    def louder(network: torch.nn.Module) -> object:
+        return lambda x: 1000 * network(x)
+
+    low, exact = (
+        training.Trainer(model, x, target, dtype, louder).gradient()
+        for dtype in (torch.float16, torch.float32)
+    )
+    assert low.isfinite().all()
+    assert float((low - exact).norm() / exact.norm()) < 0.05
+
+
+def test_a_gradient_that_is_not_finite_is_recorded(
+    small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "OWN", {"eager": lambda model: lambda x: torch.nan * model(x)})
+    case = Case(NAME, "float32", 2, TRAINING)
+    (row,) = levels.run_case(small, case, ("eager",), None, tmp_path, watch=Watch())
+    assert row.verdict == "WRONG"
+    save(Record({}, [row]), tmp_path / "suite.json")
 
 
 def test_a_wrong_gradient_has_no_speed(
