@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from resnet_fused.bench import timing
@@ -24,6 +25,8 @@ from resnet_fused.roofline import Device, Schedule, roofline
 MATRIX = {"cpu": 2048, "cuda": 8192}
 #: Where a product is imitated, as float16's on most CPUs, it would last minutes: smaller ones then.
 SMALLEST, LONGEST_S = 256, 1.0
+#: Images, channels in and out, height and width of a 3x3 convolution.
+CONVOLUTION = (8, 256, 28)
 COPIED = {"cpu": 2**28, "cuda": 2**31}
 #: Samples of each, and the least seconds that they take: a neighbour may halve some of them.
 SAMPLES, SECONDS = 5, 1.0
@@ -31,7 +34,7 @@ SAMPLES, SECONDS = 5, 1.0
 
 @dataclass(frozen=True)
 class Peaks:
-    """Operations a second of a large matrix product by dtype, bytes a second of a large copy."""
+    """Operations a second of large products by dtype, bytes a second of a large copy."""
 
     flops: dict[str, float]
     bandwidth: float
@@ -59,8 +62,10 @@ class Peaks:
 def measured(device: str, dtypes: Sequence[str], threads: int, *, watch: Watch) -> Peaks:
     """Measure the device: the best of a few products and copies, as nothing can be faster."""
     torch.set_num_threads(threads)
-    watch.doing("peaks of the device: matrix products, a copy")
+    watch.doing("peaks of the device: products, a copy")
     flops = {dtype: _product(device, dtype) for dtype in dtypes}
+    if device == "cpu":
+        flops = {dtype: max(found, _convolution(dtype)) for dtype, found in flops.items()}
     source = torch.ones(COPIED[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     # A byte copied is read once and written once.
@@ -76,6 +81,22 @@ def _product(device: str, dtype: str) -> float:
             n *= 2
             run = _multiplied(device, dtype, n)
         return float(2 * n**3 / _best(device, run))
+
+
+def _convolution(dtype: str) -> float:
+    """Return the rate of a convolution, which oneDNN computes as the direct sum.
+
+    torch's matrix product of float32 is MKL's, which leaves half of an AMD CPU's width unused.
+    (On a GPU cuDNN might transform it, and so pass what the device can do.)
+    """
+    batch, channels, size = CONVOLUTION
+    x, weight = (
+        torch.randn(shape).to(PRECISIONS[dtype]).contiguous(memory_format=torch.channels_last)
+        for shape in ((batch, channels, size, size), (channels, channels, 3, 3))
+    )
+    flops = 2 * batch * size**2 * 9 * channels**2
+    with torch.inference_mode():
+        return float(flops / _best("cpu", lambda: F.conv2d(x, weight, padding=1)))
 
 
 def _multiplied(device: str, dtype: str, n: int) -> Callable[[], object]:

@@ -47,7 +47,8 @@ CACHES = (
     "a layer in a model does, but weights and residual come from memory; cold: all does."
 )
 _BOUND = (
-    "bound: the longer of operations / peak and bytes / bandwidth, with the peaks of this run. "
+    "bound: the longer of operations / peak and bytes / bandwidth, with the peaks of this run: a "
+    "matrix product's or, on a CPU, a convolution's, whichever is faster, and a copy's. "
     "Operations are those of direct convolution: Winograd may pass its bound."
 )
 #: By level, what its tables do not say themselves.

@@ -90,6 +90,7 @@ def test_the_command_leaves_a_record_like_any_other(
 
     monkeypatch.setattr("benchmarks.runner.Worker", Here)
     monkeypatch.setattr("benchmarks.peaks.MATRIX", {"cpu": 32})
+    monkeypatch.setattr("benchmarks.peaks.CONVOLUTION", (1, 8, 4))
     monkeypatch.setattr("benchmarks.peaks.SECONDS", 0.0)
     monkeypatch.setattr("benchmarks.peaks.COPIED", {"cpu": 2**12})
     words = ["bn", "-b", "2", "--rounds", "2", "--threads", "1", "--out", str(tmp_path)]
