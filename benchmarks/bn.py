@@ -165,30 +165,25 @@ def _stats_inductor(m: Maps) -> Call:
 
 
 def _backward_kernel(m: Maps) -> Call:
-    x, grad, y, masked = m.maps
-
-    def run() -> tuple[Tensor, Tensor]:
-        sum_g, sum_gx = kernels.bn_act_backward_reduce(grad, x, m.mean, y=y, masked=masked)
-        n, a = x[:, 0].numel(), m.scale * m.invstd
-        b = -a * m.invstd**2 * sum_gx / n
-        d = -a * sum_g / n - b * m.mean
-        return kernels.bn_act_backward_apply(masked, x, a, b, d, relu=False), masked
-
-    return run
+    x, grad, y = m.maps
+    var, wanted = m.invstd**-2, (True, True, True, True)
+    return lambda: kernels.bn_act_backward(
+        grad, x, m.mean, var, m.scale, m.shift, 0.0, y=y, wanted=wanted
+    )
 
 
 def _backward_torch(
     m: Maps, made: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run
 ) -> Call:
-    """ReLU's mask is read off y; both gradients, the residual's being the masked one."""
-    x, grad, y, _ = m.maps
+    """ReLU's mask is read off y; all gradients, the residual's being the masked one."""
+    x, grad, y = m.maps
 
-    def backward(grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         masked = torch.ops.aten.threshold_backward(grad, y, 0)
-        grad_x, *_ = torch.ops.aten.native_batch_norm_backward(
+        grads = torch.ops.aten.native_batch_norm_backward(
             masked, x, m.scale, None, None, m.mean, m.invstd, True, 1e-5, [True, True, True]
         )
-        return grad_x, masked
+        return *grads, masked
 
     run = made(backward)
     return lambda: run(grad, x, y)
@@ -220,7 +215,7 @@ PASSES: Mapping[str, Pass] = {
             KERNEL: _backward_kernel,
             INDUCTOR: lambda m: _backward_torch(m, torch.compile),
         },
-        drawn=4,
+        drawn=3,
         moved=5,
     ),
 }
