@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from benchmarks import bn, readme, report, runner, suite
+from benchmarks import asked, bn, documents, report, runner, suite
 from benchmarks.suite import Suite
 from resnet_fused.backends import cpu
-from resnet_fused.bench import conditions, options, results, terminal, timing
-from resnet_fused.bench.options import UsageError
-from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, LEVELS, OP, TRAINING, Record
+from resnet_fused.bench import conditions, options, photos, results, terminal
+from resnet_fused.bench.options import Settings, UsageError
+from resnet_fused.bench.results import (
+    BLOCK,
+    COLD,
+    INFERENCE,
+    LEVELS,
+    OP,
+    PASS,
+    TRAINING,
+    Record,
+)
+from resnet_fused.bench.timing import CACHES
 
 PROGRAM = "python -m benchmarks"
-CACHES = ("cold", "hot")
 
 app = typer.Typer(
     rich_markup_mode="rich",
@@ -29,25 +37,35 @@ app = typer.Typer(
     help="Measure ResNets from one op to a training step, on a CPU or a GPU.\n\n"
     "Every contender of a case runs in the same interleaved rounds and is held against float64 "
     "first. A case that crashes, hangs or runs out of memory is recorded as such, and the run "
-    "goes on; an interrupted one goes on with --resume.",
+    "goes on; an interrupted one goes on with --resume.\n\n"
+    "A run writes suite.json (the record: every round, and the conditions), .csv, .md, .html and "
+    "pictures into --out. A record can be compared, shown again, and kept for the documents.\n\n"
+    "Exit codes: 0 all right; 1 a wrong answer, a failure, or a regression past a threshold; "
+    "2 cannot be done as asked; 130 interrupted.",
     epilog="[bold]Examples[/bold]\n\n"
-    "python -m benchmarks ops -m resnet50 -b 8  [dim]# which layer loses the most time[/dim]\n\n"
-    "python -m benchmarks models --device cuda --dtype tf32,bf16,fp16 --batch 1,32,256\n\n"
-    "python -m benchmarks training --peers inductor-default\n\n"
-    "python -m benchmarks compare old/suite.json new/suite.json --threshold 0.05",
+    "python -m benchmarks ops -m resnet50 -b 8  [dim]# which layer loses most[/dim]\n\n"
+    "python -m benchmarks models --device cuda -d tf32,bf16 -b 1,32,256\n\n"
+    "python -m benchmarks training --peers inductor-default --minutes 20\n\n"
+    "python -m benchmarks training --resume  [dim]# the rest of it[/dim]\n\n"
+    "python -m benchmarks compare old/suite.json new/suite.json --threshold 0.05\n\n"
+    "python -m benchmarks keep out/training/suite.json cpu-zen5-training\n\n"
+    "python -m benchmarks --save-table README.md --save-table benchmarks/CPU.md",
 )
 
 
 @app.callback(invoke_without_command=True)
 def _root(
     save_table: Annotated[
-        Path | None,
-        typer.Option(help="A README: its results are written anew from benchmarks/results/*.json."),
+        list[Path] | None,
+        typer.Option(
+            help="A document: its marked results are written anew from benchmarks/results/*.json."
+        ),
     ] = None,
 ) -> None:
     if save_table:
         with terminal.one_line_errors(PROGRAM):
-            readme.save(save_table)
+            for document in save_table:
+                documents.save(document)
         raise typer.Exit
 
 
@@ -56,160 +74,122 @@ def _measuring(*levels: str) -> Callable[..., None]:
 
     def command(
         context: typer.Context,
-        model: Annotated[
-            list[str] | None,
-            typer.Option(
-                "--model",
-                "-m",
-                help="Models; repeat or separate with commas.",
-                show_default="resnet34,resnet50,resnet152",
-            ),
-        ] = None,
-        batch: Annotated[
-            list[str] | None,
-            typer.Option(
-                "--batch",
-                "-b",
-                show_default="1,8; 1,256 on a GPU",
-                help="Batch sizes. "
-                "One that has no room is halved until it has; training leaves 1 out.",
-            ),
-        ] = None,
-        dtype: Annotated[
-            list[str] | None,
-            typer.Option(
-                "--dtype",
-                "-d",
-                help="fp32, tf32, bf16, fp16. fp32 is float32 proper.",
-                show_default="fp32, and bf16 where native",
-            ),
-        ] = None,
-        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-        peers: Annotated[
-            list[str] | None,
-            typer.Option(
-                help="all, none, or names: those not installed are then refused.",
-                show_default="those installed that are quick to build",
-            ),
-        ] = None,
-        rounds: Annotated[
-            int | None, typer.Option(help="Rounds per case.", show_default="as time allows")
-        ] = None,
-        seconds: Annotated[
-            float | None,
-            typer.Option(help="Timing per case and contender.", show_default="0.5 to 5, by level"),
-        ] = None,
-        cache: Annotated[
-            str | None,
-            typer.Option(
-                help="cold: caches (L2, on a GPU) are emptied before each call. hot: not.",
-                show_default="cold for ops and blocks",
-            ),
-        ] = None,
-        graphs: Annotated[
-            bool | None,
-            typer.Option(
-                "--graphs/--no-graphs",
-                show_default="on a GPU",
-                help="Run all contenders as CUDA graphs, or none (training: never).",
-            ),
-        ] = None,
-        image_size: Annotated[int, typer.Option(help="Height and width of the images.")] = 224,
-        threads: Annotated[
-            int | None, typer.Option(help="CPU threads, for all.", show_default="torch's")
-        ] = None,
-        backend: Annotated[str, typer.Option(help="The package's backend to use.")] = "auto",
-        seed: Annotated[int, typer.Option(help="Seed of weights, crops and inputs.")] = 0,
-        images: Annotated[
-            Path | None, typer.Option(help="Your own photographs instead of two samples.")
-        ] = None,
-        limit: Annotated[
-            float, typer.Option(help="Seconds after which a case counts as hung.")
-        ] = 900.0,
-        minutes: Annotated[
-            float | None,
-            typer.Option(
-                help="Begin no case after so many minutes; --resume does the rest.",
-                show_default="no end",
-            ),
-        ] = None,
-        out: Annotated[
-            Path | None, typer.Option(help="Where the results go.", show_default="out/COMMAND")
-        ] = None,
-        resume: Annotated[
-            bool | None,
-            typer.Option("--resume/--fresh", help="Go on with the run in --out, or begin anew."),
-        ] = None,
+        model: asked.Models = None,
+        batch: asked.Batches = None,
+        dtype: asked.Dtypes = None,
+        device: asked.Device = "cpu",
+        peers: asked.Peers = None,
+        rounds: asked.Rounds = None,
+        seconds: asked.Seconds = None,
+        cache: asked.Caches = None,
+        graphs: asked.Graphs = None,
+        image_size: asked.ImageSize = 224,
+        threads: asked.Threads = None,
+        backend: asked.Backend = "auto",
+        seed: asked.Seed = 0,
+        images: asked.Photographs = None,
+        limit: asked.Limit = 900.0,
+        minutes: asked.Minutes = None,
+        out: asked.Out = None,
+        resume: asked.Resume = None,
     ) -> None:
         with terminal.one_line_errors(PROGRAM):
-            asked = options.checked(
+            settings = options.checked(
                 models=model, batches=batch, dtypes=dtype, threads=threads, device=device,
                 backend=backend, rounds=rounds, seed=seed, images=images, peers=None,
                 out=out or Path("out") / str(context.info_name),
             )  # fmt: skip
-            by_level, absent = suite.peers_by_level("--peers", options.split(peers), asked.device)
-            cold = _cold_caches(cache)
+            if set(levels) - {OP, BLOCK}:  # before the run, not in its first case
+                photos.load(images, 1)
+            by_level, absent = suite.peers_by_level(
+                "--peers", options.split(peers), settings.device
+            )
             wanted = Suite(
-                settings=asked,
+                settings=settings,
                 levels=levels,
                 peers=by_level,
                 image_size=options.positive("--image-size", image_size, least=32),
-                cold_caches=cold,
-                graphs=_graphs(graphs, asked.device),
-                seconds=dict.fromkeys(LEVELS, _above_zero("--seconds", seconds))
-                if seconds is not None
-                else suite.SECONDS,
+                caches=_caches(cache),
+                graphs=_graphs(graphs, settings.device),
+                seconds=_seconds(seconds),
                 limit=_above_zero("--limit", limit),
-                budget=None if minutes is None else 60 * _above_zero("--minutes", minutes),
+                budget=_budget(minutes),
             )
-            found = {
-                **conditions.of(asked, shlex.join([*PROGRAM.split(), *sys.argv[1:]])),
-                "graphs": wanted.graphs, "cold_caches": cold, "image_size": image_size,
-                "photographs_from": str(images) if images else "scikit-learn", "absent": absent,
-            }  # fmt: skip
-            _run(wanted, _begun(asked.out / report.RECORD, found, resume))
+            _begin(wanted, resume, {"absent": absent})
 
     return command
 
 
 for _name, _levels, _help in (
-    ("ops", (OP, INFERENCE), "Every distinct op of the models, with the time it loses against the "
-     "device's limit, and the models that they add up to."),
-    ("blocks", (BLOCK,), "Every distinct residual block of the models."),
-    ("models", (INFERENCE, COLD), "Whole models: throughput, memory, and what a cold start takes."),
-    ("training", (TRAINING,), "Training steps: throughput, gradients held to float64, memory."),
-    ("cold", (COLD,), "What the first image costs, from the import on, in fresh processes."),
-    ("all", LEVELS, "All of these."),
+    ("ops", (OP, INFERENCE), "Every distinct op of the models (convolution, BatchNorm, add and "
+     "ReLU as one), and the models that they add up to.\n\nThe first table to read is the time "
+     "lost by layer: seconds beyond what the device's measured peaks allow, times how often the "
+     "model runs the layer. It names the next kernel to write."),
+    ("blocks", (BLOCK,), "Every distinct residual block of the models.\n\nWhat a block gains over "
+     "the sum of its ops is what fusing across layers, or a cache, gives."),
+    ("models", (INFERENCE, COLD), "Whole models: throughput, memory, and what a cold start takes."
+     "\n\nRatios are taken round by round; ≈ marks one whose middle three fifths have 1 in them: "
+     "no difference. Several batch sizes give a picture of throughput."),
+    ("training", (TRAINING,), "Training steps: throughput, gradients held to float64, memory."
+     "\n\nForward, backward and SGD. kept MiB is what forward saves for backward, peak MiB the "
+     "highest point of a whole step."),
+    ("cold", (COLD,), "What the first image costs, from the import on, in fresh processes.\n\n"
+     "Compilers begin with empty caches. --rounds is the number of starts."),
+    ("all", (OP, BLOCK, INFERENCE, COLD, TRAINING), "Ops, blocks, models, cold starts and "
+     "training, in one record.\n\nLong: --minutes stops it in time and --resume goes on."),
 ):  # fmt: skip
     app.command(_name, help=_help)(_measuring(*_levels))
 
 
-@app.command("bn")
+@app.command(
+    "bn",
+    help="BatchNorm's passes in training on the CPU, beside torch, Inductor and a copy.\n\n"
+    "Normalise with add and ReLU, the statistics, and their backward, on six maps of ResNet-50. A "
+    "ratio above 1 means that the kernel is faster; the copy moves the same bytes and computes "
+    "nothing.",
+)
 def _bn(
-    batch: Annotated[int, typer.Option("--batch", "-b", help="Images.")] = 8,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads, for all.", show_default="torch's")
+    context: typer.Context,
+    batch: asked.Images = 8,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", "-d", help="fp32, bf16.", show_default="both")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Timing per pass, map and dtype.")] = 2.0,
-    out: Annotated[Path, typer.Option(help="Where bn.json goes.")] = Path("out/bn"),
+    threads: asked.Threads = None,
+    rounds: asked.Rounds = None,
+    seconds: asked.Seconds = None,
+    limit: asked.Limit = 900.0,
+    minutes: asked.Minutes = None,
+    out: asked.Out = None,
+    resume: asked.Resume = None,
 ) -> None:
-    """BatchNorm's passes in training on the CPU, beside torch, Inductor and a copy."""
     with terminal.one_line_errors(PROGRAM):
         if reason := cpu.available():
             raise UsageError(f"bn: needs the native kernels: {reason}")
-        asked = options.checked(
-            models=None, batches=[str(batch)], dtypes=None, threads=threads, device="cpu",
-            backend="cpu", rounds=None, seed=0, images=None, peers=None, out=out,
+        dtypes = [options.dtype_name("--dtype", d, bn.PRECISIONS) for d in options.split(dtype)]
+        settings = options.checked(
+            models=None, batches=[str(batch)], dtypes=dtypes or bn.PRECISIONS, threads=threads,
+            device="cpu", backend="cpu", rounds=rounds, seed=0, images=None, peers=None,
+            out=out or Path("out") / str(context.info_name),
         )  # fmt: skip
-        rounds = timing.Rounds(seconds=_above_zero("--seconds", seconds))
-    torch.set_num_threads(asked.threads)
-    rows = bn.measure(batch, rounds, terminal.console(stderr=True))
-    bn.show(rows, terminal.console())
-    found = conditions.of(asked, shlex.join([*PROGRAM.split(), *sys.argv[1:]]))
-    bn.save(rows, found, out / "bn.json")
+        wanted = Suite(
+            settings=settings,
+            levels=(PASS,),
+            peers={},
+            image_size=224,
+            caches=suite.CACHES,
+            graphs=False,
+            seconds=_seconds(seconds),
+            limit=_above_zero("--limit", limit),
+            budget=_budget(minutes),
+        )
+        _begin(wanted, resume, {})
 
 
-@app.command()
+@app.command(
+    help="Show what changed between two records, and what is only noise.\n\n"
+    "A difference counts where the middle three fifths of the rounds of A and of B do not overlap. "
+    "Conditions that differ and bear on speed are named."
+)
 def compare(
     before: Annotated[Path, typer.Argument(metavar="A", help="A record, as suite.json.")],
     after: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
@@ -217,8 +197,9 @@ def compare(
         float | None, typer.Option(help="Exit 1 if B is slower by more than this share.")
     ] = None,
 ) -> None:
-    """Show what changed between two records, and what is only noise."""
     with terminal.one_line_errors(PROGRAM):
+        if threshold is not None and threshold < 0:
+            raise UsageError(f"--threshold: {threshold:g} given; accepted: 0 or more, as 0.05")
         terminal.compare_files(PROGRAM, before, after, threshold)
 
 
@@ -233,26 +214,42 @@ def _report(
         _written(results.load(record), options.writable_directory("--out", out or record.parent))
 
 
-@app.command()
+@app.command(
+    help="Put a record into benchmarks/results, where the documents' tables come from.\n\n"
+    "Records of all commands are kept the same way. --save-table then writes the tables anew; a "
+    "test fails where a document and the records differ."
+)
 def keep(
     record: Annotated[Path, typer.Argument(help="A finished record, as suite.json.")],
-    name: Annotated[str, typer.Argument(help="Its device, such as cpu-zen5-2-threads.")],
+    name: Annotated[
+        str, typer.Argument(help="Its name: device and levels, such as cpu-zen5-training.")
+    ],
 ) -> None:
-    """Put a record and its chart into benchmarks/results, where the README's tables come from."""
     with terminal.one_line_errors(PROGRAM):
-        readme.keep(results.load(record), name)
+        kept = documents.keep(results.load(record), name)
+    typer.echo(f"kept as {kept}; --save-table README.md --save-table benchmarks/CPU.md is next")
 
 
-def _cold_caches(cache: str | None) -> dict[str, bool]:
-    if cache is None:
-        return {level: level in suite.COLD_CACHES for level in LEVELS}
-    return dict.fromkeys(LEVELS, options.one_of("--cache", cache, CACHES) == "cold")
+def _caches(asked_for: str | None) -> Mapping[str, str]:
+    if asked_for is None:
+        return suite.CACHES
+    return dict.fromkeys(LEVELS, options.one_of("--cache", asked_for, CACHES))
 
 
-def _graphs(asked: bool | None, device: str) -> bool:
-    if asked and device != "cuda":
+def _graphs(asked_for: bool | None, device: str) -> bool:
+    if asked_for and device != "cuda":
         raise UsageError("--graphs: CUDA graphs need --device cuda")
-    return device == "cuda" if asked is None else asked
+    return device == "cuda" if asked_for is None else asked_for
+
+
+def _seconds(asked_for: float | None) -> Mapping[str, float]:
+    if asked_for is None:
+        return suite.SECONDS
+    return dict.fromkeys(LEVELS, _above_zero("--seconds", asked_for))
+
+
+def _budget(minutes: float | None) -> float | None:
+    return None if minutes is None else 60 * _above_zero("--minutes", minutes)
 
 
 def _above_zero(option: str, value: float) -> float:
@@ -261,13 +258,25 @@ def _above_zero(option: str, value: float) -> float:
     return value
 
 
-def _begun(path: Path, found: dict[str, object], resume: bool | None) -> Record:
+def _begin(wanted: Suite, resume: bool | None, more: dict[str, object]) -> None:
+    """Run what is wanted, in a new record or the one that lies there."""
+    settings = wanted.settings
+    found = {
+        **conditions.of(settings, shlex.join([*PROGRAM.split(), *sys.argv[1:]])),
+        "graphs": wanted.graphs, "caches": dict(wanted.caches), "image_size": wanted.image_size,
+        "photographs_from": str(settings.images) if settings.images else "scikit-learn", **more,
+    }  # fmt: skip
+    _run(wanted, _begun(settings, found, resume))
+
+
+def _begun(settings: Settings, found: dict[str, object], resume: bool | None) -> Record:
     """Return the record to go on with, or an empty one.
 
     Raises:
         UsageError: an unfinished run lies there and it was not said what to do with it, or it was
             measured under other conditions.
     """
+    path = settings.out / report.RECORD
     if not path.exists() or resume is False:
         return Record(found, [])
     record = results.load(path)

@@ -1,189 +1,221 @@
 """BatchNorm's passes in training on the CPU: the kernels beside eager torch, Inductor and a copy.
 
 On the maps of ResNet-50, channels_last. All run the same arithmetic on the same values in the same
-interleaved rounds; the copy moves the same bytes and computes nothing.
+interleaved rounds; the copy moves the bytes of the first pass and computes nothing.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from resnet_fused.backends import _training_kernels as kernels
-from resnet_fused.bench import timing
-from resnet_fused.bench.options import SHORT_DTYPES
-from resnet_fused.files import write_atomically
+from resnet_fused.bench import measure
+from resnet_fused.bench.contenders import REFERENCE
+from resnet_fused.bench.options import DTYPES
+from resnet_fused.bench.progress import Watch
+from resnet_fused.bench.results import OK, Case, Row
 from resnet_fused.testing import two_x_rule
 
 #: Without the batch: the stem's, and of each stage the widest, of one the narrow too.
 SHAPES = (
     (64, 112, 112), (256, 56, 56), (128, 28, 28), (512, 28, 28), (1024, 14, 14), (2048, 7, 7),
 )  # fmt: skip
-DTYPES = (torch.float32, torch.bfloat16)
-KERNEL, EAGER, INDUCTOR, COPY = "kernel", "eager", "inductor", "copy"
-APPLY, STATS, BACKWARD = "BN apply, add, ReLU", "BN statistics", "their backward"
-PASSES = (APPLY, STATS, BACKWARD)
+PRECISIONS = ("float32", "bfloat16")
+KERNEL, INDUCTOR, COPY = "kernel", "inductor-default", "copy"
+APPLY, STATS, BACKWARD = "BN apply, add, ReLU", "BN statistics", "BN backward"
 
 Call = Callable[[], Any]
 
 
-def calls(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> dict[str, Call]:
-    """Return who runs a pass on a map, by name, each a call on the same values in every dtype."""
+class Maps(NamedTuple):
+    """What a pass works on: as many maps as it names, and vectors of the channels."""
+
+    maps: list[Tensor]
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    invstd: Tensor
+
+
+class Pass(NamedTuple):
+    """A pass: who runs it, on how many maps, and how many it cannot but read or write."""
+
+    contenders: Mapping[str, Callable[[Maps], Call]]
+    drawn: int
+    moved: int
+
+
+def layers() -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return every pass on every map, without the batch, by its name."""
+    return {f"{'x'.join(map(str, s))} {what}": (what, s) for s in SHAPES for what in PASSES}
+
+
+def contenders(layer: str) -> Mapping[str, Callable[[Maps], Call]]:
+    """Return who runs a pass, the reference first."""
+    what, _ = layers()[layer]
+    return PASSES[what].contenders
+
+
+def draw(count: int, shape: tuple[int, ...], dtype: torch.dtype) -> Maps:
+    """Return maps and vectors with the same values in every dtype."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def draw() -> Tensor:
-        x = torch.randn(shape, generator=generator).bfloat16().to(dtype)
-        return x.contiguous(memory_format=torch.channels_last)
-
+    maps = [
+        torch.randn(shape, generator=generator).bfloat16().to(dtype)
+        .contiguous(memory_format=torch.channels_last)
+        for _ in range(count)
+    ]  # fmt: skip
     scale, shift, mean = torch.randn(3, shape[1], generator=generator).to(wide)
     invstd = torch.rand(shape[1], generator=generator).to(wide) + 0.5
-    return _PASSES[what](draw, scale, shift, mean, invstd)
+    return Maps(maps, scale, shift, mean, invstd)
 
 
-def _apply(
-    draw: Callable[[], Tensor], scale: Tensor, shift: Tensor, mean: Tensor, invstd: Tensor
-) -> dict[str, Call]:
-    x, residual, out = draw(), draw(), draw()
+def run_case(
+    case: Case, method: measure.Method, bandwidth: float | None, watch: Watch
+) -> list[Row]:
+    """Return a row per contender: its times, its worst error, the bytes that a call must move."""
+    watch.doing(f"{case}: maps, float64 answers")
+    entered = Entered(case, bandwidth)
+    return measure.run_entered(case, method, entered.enter, entered.blank, watch)
+
+
+class Entered:
+    """A case's maps and answers, against which each contender is held."""
+
+    def __init__(self, case: Case, bandwidth: float | None) -> None:
+        what, shape = layers()[case.layer]
+        one, whole = PASSES[what], (case.batch, *shape)
+        eager = one.contenders[REFERENCE]
+        self._case = case
+        self._maps = draw(one.drawn, whole, DTYPES[case.dtype])
+        self._oracle = outputs(eager(draw(one.drawn, whole, torch.float64)))
+        self._eager = outputs(eager(self._maps))
+        self._nbytes = one.moved * self._maps.maps[0].nbytes
+        self._bound_s = self._nbytes / bandwidth if bandwidth else None
+
+    def blank(self, name: str) -> Row:
+        """Return the row of a contender of which nothing else is known."""
+        return Row(self._case, name, OK, 0, 0, nbytes=self._nbytes, bound_s=self._bound_s)
+
+    def enter(self, name: str, build: Callable[[Maps], Call]) -> tuple[Row, Call]:
+        """Build a contender and hold all that it computes against float64."""
+        call = build(self._maps)
+        if name == COPY:  # another function: a yardstick, not an answer
+            return self.blank(name), call
+        summed = self._maps.maps[0][:, 0].numel()
+        error, allowed = _error(outputs(call), self._eager, self._oracle, summed)
+        return measure.judged(self.blank(name), error, allowed), call
+
+
+def outputs(call: Call) -> list[Tensor]:
+    """Return everything that a call computes."""
+    result = call()
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _error(
+    found: Sequence[Tensor], eager: Sequence[Tensor], oracle: Sequence[Tensor], summed: int
+) -> tuple[float, float]:
+    """Return the error and what is allowed, relative to max|oracle|, of the worst output."""
+    checks = []
+    for value, own, exact in zip(found, eager, oracle, strict=True):
+        check, peak = two_x_rule(value, own, exact, summed), float(exact.abs().max())
+        checks.append((check.error / peak, check.allowed / peak))
+    return max(checks, key=lambda check: check[0] / check[1])
+
+
+def _apply_kernel(m: Maps) -> Call:
+    x, residual, out = m.maps
+    return lambda: kernels.bn_apply(x, m.scale, m.shift, residual, out=out)
+
+
+def _apply_eager(m: Maps) -> Call:
+    x, residual, _ = m.maps
+    return lambda: _apply(x, residual, m.scale, m.shift)
+
+
+def _apply_inductor(m: Maps) -> Call:
+    x, residual, _ = m.maps
+    compiled = torch.compile(_apply, dynamic=False)
+    return lambda: compiled(x, residual, m.scale, m.shift)
+
+
+def _apply_copy(m: Maps) -> Call:
+    x, residual, out = m.maps
+    return lambda: torch.add(x, residual, out=out)
+
+
+def _apply(x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-
-    def eager(x: Tensor, residual: Tensor) -> Tensor:
-        return torch.relu(F.batch_norm(x, zeros, ones, scale, shift, eps=0.0) + residual)
-
-    return {
-        KERNEL: lambda: kernels.bn_apply(x, scale, shift, residual, out=out),
-        EAGER: lambda: eager(x, residual),
-        INDUCTOR: _compiled(eager, x, residual),
-        COPY: lambda: torch.add(x, residual, out=out),
-    }
+    return torch.relu(F.batch_norm(x, zeros, ones, scale, shift, eps=0.0) + residual)
 
 
-def _stats(
-    draw: Callable[[], Tensor], scale: Tensor, shift: Tensor, mean: Tensor, invstd: Tensor
-) -> dict[str, Call]:
-    x = draw()
-
-    def inductor(x: Tensor) -> tuple[Tensor, Tensor]:
-        var, mean = torch.var_mean(x.to(scale.dtype), (0, 2, 3), correction=0)
+def _stats_inductor(m: Maps) -> Call:
+    def stats(x: Tensor) -> tuple[Tensor, Tensor]:
+        var, mean = torch.var_mean(x.to(m.scale.dtype), (0, 2, 3), correction=0)
         return mean, var
 
-    return {
-        KERNEL: lambda: kernels.bn_stats(x),
-        EAGER: lambda: torch.batch_norm_update_stats(x, None, None, 0.1),
-        INDUCTOR: _compiled(inductor, x),
-    }
+    compiled = torch.compile(stats, dynamic=False)
+    return lambda: compiled(m.maps[0])
 
 
-def _backward(
-    draw: Callable[[], Tensor], scale: Tensor, shift: Tensor, mean: Tensor, invstd: Tensor
-) -> dict[str, Call]:
-    """ReLU's mask is read off y; both gradients, the residual's being the masked one."""
-    x, grad, y, masked = draw(), draw(), draw().relu_(), draw()
+def _backward_kernel(m: Maps) -> Call:
+    x, grad, y = m.maps
+    var, wanted = m.invstd**-2, (True, True, True, True)
+    return lambda: kernels.bn_act_backward(
+        grad, x, m.mean, var, m.scale, m.shift, 0.0, y=y, wanted=wanted
+    )
 
-    def eager(grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+
+def _backward_torch(
+    m: Maps, made: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run
+) -> Call:
+    """ReLU's mask is read off y; all gradients, the residual's being the masked one."""
+    x, grad, y = m.maps
+
+    def backward(grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         masked = torch.ops.aten.threshold_backward(grad, y, 0)
-        grad_x, *_ = torch.ops.aten.native_batch_norm_backward(
-            masked, x, scale, None, None, mean, invstd, True, 1e-5, [True, True, True]
+        grads = torch.ops.aten.native_batch_norm_backward(
+            masked, x, m.scale, None, None, m.mean, m.invstd, True, 1e-5, [True, True, True]
         )
-        return grad_x, masked
+        return *grads, masked
 
-    def kernel() -> tuple[Tensor, Tensor]:
-        sum_g, sum_gx = kernels.bn_act_backward_reduce(grad, x, mean, y=y, masked=masked)
-        n, a = x[:, 0].numel(), scale * invstd
-        b = -a * invstd**2 * sum_gx / n
-        d = -a * sum_g / n - b * mean
-        return kernels.bn_act_backward_apply(masked, x, a, b, d, relu=False), masked
-
-    return {
-        KERNEL: kernel,
-        EAGER: lambda: eager(grad, x, y),
-        INDUCTOR: _compiled(eager, grad, x, y),
-    }
+    run = made(backward)
+    return lambda: run(grad, x, y)
 
 
-_PASSES = {APPLY: _apply, STATS: _stats, BACKWARD: _backward}
-
-
-def _compiled(run: Callable[..., Any], *args: Tensor) -> Call:
-    made: list[Callable[..., Any]] = []
-
-    def call() -> Any:
-        if not made:
-            torch._dynamo.reset()
-            made.append(torch.compile(run, dynamic=False))
-        return made[0](*args)
-
-    return call
-
-
-def first(result: Any) -> Tensor:
-    """Return what a pass is judged by."""
-    return result if isinstance(result, Tensor) else result[0]
-
-
-def check(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> None:
-    """Hold the kernel against float64; raise AssertionError where it is wrong."""
-    oracle = first(calls(shape, torch.float64, what)[EAGER]())
-    found = calls(shape, dtype, what)
-    rows = shape[0] * shape[2] * shape[3]
-    verdict = two_x_rule(first(found[KERNEL]()), first(found[EAGER]()), oracle, rows)
-    assert verdict.ok, f"{what} {shape} {dtype}: {verdict}"
-
-
-def measure(batch: int, rounds: timing.Rounds, console: Console) -> list[dict[str, Any]]:
-    """Return, for each pass, map and dtype, the median microseconds and the paired ratios."""
-    cases = [((batch, *s), dtype, what) for s in SHAPES for dtype in DTYPES for what in PASSES]
-    rows = []
-    for shape, dtype, what in track(cases, "BatchNorm's passes", console=console, transient=True):
-        check(shape, dtype, what)
-        rows.append(_row(shape, dtype, what, rounds))
-    return rows
-
-
-def _row(
-    shape: tuple[int, ...], dtype: torch.dtype, what: str, rounds: timing.Rounds
-) -> dict[str, Any]:
-    seconds = timing.interleave(calls(shape, dtype, what), rounds)
-    others = [name for name in seconds if name != KERNEL]
-    ratios = {name: timing.paired_ratio(seconds[name], seconds[KERNEL]) for name in others}
-    return {
-        "pass": what,
-        "shape": list(shape),
-        "dtype": str(dtype).removeprefix("torch."),
-        "us": {name: 1e6 * timing.spread(values).median for name, values in seconds.items()},
-        "ratios": {name: [r.median, r.p20, r.p80] for name, r in ratios.items()},
-    }
-
-
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print a table: how many times faster than each other contender the kernel is."""
-    table = Table(title="BatchNorm's passes: time of the other / time of the kernel (p20 to p80)")
-    for column in ("pass", "map", "dtype", "kernel", EAGER, INDUCTOR, COPY):
-        table.add_column(column, justify="right" if column in (EAGER, INDUCTOR, COPY) else "left")
-    for row in rows:
-        found = [row["ratios"].get(name) for name in (EAGER, INDUCTOR, COPY)]
-        cells = ["" if r is None else f"{r[0]:.2f}x ({r[1]:.2f}-{r[2]:.2f})" for r in found]
-        shape = "x".join(map(str, row["shape"]))
-        table.add_row(
-            row["pass"], shape, SHORT_DTYPES[row["dtype"]], f"{row['us']['kernel']:.0f} us", *cells
-        )
-    console.print(table)
-
-
-def save(rows: list[dict[str, Any]], conditions: dict[str, Any], path: Path) -> None:
-    """Write the rows with their conditions as JSON."""
-    text = json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n"
-
-    def write(file: Path) -> None:
-        file.write_text(text)
-
-    write_atomically(path, write)
+PASSES: Mapping[str, Pass] = {
+    APPLY: Pass(
+        {
+            REFERENCE: _apply_eager,
+            KERNEL: _apply_kernel,
+            INDUCTOR: _apply_inductor,
+            COPY: _apply_copy,
+        },
+        drawn=3,
+        moved=3,
+    ),
+    STATS: Pass(
+        {
+            REFERENCE: lambda m: lambda: torch.batch_norm_update_stats(m.maps[0], None, None, 0.1),
+            KERNEL: lambda m: lambda: kernels.bn_stats(m.maps[0]),
+            INDUCTOR: _stats_inductor,
+        },
+        drawn=1,
+        moved=1,
+    ),
+    BACKWARD: Pass(
+        {
+            REFERENCE: _backward_torch,
+            KERNEL: _backward_kernel,
+            INDUCTOR: lambda m: _backward_torch(m, torch.compile),
+        },
+        drawn=3,
+        moved=5,
+    ),
+}

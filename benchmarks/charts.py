@@ -57,6 +57,8 @@ def _throughput(record: Record, rows: Sequence[Row], path: Path) -> Path:
             axes.plot(*zip(*points, strict=True), marker="o", ms=4, label=name,
                       color=COLOURS[name])  # fmt: skip
         axes.set_xscale("log", base=2)
+        sizes = sorted({row.case.batch for row in here})
+        axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.set_ylim(bottom=0)
         axes.set(title=f"{panel[0]} {SHORT_DTYPES[panel[1]]}", xlabel="batch", ylabel="img/s")
 
@@ -76,7 +78,7 @@ def _roofline(record: Record, rows: Sequence[Row], path: Path) -> Path:
         most = max(*(r.intensity for r in here), peaks.flops[panel[0]] / peaks.bandwidth) * 2
         ridge = peaks.flops[panel[0]] / peaks.bandwidth
         roof = [min(x * peaks.bandwidth, peaks.flops[panel[0]]) / 1e9 for x in (least, ridge, most)]
-        axes.plot((least, ridge, most), roof, color="#333", linewidth=1)
+        axes.plot((least, ridge, most), roof, color="#333", linewidth=1, label="measured roof")
         for name in (REFERENCE, FROZEN):
             points = [(r.intensity, r.flops / r.seconds / 1e9) for r in here
                       if r.row.contender == name]  # fmt: skip
@@ -85,26 +87,38 @@ def _roofline(record: Record, rows: Sequence[Row], path: Path) -> Path:
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s",
                  title=f"ops {SHORT_DTYPES[panel[0]]} batch {panel[1]}")  # fmt: skip
 
-    return _panels(record, "Ops under the measured roof", panels, draw, path)
+    caches = limits.caches(record).get(OP, "unknown")
+    title = f"Ops under the roof that was measured ({caches} caches; Winograd may pass it)"
+    return _panels(record, title, panels, draw, path)
+
+
+#: What a training step takes, by the row's field.
+MEMORY = {"saved_mib": "kept for backward", "peak_mib": "highest point of a step"}
 
 
 def _memory(record: Record, rows: Sequence[Row], path: Path) -> Path:
-    """What a training step keeps for backward: a panel per dtype and batch."""
-    panels = list(dict.fromkeys((row.case.dtype, row.case.batch) for row in rows))
+    """What a training step keeps and what it takes: a panel each, per dtype and batch."""
+    settings = dict.fromkeys((row.case.dtype, row.case.batch) for row in rows)
+    panels = [(*setting, kind) for setting in settings for kind in MEMORY]
 
-    def draw(axes: Any, panel: tuple[str, int]) -> None:
-        here = [row for row in rows if (row.case.dtype, row.case.batch) == panel]
+    def draw(axes: Any, panel: tuple[str, int, str]) -> None:
+        *setting, kind = panel
+        here = [
+            row
+            for row in rows
+            if [row.case.dtype, row.case.batch] == setting and getattr(row, kind) is not None
+        ]
         models = list(dict.fromkeys(row.case.model for row in here))
         names = list(dict.fromkeys(row.contender for row in here))
         for place, name in enumerate(names):
             of_name = [row for row in here if row.contender == name]
             x = [models.index(row.case.model) + (place + 0.5) / len(names) * 0.8 for row in of_name]
-            axes.bar(x, [row.saved_mib for row in of_name], 0.76 / len(names), label=name,
+            axes.bar(x, [getattr(row, kind) for row in of_name], 0.76 / len(names), label=name,
                      color=COLOURS[name])  # fmt: skip
         axes.set_xticks([index + 0.4 for index in range(len(models))], models)
-        axes.set(title=f"{SHORT_DTYPES[panel[0]]} batch {panel[1]}", ylabel="MiB kept")
+        axes.set(title=f"{SHORT_DTYPES[panel[0]]} batch {panel[1]}: {MEMORY[kind]}", ylabel="MiB")
 
-    return _panels(record, "Kept for backward (lower is better)", panels, draw, path)
+    return _panels(record, "Memory of a training step (lower is better)", panels, draw, path, 2)
 
 
 def _panels(
@@ -113,12 +127,13 @@ def _panels(
     panels: Sequence[Any],
     draw: Callable[[Any, Any], None],
     path: Path,
+    most: int = 3,
 ) -> Path:
-    """Draw panels in rows of three, a legend in the first, the conditions under them."""
-    across = min(3, len(panels))
+    """Draw panels in rows of `most`, under them one legend for all and the conditions."""
+    across = min(most, len(panels))
     down = -(-len(panels) // across)
-    figure = chart.figure_class()(figsize=(4.2 * across + 0.6, 3.2 * down + 1), dpi=140,
-                                  layout="constrained")  # fmt: skip
+    figure = chart.figure_class()(figsize=(max(7.5, 4.2 * across + 0.6), 3.2 * down + 1.4),
+                                  dpi=140, layout="constrained")  # fmt: skip
     grid = figure.subplots(down, across, squeeze=False).ravel()
     for axes, panel in zip(grid, panels, strict=False):
         draw(axes, panel)
@@ -127,9 +142,18 @@ def _panels(
         axes.set_axisbelow(True)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    grid[0].legend(frameon=False, fontsize=8)
+    handles = {
+        label: handle
+        for axes in grid
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    conditions = textwrap.fill(conditions_line(record.conditions), int(20 * figure.get_figwidth()))
+    legend = figure.legend(
+        handles.values(), handles, loc="outside lower center", frameon=False, fontsize=8,
+        ncols=min(len(handles), int(figure.get_figwidth() / 1.2)), title=conditions,
+        title_fontproperties={"size": 6.5},
+    )  # fmt: skip
+    legend.get_title().set(color="#555", ha="center")
     figure.suptitle(title)
-    conditions = textwrap.fill(conditions_line(record.conditions), int(22 * figure.get_figwidth()))
-    figure.supxlabel(conditions, fontsize=6.5, color="#555")
     write_atomically(path, lambda temporary: figure.savefig(temporary))
     return path

@@ -54,7 +54,7 @@ def run_case(
 def _started(file: Path, name: str, network: Network, case: Case, backend: str) -> Row:
     """Start a process for a contender and return the row of this one start."""
     from resnet_fused.bench import measure
-    from resnet_fused.bench.results import FAILED, OK, SKIPPED, Row
+    from resnet_fused.bench.results import OK, SKIPPED, Row
 
     row = Row(case, name, OK, network.macs / 1e9, network.params / 1e6)
     with tempfile.TemporaryDirectory() as empty:
@@ -71,7 +71,7 @@ def _started(file: Path, name: str, network: Network, case: Case, backend: str) 
         )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return replace(row, verdict=FAILED, note=last)
+        return replace(measure.failed(row, RuntimeError(last)), note=last)
     told = json.loads(done.stdout.splitlines()[-1])
     if told["declined"]:
         return replace(row, verdict=SKIPPED, note=told["declined"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import resnet_fused as rf
-from benchmarks import cold, subjects, training
+from benchmarks import bn, cold, subjects, training
 from benchmarks.peaks import Peaks
 from benchmarks.suite import Suite
 from resnet_fused.bench import measure, networks, photos, timing
@@ -20,7 +20,7 @@ from resnet_fused.bench.contenders import Setup
 from resnet_fused.bench.networks import CALIBRATION_BATCH, CALIBRATION_PASSES, Network
 from resnet_fused.bench.options import PRECISIONS
 from resnet_fused.bench.progress import Watch
-from resnet_fused.bench.results import BLOCK, COLD, OP, TRAINING, Case, Row
+from resnet_fused.bench.results import BLOCK, COLD, OP, PASS, TRAINING, Case, Row
 
 
 class Prepared(NamedTuple):
@@ -44,6 +44,9 @@ def run_case(
     """Return the rows of the named contenders in a case, with the bound that the peaks give."""
     torch.set_num_threads(suite.settings.threads)
     with rf.use_backend(suite.settings.backend):
+        if case.level == PASS:
+            method = _method(suite, case, {name: bn.contenders(case.layer)[name] for name in names})
+            return bn.run_case(case, method, peaks["bandwidth"] if peaks else None, watch)
         watch.doing(f"{case}: weights, float64 answers")
         network, setup, contenders, uses = prepare(suite, case, scratch)
         if case.level == COLD:
@@ -101,10 +104,10 @@ def _network(name: str, pictures: Tensor, seed: int) -> Network:
 
 
 def _method(suite: Suite, case: Case, builds: Mapping[str, Callable[..., Any]]) -> measure.Method:
-    cold_caches = suite.cold_caches[case.level]
-    clock = timing.clock_for(suite.settings.device, cold=cold_caches)
+    caches = suite.caches[case.level]
+    clock = timing.clock_for(suite.settings.device, emptied=caches != timing.HOT)
     rounds = functools.partial(suite.rounds, case)
-    return measure.Method(builds, rounds, clock, single=cold_caches)
+    return measure.Method(builds, rounds, clock, caches)
 
 
 def _bounded(

@@ -71,7 +71,15 @@ def grids(record: Record, most: int | None = MOST) -> list[Grid]:
     )
     tables = [_losses(ops, *setting, most) for setting in settings]
     models = [r for r in timed if r.row.case.level == INFERENCE]
-    return [*tables, *_predictions(record.rows), *_models(models)]
+    kind = caches(record).get(OP, "unknown")
+    return [*tables, *_predictions(record.rows, kind), *_models(models)]
+
+
+def caches(record: Record) -> dict[str, str]:
+    """Return what calls found in the caches, for the levels that the record has rows of."""
+    found: dict[str, str] = record.conditions.get("caches", {})
+    present = {row.case.level for row in record.rows}
+    return {level: kind for level, kind in found.items() if level in present}
 
 
 def _losses(ops: list[Reached], model: str, dtype: str, batch: int, most: int | None) -> Grid:
@@ -124,7 +132,7 @@ def predicted(rows: Sequence[Row]) -> list[tuple[Row, float]]:
     return found
 
 
-def _predictions(rows: Sequence[Row]) -> list[Grid]:
+def _predictions(rows: Sequence[Row], kind: str) -> list[Grid]:
     cells = [
         [
             *_where(row), row.contender, f"{seconds * 1e3:.2f}",
@@ -134,7 +142,7 @@ def _predictions(rows: Sequence[Row]) -> list[Grid]:
         for row, seconds in predicted(rows)
     ]  # fmt: skip
     columns = ("model", "dtype", "batch", "run", "sum of ops ms", "measured ms", "measured / sum")
-    title = "Whole models beside the sum of their ops"
+    title = f"Whole models beside the sum of their ops, each op with {kind} caches"
     return [Grid(title, columns, cells, left=("model", "dtype", "run"))] if cells else []
 
 

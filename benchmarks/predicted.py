@@ -11,8 +11,11 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 
+from benchmarks import marked
 from resnet_fused.backends.triton import tiles
 from resnet_fused.backends.triton.cost import arch_of, cost
+from resnet_fused.bench.options import UsageError
+from resnet_fused.bench.results import save_text
 from resnet_fused.bench.tables import Grid
 from resnet_fused.inspection import convolutions
 from resnet_fused.inspection.subjects import SUBJECTS
@@ -117,11 +120,11 @@ def main(
     if not save:
         print(section())
         return
-    before, begin, rest = NOTES.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{NOTES}: has no {BEGIN} followed by {END}")
-    NOTES.write_text(f"{before}{BEGIN}\n{section()}\n{END}{after}", encoding="utf-8")
+    text = NOTES.read_text(encoding="utf-8")
+    try:
+        save_text(marked.replaced(text, BEGIN, END, section(), str(NOTES)), NOTES)
+    except UsageError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import charts, limits, page
+from benchmarks import bn, charts, limits, page
 from benchmarks.cold import STAGES
 from benchmarks.peaks import Peaks
 from resnet_fused.bench import tables
-from resnet_fused.bench.contenders import REFERENCE
+from resnet_fused.bench.contenders import FUSED, REFERENCE
 from resnet_fused.bench.options import SHORT_DTYPES
 from resnet_fused.bench.results import (
     BLOCK,
@@ -24,7 +24,9 @@ from resnet_fused.bench.results import (
     LEVELS,
     OK,
     OP,
+    PASS,
     SKIPPED,
+    TRAINING,
     Record,
     Row,
     cases_of,
@@ -32,22 +34,35 @@ from resnet_fused.bench.results import (
     save_text,
 )
 from resnet_fused.bench.tables import NONE, Grid, conditions_line, ratio_text
+from resnet_fused.bench.timing import paired_ratio
 
 RECORD = "suite.json"
 CSV_COLUMNS = (
     "level", "model", "layer", "dtype", "batch", "contender", "verdict", "p20_s", "p50_s", "p80_s",
-    "img_s", "ratio", "error", "gmacs", "nbytes", "bound_s", "peak_mib", "saved_mib", "note",
+    "img_s", "ratio", "ratio_p20", "ratio_p80", "error", "gmacs", "nbytes", "bound_s", "peak_mib",
+    "saved_mib", "note",
 )  # fmt: skip
-NOTES = (
-    "op, block: cold caches unless said otherwise; a model's layers follow one another, so that "
-    "what one wrote the next may still find in a cache, which the sum of ops does not count on.",
-    "bound: the longer of operations / peak and bytes / bandwidth, with the peaks of this run. "
-    "Operations are those of direct convolution: Winograd may pass its bound.",
-    "training: three times the multiply-adds of a forward; kept MiB: saved for backward; error: "
-    "1 - cosine between the gradient and float64's.",
-    "cold start: import of torch and the package, building, the first image, in a fresh process "
-    "with empty compiler caches; the weights are loaded in between, uncounted.",
+CACHES = (
+    "Hot: each call finds what the one before left; fed: its input, just written, and the code, as "
+    "a layer in a model does, but weights and residual come from memory; cold: all does."
 )
+_BOUND = (
+    "bound: the longer of operations / peak and bytes / bandwidth, with the peaks of this run: a "
+    "matrix product's or, on a CPU, a convolution's, whichever is faster, and a copy's. "
+    "Operations are those of direct convolution: Winograd may pass its bound."
+)
+#: By level, what its tables do not say themselves.
+NOTES = {
+    OP: _BOUND,
+    INFERENCE: _BOUND,
+    TRAINING: "training: three times the multiply-adds of a forward; kept MiB: saved for backward; "
+    "error: 1 - cosine between the gradient and float64's.",
+    COLD: "cold start: import of torch and the package, building, the first image, in a fresh "
+    "process with empty compiler caches; the weights are loaded in between, uncounted.",
+    PASS: "of bandwidth: the bytes that a call must move over its time, beside a large copy's; "
+    "more than 100% where the maps lie in a cache. copy: an addition into a third map, as many "
+    "bytes as the first pass moves.",
+}
 
 
 def levels(record: Record) -> dict[str, Record]:
@@ -67,32 +82,27 @@ def grids(record: Record, most: int | None = limits.MOST) -> list[Grid]:
             found += _layers(level, part.rows)
         elif level == INFERENCE:
             found += tables.grids(part)
-        elif level == COLD:
-            found.append(_starts(part.rows))
         else:
-            found.append(_training(part.rows))
+            found.append(_OF_LEVEL[level](part.rows))
     return [*found, *limits.grids(record, most)]
 
 
 def closing_lines(record: Record) -> list[str]:
     """Return what is said under the tables."""
     conditions = record.conditions
-    lines = []
-    for row in record.rows:
-        if row.verdict not in (OK, SKIPPED):
-            lines.append(f"{row.verdict}: {row.case} {row.contender}: {row.note}")
+    lines = [*tables.faults(record.rows), *tables.noise(record.rows)]
     lines += [f"absent: {name} {why}" for name, why in conditions.get("absent", {}).items()]
     if peaks := Peaks.of(conditions):
         products = ", ".join(f"{SHORT_DTYPES[d]} {f / 1e12:.3g}" for d, f in peaks.flops.items())
         lines.append(f"peaks as measured: {products} TFLOP/s, {peaks.bandwidth / 1e9:.4g} GB/s")
-    cold = ", ".join(k for k, v in conditions.get("cold_caches", {}).items() if v) or "none"
     graphs = "all contenders" if conditions.get("graphs") else "no contender"
-    lines.append(
-        f"CUDA graphs: {graphs} (training: never; cold starts: frozen at most); cold caches: {cold}"
-    )
+    lines.append(f"CUDA graphs: {graphs} (training: never; cold starts: frozen at most)")
+    present = [f"{level} {caches}" for level, caches in limits.caches(record).items()]
+    lines.append(f"caches: {', '.join(present) or 'not said'}. {CACHES}")
     if left := conditions.get("unfinished"):
         lines.append(f"UNFINISHED: {left} cases are left; the same command with --resume goes on")
-    return [*lines, *tables.notes(conditions.get("device_kind", "cpu")), *NOTES]
+    meant = dict.fromkeys(NOTES[level] for level in levels(record) if level in NOTES)
+    return [*lines, *tables.notes(conditions.get("device_kind", "cpu")), *meant]
 
 
 def show(record: Record, console: Console) -> None:
@@ -133,13 +143,14 @@ def csv_text(record: Record) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for row in record.rows:
-        case, speed = row.case, row.img_s
+        case, speed, ratio = row.case, row.img_s, row.ratio
         times = (case.batch / value for value in (speed.p80, speed.median, speed.p20)) if speed \
             else ("", "", "")  # fmt: skip
         writer.writerow([
             case.level, case.model, case.layer, case.dtype, case.batch, row.contender, row.verdict,
-            *times, speed.median if speed else "", row.ratio.median if row.ratio else "",
-            row.error, row.gmacs, row.nbytes, row.bound_s, row.peak_mib, row.saved_mib, row.note,
+            *times, speed.median if speed else "",
+            *((ratio.median, ratio.p20, ratio.p80) if ratio else ("", "", "")), row.error,
+            row.gmacs, row.nbytes, row.bound_s, row.peak_mib, row.saved_mib, row.note,
         ])  # fmt: skip
     return text.getvalue()
 
@@ -171,10 +182,43 @@ def _layer_grid(level: str, rows: Sequence[Row], dtype: str, batch: int) -> Grid
 
 
 def _time(row: Row | None) -> str:
+    text = _microseconds(row)
+    if row is None or not row.seconds or row.contender == REFERENCE:
+        return text
+    return f"{text} ({ratio_text(row.ratio)})"
+
+
+def _microseconds(row: Row | None) -> str:
     if row is None or not row.seconds:
         return NONE if row is None else row.verdict
-    text = f"{statistics.median(row.seconds) * 1e6:.1f}"
-    return text if row.contender == REFERENCE else f"{text} ({ratio_text(row.ratio)})"
+    return f"{statistics.median(row.seconds) * 1e6:.1f}"
+
+
+def _passes(rows: Sequence[Row]) -> Grid:
+    """Return a line per pass: how many times faster than each other contender the kernel is."""
+    found = {(row.case, row.contender): row for row in rows}
+    others = [n for n in dict.fromkeys(row.contender for row in rows) if n != bn.KERNEL]
+    cells = []
+    for case in cases_of(rows):
+        kernel = found[case, bn.KERNEL]
+        ratios = [_against(found.get((case, name)), kernel) for name in others]
+        reached = (
+            f"{kernel.bound_s / statistics.median(kernel.seconds):.0%}"
+            if kernel.bound_s and kernel.seconds
+            else NONE
+        )
+        cells.append([case.layer, SHORT_DTYPES[case.dtype], str(case.batch), _microseconds(kernel),
+                      reached, *ratios])  # fmt: skip
+    columns = ("pass", "dtype", "batch", "kernel us", "of bandwidth", *others)
+    title = "BatchNorm's passes in training: time of each other over the kernel's (p20-p80)"
+    return Grid(title, columns, cells, left=("pass", "dtype"))
+
+
+def _against(other: Row | None, own: Row | None) -> str:
+    """Return how many times faster the package's own contender is than another."""
+    if other is None or own is None or not other.seconds or not own.seconds:
+        return NONE if other is None or other.verdict == OK else other.verdict
+    return ratio_text(paired_ratio(other.seconds, own.seconds), spread=other is not own)
 
 
 def _starts(rows: Sequence[Row]) -> Grid:
@@ -192,12 +236,14 @@ def _starts(rows: Sequence[Row]) -> Grid:
 
 
 def _training(rows: Sequence[Row]) -> Grid:
+    found = {(row.case, row.contender): row for row in rows}
     cells = [
         [
             row.case.model, SHORT_DTYPES[row.case.dtype], str(row.case.batch), row.contender,
             f"{row.img_s.median:.2f}" if row.img_s else row.verdict,
             f"{row.img_s.p20:.2f}-{row.img_s.p80:.2f}" if row.img_s else NONE,
-            ratio_text(row.ratio),
+            ratio_text(row.ratio, spread=True),
+            _against(row, found.get((row.case, FUSED))),
             NONE if row.error is None else f"{row.error:.1e}",
             NONE if row.saved_mib is None else f"{row.saved_mib:.1f}",
             NONE if row.peak_mib is None else f"{row.peak_mib:.0f}",
@@ -205,6 +251,9 @@ def _training(rows: Sequence[Row]) -> Grid:
         for row in rows
         if row.verdict != SKIPPED
     ]  # fmt: skip
-    columns = ("model", "dtype", "batch", "run", "img/s", "p20-p80", "ratio", "error", "kept MiB",
-               "peak MiB")  # fmt: skip
+    columns = ("model", "dtype", "batch", "run", "img/s", "p20-p80", "ratio (p20-p80)",
+               "fused / it", "error", "kept MiB", "peak MiB")  # fmt: skip
     return Grid("A training step", columns, cells, left=("model", "dtype", "run"))
+
+
+_OF_LEVEL = {COLD: _starts, TRAINING: _training, PASS: _passes}

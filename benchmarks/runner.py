@@ -33,7 +33,7 @@ from resnet_fused.bench.results import (
 PEAKS_LIMIT_S = 300.0
 UNFINISHED = "unfinished"
 #: Conditions that all parts of one record must share.
-SHARED = (*MATTER, "resnet_fused", "commit", "seed", "backend", "graphs", "cold_caches",
+SHARED = (*MATTER, "resnet_fused", "commit", "seed", "backend", "graphs", "caches",
           "image_size", "photographs_from")  # fmt: skip
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import subjects, training
+from benchmarks import bn, subjects, training
 from benchmarks.graphs import captured
 from resnet_fused.bench import measure, timing
 from resnet_fused.bench.contenders import Build
 from resnet_fused.bench.options import Settings, UsageError, one_of
 from resnet_fused.bench.peers import PEERS, absence, usable_peers
-from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, OP, TRAINING, Case
+from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, LEVELS, OP, PASS, TRAINING, Case
+from resnet_fused.bench.timing import FED, HOT
 
 #: Peers that take part unless others are asked for. At the levels of single layers only those
 #: that need no compilation of their own: there are some forty layers.
@@ -29,10 +30,12 @@ DEFAULT_PEERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
 }
 #: Seconds of timing per contender and case, unless others are asked for.
-SECONDS: Mapping[str, float] = {OP: 0.5, BLOCK: 0.5, INFERENCE: 3.0, COLD: 0.0, TRAINING: 5.0}
-#: Levels whose caches are emptied before each call: in a model, a layer's weights and whatever it
-#: reads have been pushed out by the layers before.
-COLD_CACHES = (OP, BLOCK)
+SECONDS: Mapping[str, float] = {
+    OP: 0.5, BLOCK: 0.5, INFERENCE: 3.0, COLD: 0.0, TRAINING: 5.0, PASS: 0.5,
+}  # fmt: skip
+#: Unless others are asked for. In a model a layer's input has just been written, as far as a cache
+#: holds it, and its weights have been pushed out by those of the other layers.
+CACHES: Mapping[str, str] = {**dict.fromkeys(LEVELS, HOT), OP: FED, BLOCK: FED}
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Suite:
     #: By level.
     peers: Mapping[str, tuple[str, ...]]
     image_size: int
-    #: Whether caches are emptied before each call, by level.
-    cold_caches: Mapping[str, bool]
+    #: What a call finds in the caches, by level.
+    caches: Mapping[str, str]
     #: Whether every contender runs as a CUDA graph, but for training; in a cold start `frozen`
     #: alone, which records its own. False: none does, `frozen` neither.
     graphs: bool
@@ -60,6 +63,8 @@ class Suite:
         """Return who takes part in a case, the reference first."""
         if case.level == TRAINING:
             return dict(training.contenders(self.peers[case.level]))
+        if case.level == PASS:
+            return dict(bn.contenders(case.layer))
         builds = measure.contenders(self.peers[case.level])
         return {name: self.prepared(case, build) for name, build in builds.items()}
 
@@ -97,6 +102,8 @@ def peers_by_level(
             one_of(option, name, [*PEERS, "all", "none"])
             if name not in PEERS:
                 raise UsageError(f"{option}: {name!r} stands alone, without other names")
+            if device not in PEERS[name].devices:
+                raise UsageError(f"{option}: {name} {_why_not(name, device)}")
         return dict.fromkeys(DEFAULT_PEERS[device], usable_peers(option, asked)), {}
     every = dict.fromkeys(DEFAULT_PEERS[device], tuple(PEERS))
     wanted = every if asked else DEFAULT_PEERS[device]
@@ -121,14 +128,16 @@ def _of_level(level: str, suite: Suite) -> list[Case]:
         batches = batches[:1]
     if level == TRAINING:  # one image has no statistics to speak of
         batches = tuple(size for size in batches if size > 1) or batches
-    if level not in (OP, BLOCK):
+    if level not in (OP, BLOCK, PASS):
         return [
             Case(model, dtype, batch, level)
             for model in asked.models
             for dtype in asked.dtypes
             for batch in batches
         ]
-    found = subjects.layers(level, asked.models, suite.image_size)
+    found: Mapping[str, object] = (
+        bn.layers() if level == PASS else subjects.layers(level, asked.models, suite.image_size)
+    )
     return [
         Case("", dtype, batch, level, layer)
         for dtype in asked.dtypes

@@ -14,15 +14,28 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import levels, suite, training
+from benchmarks import bn, levels, suite, training
 from benchmarks.suite import Suite
+from resnet_fused.backends import cpu
 from resnet_fused.bench import measure, options
 from resnet_fused.bench.contenders import REFERENCE
 from resnet_fused.bench.progress import Watch
-from resnet_fused.bench.results import BLOCK, INFERENCE, LEVELS, OK, OP, SKIPPED, TRAINING, Case
+from resnet_fused.bench.results import (
+    BLOCK,
+    INFERENCE,
+    LEVELS,
+    OK,
+    OP,
+    PASS,
+    SKIPPED,
+    TRAINING,
+    Case,
+)
+from resnet_fused.bench.timing import HOT
 
 MODELS = ("resnet50",)
-MEASURED = (OP, BLOCK, INFERENCE, TRAINING)
+#: BatchNorm's passes where the CPU's kernels are.
+MEASURED = (OP, BLOCK, INFERENCE, TRAINING, *(() if cpu.available() else (PASS,)))
 
 
 @functools.cache
@@ -35,7 +48,7 @@ def _suite() -> Suite:
         out=Path(), peers=(),
     )  # fmt: skip
     return Suite(
-        settings, MEASURED, peers, image_size=224, cold_caches=dict.fromkeys(LEVELS, False),
+        settings, MEASURED, peers, image_size=224, caches=dict.fromkeys(LEVELS, HOT),
         graphs=False, seconds=suite.SECONDS, limit=0.0,
     )  # fmt: skip
 
@@ -51,6 +64,12 @@ def _cases() -> list[Any]:
 @pytest.mark.parametrize(("case", "name"), _cases())
 def test_case(benchmark: Any, case: Case, name: str, tmp_path: Path) -> None:
     benchmark.group = str(case)
+    measure.forget_compiled()
+    if case.level == PASS:
+        row, call = bn.Entered(case, None).enter(name, _suite().contenders(case)[name])
+        assert row.verdict == OK, row.note
+        benchmark(call)
+        return
     network, setup, contenders, _ = levels.prepare(_suite(), case, tmp_path)
     with measure.precision(case.dtype):
         if case.level == TRAINING:

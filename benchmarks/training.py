@@ -28,6 +28,8 @@ from resnet_fused.testing import gradient_metrics
 
 #: 1 - cosine that is allowed where eager's own is next to none.
 TURN_FLOOR = 1e-3
+#: From GradScaler's first factor, 2^16, down to 1.
+HALVINGS = 17
 
 #: Makes ready to train a network that is the caller's own, so that its parameters stay the same.
 Prepare = Callable[[nn.Module], Callable[[Tensor], Tensor]]
@@ -83,13 +85,20 @@ class Trainer:
         self._scaler.update()
 
     def gradient(self) -> Tensor:
-        """Return the gradient of all parameters as one vector, in float64."""
-        self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(self.loss()).backward()
-        self._scaler.unscale_(self._optimizer)
-        self._scaler.update()
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return torch.cat([grad.flatten().double() for grad in grads]).cpu()
+        """Return the gradient of all parameters as one vector, in float64.
+
+        Where it overflows in float16 the scaler halves its factor, and it is computed again.
+        """
+        for _ in range(HALVINGS if self._scaler.is_enabled() else 1):
+            self._optimizer.zero_grad(set_to_none=True)
+            self._scaler.scale(self.loss()).backward()
+            self._scaler.unscale_(self._optimizer)
+            self._scaler.update()
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradient = torch.cat([grad.flatten().double() for grad in grads]).cpu()
+            if gradient.isfinite().all():
+                break
+        return gradient
 
     def saved_mib(self) -> float:
         """Return MiB of unique storages kept for backward, parameters and buffers left out."""
@@ -114,23 +123,19 @@ def run_case(
     network: Network, case: Case, setup: Setup, method: measure.Method, watch: Watch
 ) -> list[Row]:
     """Return a row per contender: images a second, memory at its highest, bytes kept."""
+    eager_turn = 0.0
+
+    def entered(name: str, prepare: Prepare) -> tuple[Row, Trainer]:
+        nonlocal eager_turn
+        row, trainer = enter(name, prepare, network, case, setup, eager_turn)
+        if name == REFERENCE:
+            eager_turn = row.error or 0.0
+        return row, trainer
+
     with measure.precision(case.dtype):
-        rows: dict[str, Row] = {}
-        steps: dict[str, Trainer] = {}
-        eager_turn = 0.0
-        for name, prepare in method.contenders.items():
-            watch.doing(f"{case}: building {name}", contender=name)
-            try:
-                rows[name], trainer = enter(name, prepare, network, case, setup, eager_turn)
-            except Exception as error:  # its own result; the others must still be measured
-                rows[name] = measure.failed(_row(network, case, name), error)
-                continue
-            if name == REFERENCE:
-                eager_turn = rows[name].error or 0.0
-            if rows[name].verdict == OK:
-                steps[name] = trainer
-        seconds = method.time(steps, lambda done: watch.doing(f"{case}: round {done}"))
-    return [measure.with_speed(row, seconds) for row in rows.values()]
+        return measure.run_entered(
+            case, method, entered, functools.partial(_row, network, case), watch
+        )
 
 
 def _row(network: Network, case: Case, name: str) -> Row:

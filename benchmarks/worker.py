@@ -160,6 +160,6 @@ def serve(connection: Connection) -> None:
 
 def _plain(error: Exception) -> Exception:
     """Return the error as one that surely pickles, of a kind the other side knows."""
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        return MemoryError(str(error))
+    if type(error) in (MemoryError, RuntimeError):
+        return type(error)(str(error))
     return RuntimeError(f"{type(error).__name__}: {error}")

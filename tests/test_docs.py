@@ -19,11 +19,12 @@ ROOT = Path(__file__).parents[1]
 README, CONTRIBUTING = ((ROOT / n).read_text() for n in ("README.md", "CONTRIBUTING.md"))
 
 
-def test_the_results_are_those_that_were_measured():
-    from benchmarks import readme
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/CPU.md"])
+def test_the_results_are_those_that_were_measured(name):
+    from benchmarks import documents
 
-    written = README.partition(readme.BEGIN)[2].partition(readme.END)[0].strip()
-    assert written == readme.section()
+    text = (ROOT / name).read_text()
+    assert text == documents.filled(text), f"run: python -m benchmarks --save-table {name}"
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -29,8 +29,8 @@ COLOURS = {
 }
 GROUP_WIDTH = 0.86
 
-#: Inches: above and below the panels, and of each panel with the gap under it.
-TOP, BOTTOM, PANEL = 0.75, 1.25, 2.6
+#: Inches: above and below the panels, of each panel with the gap under it, of a contender's name.
+TOP, BOTTOM, PANEL, LEGEND = 0.75, 1.25, 2.6, 1.25
 
 
 def save(record: Record, path: Path) -> None:
@@ -43,7 +43,8 @@ def save(record: Record, path: Path) -> None:
     contenders = list(dict.fromkeys(r.contender for r in record.rows if r.verdict != SKIPPED))
     bars = max(len(_cases(record.rows, dtype)) for dtype in dtypes) * len(contenders)
     height = TOP + BOTTOM + PANEL * len(dtypes)
-    figure = figure_of(figsize=(max(7.5, 1.5 + 0.36 * bars), height), dpi=140)
+    width = max(7.5, 1.5 + 0.36 * bars, 0.8 + LEGEND * len(contenders))
+    figure = figure_of(figsize=(width, height), dpi=140)
     panels = figure.subplots(
         len(dtypes), 1, squeeze=False,
         gridspec_kw={"top": 1 - TOP / height, "bottom": BOTTOM / height, "hspace": 0.45},
@@ -99,12 +100,17 @@ def _panel(axes: Any, rows: Sequence[Row], dtype: str, contenders: list[str]) ->
     axes.set_xticks(range(len(cases)), [f"{case.subject}\nbatch {case.batch}" for case in cases])
     axes.set_xlim(-0.5, max(len(cases), 2) - 0.5)
     axes.set_ylim(0, max(1.25, axes.get_ylim()[1]))
-    axes.set_ylabel("ratio")
+    axes.set_ylabel("times eager's img/s")
     axes.set_title(SHORT_DTYPES[dtype], loc="left", fontsize=10, fontweight="bold")
     axes.tick_params(axis="x", length=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.yaxis.grid(True, color="#e8e8e8")
     axes.set_axisbelow(True)
+
+
+def speed_text(img_s: float) -> str:
+    """Return images a second in three digits, large ones whole."""
+    return f"{img_s:.0f}" if img_s >= 100 else f"{img_s:.3g}"
 
 
 def _bar(axes: Any, row: Row, x: float, width: float) -> None:
@@ -119,5 +125,7 @@ def _bar(axes: Any, row: Row, x: float, width: float) -> None:
         low, high = row.ratio.median - row.ratio.p20, row.ratio.p80 - row.ratio.median
         error = [[low], [high]]
         axes.errorbar(x, row.ratio.median, error, color="#333", elinewidth=1, capsize=2)
-    colour = "#222" if row.contender in (REFERENCE, FUSED) else "white"
-    axes.text(x, 0.04, f"{row.img_s.median:.3g}", color=colour, **text)
+    from matplotlib.patheffects import withStroke
+
+    edge = [withStroke(linewidth=2, foreground="white")]  # readable on a bar and beside a short one
+    axes.text(x, 0.04, speed_text(row.img_s.median), color="#222", path_effects=edge, **text)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from resnet_fused.bench import accuracy, memory, timing
@@ -24,23 +26,37 @@ from resnet_fused.bench.results import FAILED, OK, OUT_OF_MEMORY, SKIPPED, WRONG
 class Method:
     """Who takes part in a case, and how long and by which clock they are timed."""
 
-    #: By name, how each is built: a `Build`, or for training what makes a network ready for it.
+    #: By name, how each is built: a `Build`, for training what makes a network ready for it, for a
+    #: pass of BatchNorm what makes a call of its maps.
     contenders: Mapping[str, Callable[..., Any]]
     #: Asked for when the timing begins, after the building and checking.
     rounds: Callable[[], timing.Rounds]
     clock: timing.Clock
-    #: Whether a sample is one call: see `timing.interleave`.
-    single: bool = False
+    #: What a call finds in the caches, which the clock empties unless they are hot.
+    caches: str = timing.HOT
 
     def time(
-        self, runs: Mapping[str, Callable[[], object]], on_round: Callable[[int], None]
+        self,
+        runs: Mapping[str, Callable[[], object]],
+        on_round: Callable[[int], None],
+        feeds: Mapping[str, Callable[[], object]] | None = None,
     ) -> dict[str, list[float]]:
         """Return the seconds per call of every run, one value per round."""
         if not runs:
             return {}
         return timing.interleave(
-            runs, self.rounds(), clock=self.clock, single=self.single, on_round=on_round
+            runs,
+            self.rounds(),
+            clock=self.clock,
+            single=self.caches != timing.HOT,
+            feeds=feeds if self.caches == timing.FED else None,
+            on_round=on_round,
         )
+
+
+#: Seconds that a twin runs before a call whose input alone shall be in the caches: after some
+#: milliseconds of waiting for memory a Zen 5 takes as long to be at full speed again.
+WARM_S = 0.005
 
 
 @dataclass
@@ -50,11 +66,21 @@ class Entry:
     row: Row
     runner: Runner | None = None
     input: Any = None
+    #: A call of another instance, with weights of its own.
+    twin: Callable[[], object] = timing.nothing
 
     def call(self) -> object:
         """Run once on the example: what is timed."""
         assert self.runner is not None
         return self.runner.run(self.input)
+
+    def feed(self) -> None:
+        """Leave the caches as the layer before would have: code warm, the input just written."""
+        ends = time.perf_counter() + WARM_S
+        while time.perf_counter() < ends:
+            self.twin()
+        if isinstance(self.input, torch.Tensor | np.ndarray):  # not JAX's, which are read only
+            torch.as_tensor(self.input).mul_(1)
 
 
 def contenders(peers: tuple[str, ...]) -> dict[str, Build]:
@@ -68,7 +94,7 @@ def run_case(network: Network, case: Case, setup: Setup, method: Method, watch: 
     A contender whose answer is wrong before the timing is not timed, and one whose answer is wrong
     after it (a reused buffer, say) loses its times.
     """
-    _forget_compiled()
+    forget_compiled()
     with precision(case.dtype):
         return _run_case(network, case, setup, method, watch)
 
@@ -89,6 +115,34 @@ def precision(dtype: str) -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def run_entered(
+    case: Case,
+    method: Method,
+    enter: Callable[[str, Callable[..., Any]], tuple[Row, Callable[[], object]]],
+    blank: Callable[[str], Row],
+    watch: Watch,
+) -> list[Row]:
+    """Return a row per contender: `enter` builds and judges one, those that are right are timed.
+
+    `blank` gives the row of one that an error ended.
+    """
+    forget_compiled()
+    rows: dict[str, Row] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    for name, build in method.contenders.items():
+        watch.doing(f"{case}: building {name}", contender=name)
+        try:
+            rows[name], run = enter(name, build)
+        # Whatever a contender dies of is its own result; the others must still be measured.
+        except Exception as error:
+            rows[name] = failed(blank(name), error)
+            continue
+        if rows[name].verdict == OK:
+            runs[name] = run
+    seconds = method.time(runs, lambda done: watch.doing(f"{case}: round {done}"))
+    return [with_speed(row, seconds) for row in rows.values()]
 
 
 def with_speed(row: Row, seconds: Mapping[str, list[float]]) -> Row:
@@ -118,20 +172,30 @@ def failed(row: Row, error: BaseException) -> Row:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # What torch's CPU allocator raises is a RuntimeError like any other.
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    # What torch's CPU allocator raises is a RuntimeError like any other, and what another process
+    # died of is known by its words alone.
+    kinds, words = (MemoryError, torch.OutOfMemoryError), ("can't allocate memory", "out of memory")
+    return isinstance(error, kinds) or any(word in str(error).lower() for word in words)
 
 
 def entered(
-    network: Network, case: Case, setup: Setup, builds: Mapping[str, Build], watch: Watch
+    network: Network,
+    case: Case,
+    setup: Setup,
+    builds: Mapping[str, Build],
+    watch: Watch,
+    *,
+    twins: bool = False,
 ) -> list[Entry]:
-    """Build every contender, the reference first, and hold its answer to the rule."""
+    """Build every contender, and its twin if asked for, and hold its answer to the rule.
+
+    The reference comes first.
+    """
     entries: list[Entry] = []
     eager_error = math.inf
     for name, build in builds.items():
         watch.doing(f"{case}: building {name}", contender=name)
-        entry = _enter(name, build, network, case, setup)
+        entry = _enter(name, build, network, case, setup, twins=twins)
         if entry.runner:
             error = _error(entry.runner, case, network)
             eager_error = error if name == REFERENCE else eager_error
@@ -144,10 +208,13 @@ def entered(
 def _run_case(
     network: Network, case: Case, setup: Setup, method: Method, watch: Watch
 ) -> list[Row]:
-    entries = entered(network, case, setup, method.contenders, watch)
-    runs = {entry.row.contender: entry.call for entry in entries if entry.row.verdict == OK}
+    twins = method.caches == timing.FED
+    entries = entered(network, case, setup, method.contenders, watch, twins=twins)
+    timed = {entry.row.contender: entry for entry in entries if entry.row.verdict == OK}
+    runs = {name: entry.call for name, entry in timed.items()}
+    feeds = {name: entry.feed for name, entry in timed.items()}
     with torch.inference_mode():
-        seconds = method.time(runs, lambda done: watch.doing(f"{case}: round {done}"))
+        seconds = method.time(runs, lambda done: watch.doing(f"{case}: round {done}"), feeds)
     for entry in entries:
         row = entry.row
         if row.verdict == OK and entry.runner:
@@ -157,13 +224,15 @@ def _run_case(
     return [with_speed(entry.row, right) for entry in entries]
 
 
-def _forget_compiled() -> None:
+def forget_compiled() -> None:
     """Forget what torch.compile made for cases before: past some eight it would give up."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
 
-def _enter(name: str, build: Build, network: Network, case: Case, setup: Setup) -> Entry:
+def _enter(
+    name: str, build: Build, network: Network, case: Case, setup: Setup, *, twins: bool
+) -> Entry:
     """Build a contender and run it twice, the second time for its peak memory."""
     row = Row(case, name, OK, network.macs / 1e9, network.params / 1e6)
     declined = PEERS[name].declines(setup.dtype, setup.device) if name in PEERS else None
@@ -179,11 +248,19 @@ def _enter(name: str, build: Build, network: Network, case: Case, setup: Setup) 
             runner.run(example)
             meter.restart()
             runner.run(example)
+        peak = memory.growth_mib(before, meter.peak())
+        twin = _call(build(setup), setup) if twins else timing.nothing
     # Whatever a contender dies of is its own result; the others must still be measured.
     except Exception as error:
         return Entry(failed(row, error))
-    peak = memory.growth_mib(before, meter.peak())
-    return Entry(replace(row, peak_mib=peak), runner, example)
+    return Entry(replace(row, peak_mib=peak), runner, example, twin)
+
+
+def _call(runner: Runner, setup: Setup) -> Callable[[], object]:
+    with torch.inference_mode():
+        example = runner.prepare(setup.example)
+        runner.run(example)
+    return lambda: runner.run(example)
 
 
 def _error(runner: Runner, case: Case, network: Network) -> float:
@@ -203,5 +280,9 @@ def judged(row: Row, error: float, allowed: float) -> Row:
     else:
         verdict, note = WRONG, "output of the wrong shape or not finite"
     return replace(
-        row, verdict=verdict, error=error if finite else None, allowed_error=allowed, note=note
+        row,
+        verdict=verdict,
+        error=error if finite else None,
+        allowed_error=allowed if math.isfinite(allowed) else None,
+        note=note,
     )

@@ -154,9 +154,8 @@ def absence(name: str) -> str | None:
     missing = [need for need in PEERS[name].needs if not _found(need)]
     if not missing:
         return None
-    return (
-        f'needs {", ".join(missing)}, not installed here: pip install "resnet_fused[bench-peers]"'
-    )
+    needed = ", ".join(missing)
+    return f"needs {needed}, not installed here: pip install {PEERS[name].install}"
 
 
 def _found(module: str) -> bool:

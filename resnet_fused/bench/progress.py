@@ -39,7 +39,7 @@ class LineWatch(Watch):
 
     def case_done(self, case: Case, rows: list[Row]) -> None:
         """Write the case's line."""
-        self.console.print(line(case, rows), highlight=False, soft_wrap=True)
+        self.console.print(line(case, rows), highlight=False, markup=False, soft_wrap=True)
 
 
 class BarWatch(Watch, AbstractContextManager["BarWatch"]):
@@ -51,7 +51,7 @@ class BarWatch(Watch, AbstractContextManager["BarWatch"]):
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=console,
             transient=True,
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from resnet_fused.bench.contenders import FROZEN, OWN, REFERENCE
+from resnet_fused.bench.contenders import FROZEN, FUSED_LOW, OWN, REFERENCE
 from resnet_fused.bench.options import SHORT_DTYPES, UsageError
 from resnet_fused.bench.timing import Spread, paired_ratio
 from resnet_fused.files import write_atomically
@@ -28,19 +28,20 @@ HUNG = "HUNG"
 #: What makes a run a failed one. Running out of memory is an answer about a batch size.
 FAULTS = (WRONG, FAILED, CRASHED, HUNG)
 
-OP, BLOCK, INFERENCE, COLD, TRAINING = LEVELS = ("op", "block", "inference", "cold", "training")
+LEVELS = ("op", "block", "inference", "cold", "training", "pass")
+OP, BLOCK, INFERENCE, COLD, TRAINING, PASS = LEVELS
 
 
 @dataclass(frozen=True)
 class Case:
     """One comparison: what runs, torch's name of a dtype (or tf32), and a batch size."""
 
-    #: Empty for an op or a block, which may be part of several.
+    #: Empty for an op, a block or a pass, which may be part of several.
     model: str
     dtype: str
     batch: int
     level: str = INFERENCE
-    #: An op or a block by its shape.
+    #: An op, a block or a pass of BatchNorm by its shape.
     layer: str = ""
 
     @property
@@ -102,12 +103,12 @@ class Record:
 
 @dataclass(frozen=True)
 class PeerCell:
-    """The frozen network against the quickest peer that answered rightly, in one case."""
+    """One of the package's own contenders against the quickest peer that was right, in a case."""
 
     case: Case
     peer: str
     peer_img_s: float
-    frozen_img_s: float | None
+    own_img_s: float | None
     ratio: Spread | None
 
 
@@ -116,16 +117,16 @@ def cases_of(rows: Sequence[Row]) -> list[Case]:
     return list(dict.fromkeys(row.case for row in rows))
 
 
-def against_peers(rows: Sequence[Row]) -> list[PeerCell]:
-    """Return one cell per case that a peer ran rightly."""
+def against_peers(rows: Sequence[Row], contender: str = FROZEN) -> list[PeerCell]:
+    """Return one cell per case that a peer ran rightly, with one of the package's own."""
     cells = []
     for case in cases_of(rows):
         runs = {row.contender: row for row in rows if row.case == case and row.img_s}
-        peers = [row for name, row in runs.items() if name not in OWN]
+        peers = [row for name, row in runs.items() if name not in (*OWN, FUSED_LOW)]
         if not peers:
             continue
         best = min(peers, key=lambda row: statistics.median(row.seconds))
-        own = runs.get(FROZEN)
+        own = runs.get(contender)
         assert best.img_s is not None
         cells.append(
             PeerCell(
@@ -175,7 +176,7 @@ def load(path: Path) -> Record:
     if schema != SCHEMA:
         raise UsageError(f"{path}: its schema is {schema!r}; this version reads {SCHEMA!r}")
     try:
-        return Record(content["conditions"], [_row(fields) for fields in content["rows"]])
+        return Record({**content["conditions"]}, [_row(fields) for fields in content["rows"]])
     except (KeyError, TypeError) as error:
         raise UsageError(f"{path}: not a whole benchmark record ({error!r})") from None
 

@@ -88,14 +88,21 @@ def closing_lines(record: Record) -> list[str]:
     for name, mean in geometric_means(record.rows).items():
         right = sum(row.contender == name and row.ratio is not None for row in record.rows)
         lines.append(f"{name}: {mean:.2f}x {REFERENCE}, geometric mean of {right} cases of {total}")
-    for row in record.rows:
-        if row.verdict not in (OK, SKIPPED):
-            lines.append(f"{row.verdict}: {row.case} {row.contender}: {row.note}")
     device = record.conditions.get("device_kind", "cpu")
-    return [*lines, *_noise(record.rows), *notes(device)]
+    return [*lines, *faults(record.rows), *noise(record.rows), *notes(device)]
 
 
-def _noise(rows: Sequence[Row]) -> list[str]:
+def faults(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each row that has no time, but for those that were not to run."""
+    return [
+        f"{row.verdict}: {row.case} {row.contender}: {row.note}"
+        for row in rows
+        if row.verdict not in (OK, SKIPPED)
+    ]
+
+
+def noise(rows: Sequence[Row]) -> list[str]:
+    """Return a warning where something else was using the machine."""
     noisy = {row.case for row in rows if row.img_s and row.img_s.p80 > NOISY * row.img_s.p20}
     if not noisy:
         return []
@@ -160,12 +167,18 @@ def markdown(record: Record) -> str:
     return "\n\n".join([*head, *tables, closing]) + "\n"
 
 
-def ratio_text(ratio: Spread | None) -> str:
+def ratio_text(ratio: Spread | None, *, spread: bool = False) -> str:
     """Return a ratio as the tables show it, marked where its range has 1 in it."""
     if ratio is None:
         return NONE
     same = SAME if ratio.covers(1) and ratio.p20 != ratio.p80 else ""
-    return f"{same}{ratio.median:.2f}x"
+    around = f" ({ratio.p20:.2f}-{ratio.p80:.2f})" if spread else ""
+    return f"{same}{ratio.median:.2f}x{around}"
+
+
+def mean_text(ratios: Sequence[float]) -> str:
+    """Return the geometric mean of ratios as the tables show it."""
+    return f"{statistics.geometric_mean(ratios):.2f}x" if ratios else NONE
 
 
 def _model_grid(name: str, rows: Sequence[Row]) -> Grid:
@@ -175,13 +188,20 @@ def _model_grid(name: str, rows: Sequence[Row]) -> Grid:
     last_of_case = {row.case: index for index, row in enumerate(rows)}
     cells = [_cells(row, first=_is_first(rows, index)) for index, row in enumerate(rows)]
     return Grid(
-        title=f"{name}: {rows[0].gmacs:.3f} GMACs an image, {rows[0].mparams:.2f} M parameters",
+        title=_model_title(name, rows),
         columns=columns,
         rows=cells,
         left=("dtype", "run"),
         breaks=frozenset(last_of_case.values()),
         styles={index: _style(row) for index, row in enumerate(rows)},
     )
+
+
+def _model_title(name: str, rows: Sequence[Row]) -> str:
+    counted = next((row for row in rows if row.gmacs), None)
+    if counted is None:  # no contender lived to count them
+        return name
+    return f"{name}: {counted.gmacs:.3f} GMACs an image, {counted.mparams:.2f} M parameters"
 
 
 def _is_first(rows: Sequence[Row], index: int) -> bool:
@@ -221,13 +241,13 @@ def _peer_grid(rows: Sequence[Row]) -> Grid | None:
             str(cell.case.batch),
             cell.peer,
             f"{cell.peer_img_s:.1f}",
-            f"{cell.frozen_img_s:.1f}" if cell.frozen_img_s else NONE,
+            f"{cell.own_img_s:.1f}" if cell.own_img_s else NONE,
             ratio_text(cell.ratio),
         ]
         for cell in cells
     ]
     ratios = [cell.ratio.median for cell in cells if cell.ratio]
-    mean = f"{statistics.geometric_mean(ratios):.2f}x" if ratios else NONE
+    mean = mean_text(ratios)
     total = f"geometric mean, {len(ratios)} of {len(cells)}"
     return Grid(
         title="frozen against the quickest peer of each case",

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,14 +20,25 @@ import torch
 from resnet_fused.tuning.measure import CudaClock
 
 T = TypeVar("T")
-#: Seconds per call of a function that is called so many times.
-Clock = Callable[[Callable[[], object], int], float]
+#: What a call finds in the caches. Hot: all that the call before it left there, as in a loop over
+#: one layer. Fed: its input, just written, and the code, but none of its weights, as a layer in a
+#: model does. Cold: nothing.
+CACHES = HOT, FED, COLD = ("hot", "fed", "cold")
 
 SHORTEST_SAMPLE_S = 0.04
 #: Bytes of a last-level cache where the system does not tell: more than most.
 LARGE_CACHE = 2**27
 MIN_ROUNDS = 3
 MAX_ROUNDS = 30
+
+
+class Clock(Protocol):
+    """Tells the seconds per call of a function that is called so many times."""
+
+    def __call__(
+        self, run: Callable[[], object], calls: int, feed: Callable[[], object] = ...
+    ) -> float:
+        """Time the calls; where caches are emptied before each, `feed` follows, untimed."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,13 @@ def rotated(items: Sequence[T], turn: int) -> list[T]:
     return [*items[start:], *items[:start]]
 
 
-def elapsed_cpu(run: Callable[[], object], calls: int) -> float:
+def nothing() -> None:
+    """Feed nobody."""
+
+
+def elapsed_cpu(
+    run: Callable[[], object], calls: int, feed: Callable[[], object] = nothing
+) -> float:
     """Seconds per call of `run`, by the wall clock."""
     start = time.perf_counter()
     for _ in range(calls):
@@ -87,7 +104,9 @@ def elapsed_cpu(run: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def elapsed_cuda(run: Callable[[], object], calls: int) -> float:
+def elapsed_cuda(
+    run: Callable[[], object], calls: int, feed: Callable[[], object] = nothing
+) -> float:
     """Seconds per call of `run` on the current CUDA stream, by its events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -99,20 +118,20 @@ def elapsed_cuda(run: Callable[[], object], calls: int) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
-def clock_for(device: str, *, cold: bool = False) -> Clock:
-    """Return the function that times calls on `device`, with empty caches before each if `cold`.
-
-    Hot, a call finds in the caches what the one before it left there, as in a loop over one layer.
-    Cold, it reads everything from memory, as a layer's weights in a large network.
-    """
-    if not cold:
+def clock_for(device: str, *, emptied: bool = False) -> Clock:
+    """Return the function that times calls on `device`, with caches emptied before each or not."""
+    if not emptied:
         return elapsed_cuda if device == "cuda" else elapsed_cpu
-    single: Callable[[Callable[[], object]], float]
+    single: Callable[[Callable[[], object], Callable[[], object]], float]
     if device == "cuda":
         single = CudaClock(torch.device("cuda", torch.cuda.current_device()))
     else:
         single = _flushed_cpu(torch.empty(2 * _last_level_cache(), dtype=torch.uint8))
-    return lambda run, calls: sum(single(run) for _ in range(calls)) / calls
+
+    def clock(run: Callable[[], object], calls: int, feed: Callable[[], object] = nothing) -> float:
+        return sum(single(run, feed) for _ in range(calls)) / calls
+
+    return clock
 
 
 def _last_level_cache() -> int:
@@ -124,9 +143,12 @@ def _last_level_cache() -> int:
     return max(sizes, default=LARGE_CACHE)
 
 
-def _flushed_cpu(flushed: torch.Tensor) -> Callable[[Callable[[], object]], float]:
-    def single(run: Callable[[], object]) -> float:
+def _flushed_cpu(
+    flushed: torch.Tensor,
+) -> Callable[[Callable[[], object], Callable[[], object]], float]:
+    def single(run: Callable[[], object], feed: Callable[[], object]) -> float:
         flushed.add_(1)
+        feed()
         return elapsed_cpu(run, 1)
 
     return single
@@ -138,14 +160,16 @@ def interleave(
     *,
     clock: Clock = elapsed_cpu,
     single: bool = False,
+    feeds: Mapping[str, Callable[[], object]] | None = None,
     on_round: Callable[[int], None] = lambda done: None,
 ) -> dict[str, list[float]]:
     """Time every run once per round and return its seconds per call, one value per round.
 
     All runs make the same number of calls per sample, enough for the quickest to last
     `SHORTEST_SAMPLE_S`; a `single` one where the clock itself takes most of the time, as one that
-    empties the caches does. Where that is more than one, an untimed call goes first: it brings the
-    contender's weights back into the cache that the one before it filled.
+    empties the caches does, which then lets each one's `feeds` write its input again. Where there
+    are more, an untimed call goes first: it brings the contender's weights back into the cache that
+    the one before it filled.
     """
     quickest = min(clock(run, 1) for run in runs.values())
     calls = 1 if single else max(1, math.ceil(SHORTEST_SAMPLE_S / max(quickest, 1e-9)))
@@ -157,7 +181,7 @@ def interleave(
         for name in rotated(names, done):
             if calls > 1:
                 runs[name]()
-            seconds[name].append(clock(runs[name], calls))
+            seconds[name].append(clock(runs[name], calls, (feeds or {}).get(name, nothing)))
         done += 1
         on_round(done)
     return seconds

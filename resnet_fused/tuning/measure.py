@@ -158,10 +158,13 @@ class CudaClock:
         # Too small a buffer would be filled before the call has been launched.
         self._flush = torch.empty(max(size, 2**28), dtype=torch.uint8, device=device)
 
-    def __call__(self, run: Callable[[], object]) -> float:
-        """Return the seconds that one call takes on the current stream."""
+    def __call__(
+        self, run: Callable[[], object], before: Callable[[], object] = lambda: None
+    ) -> float:
+        """Return the seconds that one call takes on the current stream, after `before`."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
+        before()
         start.record()
         run()
         end.record()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,10 +62,21 @@ def test_a_cold_sample_is_one_call() -> None:
     interleave(
         {"a": lambda: calls.append("a")},
         Rounds(3, 3),
-        clock=clock_for("cpu", cold=True),
+        clock=clock_for("cpu", emptied=True),
         single=True,
     )
     assert len(calls) == 1 + 3  # the estimate, and one a round, without a lead-in
+
+
+@pytest.mark.parametrize("given", [torch.tensor([1.0, -2.0]), np.array([1.0, -2.0], np.float32)])
+def test_feeding_writes_the_same_input_where_it_lies(given: torch.Tensor | np.ndarray) -> None:
+    calls: list[int] = []
+    row = Row(Case("m", "float32", 1), "fused", OK, 1.0, 1.0)
+    entry = measure.Entry(row, input=given, twin=lambda: calls.append(1))
+    entry.feed()
+    assert calls
+    assert entry.input is given
+    assert list(given) == [1.0, -2.0]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,10 @@ def test_json_round_trip(record: Record, tmp_path: Path) -> None:
             json.dumps({"schema": results.SCHEMA, "conditions": {}, "rows": [{"case": {}}]}),
             "not a whole benchmark record",
         ),
+        (
+            json.dumps({"schema": results.SCHEMA, "conditions": [], "rows": []}),
+            "not a whole benchmark record",
+        ),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path: Path, content: str, message: str) -> None:
@@ -49,7 +53,7 @@ def test_the_best_peer_is_the_quickest_right_one(record: Record) -> None:
     assert fp32.ratio is not None
     assert fp32.ratio.median == pytest.approx(1.3)  # of 1.5, 1.3, 1.2, round by round
     assert bf16.peer == "openvino"
-    assert bf16.frozen_img_s is None  # wrong, so it has no speed to compare
+    assert bf16.own_img_s is None  # wrong, so it has no speed to compare
     assert bf16.ratio is None
 
 

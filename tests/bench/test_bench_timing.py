@@ -5,6 +5,7 @@ import pytest
 from resnet_fused.bench.timing import (
     Rounds,
     Spread,
+    clock_for,
     elapsed_cpu,
     interleave,
     paired_ratio,
@@ -53,7 +54,7 @@ def test_interleave_rotates_and_gives_every_run_the_same_number_of_calls() -> No
     order: list[str] = []
     sampled: list[tuple[str, int]] = []
 
-    def clock(run: object, calls: int) -> float:
+    def clock(run: object, calls: int, feed: object = None) -> float:
         run()  # type: ignore[operator]
         sampled.append((order[-1], calls))
         return 0.01 if order[-1] == "a" else 0.03
@@ -73,9 +74,20 @@ def test_interleave_rotates_and_gives_every_run_the_same_number_of_calls() -> No
 def test_a_long_call_is_made_once_without_a_lead_in() -> None:
     calls: list[int] = []
     interleave(
-        {"a": lambda: calls.append(1)}, Rounds(2, 2), clock=lambda run, n: (run(), 0.5 * n)[1]
+        {"a": lambda: calls.append(1)},
+        Rounds(2, 2),
+        clock=lambda run, n, feed=None: (run(), 0.5 * n)[1],
     )
     assert len(calls) == 3  # the estimate and two rounds
+
+
+def test_each_one_s_input_is_written_again_between_the_emptying_and_the_call() -> None:
+    order: list[str] = []
+    runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    feeds = {name: (lambda name=name: order.append(f"fed {name}")) for name in "ab"}
+    clock = clock_for("cpu", emptied=True)
+    interleave(runs, Rounds(2, 2), clock=clock, single=True, feeds=feeds)
+    assert order == ["a", "b", "fed a", "a", "fed b", "b", "fed b", "b", "fed a", "a"]
 
 
 def test_the_wall_clock_counts_per_call() -> None:

@@ -10,8 +10,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from benchmarks import __main__ as command
-from benchmarks import readme, runner
-from resnet_fused.bench.results import Record, load, save
+from benchmarks import documents, runner
+from resnet_fused.bench import measure
+from resnet_fused.bench.options import UsageError
+from resnet_fused.bench.results import OK, TRAINING, Case, Record, Row, load, save
 
 
 def call(*words: object) -> Result:
@@ -32,15 +34,20 @@ def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         (["ops", "-b", "0"], "--batch: '0' given"),
         (["models", "--peers", "tvm"], "--peers: unknown value 'tvm'"),
         (["models", "--peers", "all,inductor"], "--peers: 'all' stands alone"),
+        (["models", "--peers", "cudnn"], "--peers: cudnn runs on cuda only"),
+        (["ops", "-m", "vgg16"], "--model: vgg16 makes no fused call; accepted: ResNets"),
+        (["compare", "/no/a", "/no/b", "--threshold", "-1"], "--threshold: -1 given"),
+        (["training", "--images", "/no/folder"], "--images: /no/folder: no such directory"),
         (["models", "--device", "tpu"], "--device: unknown value 'tpu'"),
         (["models", "--graphs"], "--graphs: CUDA graphs need --device cuda"),
-        (["blocks", "--cache", "warm"], "--cache: unknown value 'warm'; accepted: cold, hot"),
+        (["blocks", "--cache", "warm"], "--cache: unknown value 'warm'; accepted: hot, fed, cold"),
         (["blocks", "--image-size", "8"], "--image-size: 8 given"),
         (["training", "--limit", "0"], "--limit: 0 given; accepted: a number above 0"),
         (["training", "--minutes", "-1"], "--minutes: -1 given"),
         (["ops", "--seconds", "0"], "--seconds: 0 given"),
         (["bn", "--seconds", "0"], "--seconds: 0 given"),
         (["bn", "-b", "0"], "--batch: '0' given"),
+        (["bn", "-d", "fp16"], "--dtype: unknown value 'float16'; did you mean bfloat16 or"),
         (["all", "--backend", "ondnn"], "did you mean onednn"),
         (["compare", "/no/a", "/no/b"], "/no/a: No such file or directory"),
         (["report", "/no/a"], "/no/a: No such file or directory"),
@@ -102,9 +109,10 @@ def test_a_kept_record_makes_the_table(
 ) -> None:
     results = tmp_path / "benchmarks" / "results"
     results.parent.mkdir()
-    monkeypatch.setattr(readme, "RESULTS", results)
+    monkeypatch.setattr(documents, "RESULTS", results)
     readme_file = tmp_path / "README.md"
-    readme_file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    begin = documents.BEGIN.format("inference")
+    readme_file.write_text(f"before\n{begin}\nold\n{documents.END}\nafter\n")
     save(record, tmp_path / "suite.json")
     assert call("keep", tmp_path / "suite.json", "some-cpu").exit_code == 0
     assert call("--save-table", readme_file).exit_code == 0
@@ -113,6 +121,69 @@ def test_a_kept_record_makes_the_table(
     assert text.endswith("after\n")
     assert "| resnet50 | fp32 | 8 |" in text
     assert "benchmarks/results/some-cpu.png" in text
+    assert "GPU: not measured yet (`python -m benchmarks models`, then `keep`)." in text
+
+
+@pytest.fixture
+def trained(record: Record) -> Record:
+    """A training record: fused is faster than eager, and as fast as the peer."""
+    case = Case("resnet50", "float32", 8, TRAINING)
+    seconds = {"eager": [2.0, 2.0, 2.1], "fused": [1.0, 1.1, 1.0], "fused-low": [2.0, 2.1, 2.0],
+               "inductor-default": [1.1, 1.0, 1.05]}  # fmt: skip
+    memory = {"saved_mib": 651.0, "peak_mib": 1177.0}
+    rows = [
+        measure.with_speed(Row(case, name, OK, 12.3, 25.6, **memory), seconds) for name in seconds
+    ]
+    return replace(record, rows=rows)
+
+
+def test_training_is_kept_and_shown_the_same_way(
+    trained: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "RESULTS", tmp_path)
+    assert "CPU and GPU: not measured yet" in documents.section(TRAINING)
+    save(trained, tmp_path / "suite.json")
+    trained_again = load(tmp_path / "suite.json")
+    (tmp_path / "suite.json").unlink()
+    documents.keep(trained_again, "some-cpu-training")
+    (line,) = [x for x in documents.section(TRAINING).splitlines() if x.startswith("| resnet50")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == [
+        "resnet50", "fp32", "8", "4.0", "2.00x", "≈1.00x", "inductor-default 7.6", "≈1.05x",
+        "651", "651", "651", "1177", "1177", "1177",
+    ]  # fmt: skip
+
+
+def test_a_record_is_not_kept_in_the_place_of_one_that_shows_more(
+    record: Record, trained: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "RESULTS", tmp_path / "results")
+    documents.keep(record, "some-cpu")
+    with pytest.raises(UsageError, match="the record kept under it shows inference"):
+        documents.keep(trained, "some-cpu")
+    with pytest.raises(UsageError, match="accepted: a name without folders"):
+        documents.keep(trained, "../some-cpu")
+    with pytest.raises(UsageError, match="no timed row of inference, training"):
+        documents.keep(replace(record, rows=[]), "empty")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no marks", "has no <!-- results: LEVEL --> followed by <!-- end of results -->"),
+        ("<!-- results: trainin -->\n<!-- end of results -->", "did you mean training?"),
+        ("<!-- results: pass -->\n", "has no <!-- results: pass --> followed by"),
+    ],
+)
+def test_a_document_without_the_right_marks_is_left_alone(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    document = tmp_path / "README.md"
+    document.write_text(text)
+    refused = call("--save-table", document)
+    assert refused.exit_code == 2
+    assert message in refused.stderr
+    assert document.read_text() == text
 
 
 def test_an_unfinished_record_is_not_kept(record: Record, tmp_path: Path) -> None:

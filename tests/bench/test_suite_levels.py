@@ -17,7 +17,21 @@ from benchmarks.suite import Suite
 from resnet_fused.bench import contenders, networks
 from resnet_fused.bench.options import Settings, UsageError
 from resnet_fused.bench.progress import Watch
-from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, LEVELS, OK, OP, TRAINING, Case
+from resnet_fused.bench.results import (
+    BLOCK,
+    COLD,
+    FAILED,
+    INFERENCE,
+    LEVELS,
+    OK,
+    OP,
+    OUT_OF_MEMORY,
+    PASS,
+    TRAINING,
+    Case,
+    Record,
+    save,
+)
 from resnet_fused.flops import count
 from resnet_fused.models import create_model
 
@@ -34,10 +48,10 @@ def small(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Suite
     before = torch.get_num_threads()
     yield Suite(
         settings=replace(settings, models=(NAME,), batches=(1, 2), threads=1),
-        levels=LEVELS,
+        levels=tuple(level for level in LEVELS if level != PASS),
         peers=dict.fromkeys(LEVELS, ("eager-nchw",)),
         image_size=32,
-        cold_caches={level: level in suite.COLD_CACHES for level in LEVELS},
+        caches=suite.CACHES,
         graphs=False,
         seconds=suite.SECONDS,
         limit=60.0,
@@ -79,7 +93,7 @@ def test_a_model_without_fused_calls_is_refused() -> None:
 
 def test_the_plan_goes_from_ops_to_training(small: Suite) -> None:
     cases = suite.plan(small)
-    assert list(dict.fromkeys(case.level for case in cases)) == list(LEVELS)
+    assert list(dict.fromkeys(case.level for case in cases)) == list(small.levels)
     assert {case.batch for case in cases if case.level == TRAINING} == {2}
     assert {case.batch for case in cases if case.level == COLD} == {1}
     assert {case.batch for case in cases if case.level == OP} == {1, 2}
@@ -147,6 +161,32 @@ def test_training_is_held_to_the_gradient_and_keeps_less(small: Suite, tmp_path:
     assert fused.img_s is not None
 
 
+def test_a_float16_gradient_that_overflows_is_computed_again_with_less_scale() -> None:
+    """1000 times the loss: at GradScaler's first factor float16 overflows."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 10))
+    x, target = torch.randn(2, 3, 2, 2), torch.tensor([2, 7])
+
+    def louder(network: torch.nn.Module) -> object:
+        return lambda x: 1000 * network(x)
+
+    low, exact = (
+        training.Trainer(model, x, target, dtype, louder).gradient()
+        for dtype in (torch.float16, torch.float32)
+    )
+    assert low.isfinite().all()
+    assert float((low - exact).norm() / exact.norm()) < 0.05
+
+
+def test_a_gradient_that_is_not_finite_is_recorded(
+    small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "OWN", {"eager": lambda model: lambda x: torch.nan * model(x)})
+    case = Case(NAME, "float32", 2, TRAINING)
+    (row,) = levels.run_case(small, case, ("eager",), None, tmp_path, watch=Watch())
+    assert row.verdict == "WRONG"
+    save(Record({}, [row]), tmp_path / "suite.json")
+
+
 def test_a_wrong_gradient_has_no_speed(
     small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,16 +223,24 @@ def test_a_cold_start_tells_its_stages(small: Suite, tmp_path: Path,
         assert row.img_s is not None
 
 
+@pytest.mark.parametrize(
+    ("last", "verdict"),
+    [
+        ("ImportError: no torch", FAILED),
+        ("RuntimeError: [x] DefaultCPUAllocator: can't allocate memory: you tried", OUT_OF_MEMORY),
+        ("torch.OutOfMemoryError: CUDA out of memory.", OUT_OF_MEMORY),
+    ],
+)
 def test_a_cold_start_that_fails_says_why(
-    small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    last: str, verdict: str, small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken:
-        returncode, stdout, stderr = 1, "", "Traceback\nImportError: no torch"
+        returncode, stdout, stderr = 1, "", f"Traceback\n{last}"
 
     monkeypatch.setattr(cold.subprocess, "run", lambda *args, **options: Broken())
     case = Case(NAME, "float32", 1, COLD)
     (row,) = levels.run_case(small, case, ("eager",), None, tmp_path, watch=Watch())
-    assert (row.verdict, row.note) == ("FAILED", "ImportError: no torch")
+    assert (row.verdict, row.note) == (verdict, last)
 
 
 def test_the_exact_gradient_is_that_of_the_repeated_images(small: Suite) -> None:

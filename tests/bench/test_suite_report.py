@@ -60,7 +60,7 @@ def whole(record: Record) -> Record:
     case = Case("resnet50", "float32", 8, TRAINING)
     train = Row(case, "eager", OK, 12.3, 25.6, saved_mib=656.0, peak_mib=900.0, error=1e-7)
     conditions = {**record.conditions, "peaks": PEAKS.to_dict(), "absent": {"cudnn": "is away"},
-                  "cold_caches": {OP: True}, "graphs": False}  # fmt: skip
+                  "caches": {OP: "fed", COLD: "hot"}, "graphs": False}  # fmt: skip
     timed = measure.with_speed(train, {"eager": [1.0, 1.1, 1.2]})
     return Record(conditions, [*record.rows, *more, cold, timed])
 
@@ -81,6 +81,8 @@ def test_a_model_is_predicted_from_its_ops_where_all_were_measured(whole: Record
     timed = measure.with_speed(model, {"frozen": [0.09]})
     ((row, seconds),) = limits.predicted([*whole.rows, timed])
     assert (row.contender, seconds) == ("frozen", pytest.approx(0.1))
+    titles = [grid.title for grid in limits.grids(replace(whole, rows=[*whole.rows, timed]))]
+    assert "Whole models beside the sum of their ops, each op with fed caches" in titles
     lost = [replace(r, seconds=[]) if r.case.layer.startswith("a") else r for r in whole.rows]
     assert limits.predicted([*lost, timed]) == []
 
@@ -109,7 +111,8 @@ def test_the_terminal_shows_every_level_and_what_is_absent(whole: Record) -> Non
     report.show(whole, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for words in ("ops fp32 batch 2", "blocks fp32", "Cold start", "A training step", "time lost",
-                  "absent: cudnn is away", "fp32 1 TFLOP/s, 100 GB/s", "cold caches: op",
+                  "absent: cudnn is away", "fp32 1 TFLOP/s, 100 GB/s",
+                  "caches: op fed, cold hot. Hot:",
                   "CRASHED: 256x56x56 bottleneck 64 fp32 batch 2 frozen: ended by"):  # fmt: skip
         assert words in text, words
 

@@ -65,7 +65,7 @@ def suite(settings: Settings) -> Suite:
         levels=(INFERENCE,),
         peers=dict.fromkeys(levels, ()),
         image_size=32,
-        cold_caches=dict.fromkeys(levels, False),
+        caches=dict.fromkeys(levels, "hot"),
         graphs=False,
         seconds=dict.fromkeys(levels, 1.0),
         limit=10.0,

@@ -1,0 +1,79 @@
+"""What the documents show of whole models: a line per model, dtype and batch."""
+
+from __future__ import annotations
+
+from resnet_fused.bench.contenders import FROZEN, FUSED, FUSED_LOW, REFERENCE
+from resnet_fused.bench.options import SHORT_DTYPES
+from resnet_fused.bench.results import Case, PeerCell, Record, Row, against_peers, cases_of
+from resnet_fused.bench.tables import NONE, Grid, mean_text, ratio_text
+
+Found = dict[tuple[Case, str], Row]
+
+
+def inference(record: Record) -> list[Grid]:
+    """Return images a second of the package and of the best peer."""
+    found = _by_contender(record)
+    cells = against_peers(record.rows)
+    rows = [
+        [
+            *_where(cell.case), *_speeds(found, cell.case, REFERENCE, FUSED, FROZEN),
+            *_best(cell),
+        ]
+        for cell in cells
+    ]  # fmt: skip
+    mean = mean_text([cell.ratio.median for cell in cells if cell.ratio])
+    rows.append(["geometric mean", *[""] * 6, f"**{mean}**"])
+    columns = (
+        "model", "dtype", "batch", "eager", "fused", "frozen", "best peer", "frozen / peer",
+    )  # fmt: skip
+    return [Grid("images a second", columns, rows, left=("model", "dtype", "best peer"))]
+
+
+def training(record: Record) -> list[Grid]:
+    """Return a training step's speed against eager and the best peer, and its memory."""
+    found = _by_contender(record)
+    peers = {cell.case: cell for cell in against_peers(record.rows, FUSED)}
+    own = (REFERENCE, FUSED, FUSED_LOW)
+    rows = [
+        [
+            *_where(case), *_speeds(found, case, REFERENCE),
+            *_ratios(found, case, FUSED, FUSED_LOW),
+            *(_best(peers[case]) if case in peers else (NONE, NONE)),
+            *(_memory(found, case, name, kind) for kind in ("saved_mib", "peak_mib")
+              for name in own),
+        ]
+        for case in cases_of(record.rows)
+    ]  # fmt: skip
+    columns = (
+        "model", "dtype", "batch", "eager img/s", "fused", "low", "best peer", "fused / peer",
+        *(f"{what} MiB {name}" for what in ("kept", "peak") for name in ("eager", "fused", "low")),
+    )  # fmt: skip
+    return [Grid("training steps", columns, rows, left=("model", "dtype", "best peer"))]
+
+
+def _by_contender(record: Record) -> Found:
+    return {(row.case, row.contender): row for row in record.rows}
+
+
+def _where(case: Case) -> list[str]:
+    return [case.model, SHORT_DTYPES[case.dtype], str(case.batch)]
+
+
+def _speeds(found: Found, case: Case, *names: str) -> list[str]:
+    rows = [found.get((case, name)) for name in names]
+    return [f"{row.img_s.median:.1f}" if row and row.img_s else NONE for row in rows]
+
+
+def _ratios(found: Found, case: Case, *names: str) -> list[str]:
+    rows = [found.get((case, name)) for name in names]
+    return [ratio_text(row.ratio) if row else NONE for row in rows]
+
+
+def _best(cell: PeerCell) -> tuple[str, str]:
+    return f"{cell.peer} {cell.peer_img_s:.1f}", ratio_text(cell.ratio)
+
+
+def _memory(found: Found, case: Case, name: str, kind: str) -> str:
+    row = found.get((case, name))
+    value = None if row is None else getattr(row, kind)
+    return NONE if value is None else f"{value:.0f}"
