@@ -184,14 +184,15 @@ struct Winograd {
         : n(tile / (p.th * p.tw)), y(tile / p.tw % p.th * OUT), x(tile % p.tw * OUT) {}
   };
 
-  // V[p][tile][c] = B^T d B, for W channels at a time.
-  static void transform_input(const Plan& p, const ConvShape& s, const T* x, int64_t tile, float* v) {
+  // V[p][tile][c] = B^T d B for channels from c0 to c1, W at a time; c1 is the last or a multiple of W.
+  static void transform_input(const Plan& p, const ConvShape& s, const T* x, int64_t tile, int64_t c0,
+                              int64_t c1, float* v) {
     const Where at(p, tile);
     const int64_t y0 = at.y - s.ph, x0 = at.x - s.pw;
     const bool inside = y0 >= 0 && x0 >= 0 && y0 + IN <= s.h && x0 + IN <= s.w;
     const T* in = x + ((at.n * s.h + y0) * s.w + x0) * s.c;
     const int64_t row = s.w * s.c;
-    for (int64_t c = 0; c < s.c; c += W) {
+    for (int64_t c = c0; c < c1; c += W) {
       reg d[P], t[P];
       if (inside && c + W <= s.c) {
 #pragma GCC unroll 6
@@ -322,7 +323,7 @@ struct Winograd {
         const int64_t t0 = block * p.tiles / p.blocks, t1 = (block + 1) * p.tiles / p.blocks;
         if (held != block)
           for (int64_t t = t0; t < t1; ++t)
-            transform_input(p, s, static_cast<const T*>(args.x), t, v + (t - t0) * p.ldv);
+            transform_input(p, s, static_cast<const T*>(args.x), t, 0, s.c, v + (t - t0) * p.ldv);
         held = block;
         multiply(p, s, v, static_cast<const float*>(args.packed) + q * p.panel, m, t1 - t0);
         for (int64_t t = t0; t < t1; ++t)

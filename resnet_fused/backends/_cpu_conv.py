@@ -149,13 +149,15 @@ def backward_weight(
     threads = torch.get_num_threads()
     work = scratch(loaded().conv_backward_weight_scratch_bytes(*sizes, threads))
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    shape, order = ((o, 3, 3, c), (0, 3, 1, 2)) if channels_last else ((o, c, 3, 3), (0, 1, 2, 3))
-    grad_weight = torch.empty(shape, dtype=x.dtype)
+    size = (o, c, 3, 3)
+    grad_weight = (
+        empty_channels_last(size, x.dtype) if channels_last else torch.empty(size, dtype=x.dtype)
+    )
     finite = loaded().conv_backward_weight(
         grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr(), work.data_ptr(), work.nbytes,
         *sizes, channels_last, threads,
     )  # fmt: skip
-    return grad_weight.permute(order) if finite else None
+    return grad_weight if finite else None
 
 
 def _is_winograds(
