@@ -58,15 +58,13 @@ def test_which_ops_run():
 
 @pytest.mark.skipif("cpu" not in KINDS, reason="about the native kernels")
 @pytest.mark.parametrize("autocast", [False, True])
-def test_bfloat16_on_the_cpu_runs_fused_only_by_name(autocast):
-    """It saves memory there, but no time."""
-    model = rf.fuse(small_net() if autocast else small_net().bfloat16())
-    x = X if autocast else X.bfloat16()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        with rf.use_backend("auto"):
-            assert ops_called(model, x) == {}
-        with rf.use_backend("cpu"):
-            assert ops_called(model, x).keys() == CALLS.keys()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_the_cpu_16_bits_train_fused_where_kernels_have_them(dtype, autocast):
+    model = rf.fuse(small_net() if autocast else small_net().to(dtype))
+    x = X if autocast else X.to(dtype)
+    expected = CALLS if dtype == torch.bfloat16 else {}
+    with torch.autocast("cpu", dtype, enabled=autocast), rf.use_backend("auto"):
+        assert ops_called(model, x).keys() == expected.keys()
 
 
 @pytest.mark.skipif("cpu" not in KINDS, reason="about the native kernels")

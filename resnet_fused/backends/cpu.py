@@ -33,11 +33,11 @@ from resnet_fused.backends.native import DTYPE_NAMES, as_vector
 ADVICE = "Build the extension with a C++17 compiler: pip install --no-binary :all: resnet_fused"
 
 #: Dtypes in which a fused training step is no slower than torch's, for convolutions with at least
-#: so many values in their result: each costs some 0.4 ms more in Python than torch's own layers
-#: (Zen 4, one thread). BasicBlock of 64 channels, batch 8: 0.6x eager's speed at 14x14, 1.1x at
-#: 28x28. In bfloat16 the convolutions leave too little to save: 1.12x over ResNet-34, 0.98x over
-#: ResNet-50 at batch 8 on two threads, for a fifth less memory.
-FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {torch.float32: 200_000}
+#: so many values in their result: each costs some 0.2 ms more in Python than torch's own layers.
+#: Two threads of a Zen 5, ResNet-50 in bfloat16, interleaved with eager torch: with all fused 1.10x
+#: at batch 8, 0.98x at 2; with those of 400,000 values 1.06x and 1.01x; ResNet-34 0.99x and 1.02x
+#: at 2. In float32 at batch 8 with those of none, 200,000 and 400,000: 1.14x, 1.14x, 1.16x.
+FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {torch.float32: 200_000, torch.bfloat16: 400_000}
 
 #: Ops that need bfloat16 dot products for bfloat16; the others take it on any processor.
 _DOT_PRODUCTS = ("conv_bn_act", "conv_bn_act_max_pool", "avg_pool_linear")
