@@ -1,5 +1,8 @@
 """Who runs a call: the order, asking by name, and the reasons of the others."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -8,7 +11,7 @@ from devices import device_of, moved
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.backends import ORDER, _derived, _requested, choose, requested
+from resnet_fused.backends import ORDER, _derived, choose, requested
 from resnet_fused.ops import OPS, TRAINING
 
 X, WEIGHT = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3)
@@ -63,13 +66,23 @@ def test_use_backend_holds_for_other_threads():
     assert seen == ["reference"]
 
 
-def test_the_environment_is_asked_last(monkeypatch):
-    monkeypatch.setattr(_requested, "_name", None)
-    monkeypatch.setenv("RESNET_FUSED_BACKEND", "reference")
-    assert requested() == "reference"
-    monkeypatch.setenv("RESNET_FUSED_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="RESNET_FUSED_BACKEND: unknown backend 'nonsense'"):
-        requested()
+ASK = "from resnet_fused.backends import requested, use_backend; print(requested()); "
+
+
+@pytest.mark.parametrize(
+    ("value", "more", "expected"),
+    [
+        ("reference", "", "reference\n"),
+        ("reference", "use_backend('auto'); print(requested())", "reference\nauto\n"),
+        ("nonsense", "", "RESNET_FUSED_BACKEND: unknown backend 'nonsense'; accepted: auto, "),
+    ],
+)
+def test_the_environment_is_asked_last(value, more, expected):
+    done = subprocess.run(
+        [sys.executable, "-c", ASK + more],
+        env={**os.environ, "RESNET_FUSED_BACKEND": value}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert expected in (done.stderr if value == "nonsense" else done.stdout)
 
 
 @pytest.mark.parametrize(

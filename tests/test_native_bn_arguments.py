@@ -109,6 +109,10 @@ BACKWARD = {
     "scratch": address(16), "scratch_bytes": _C.bn_act_backward_scratch_bytes(4, 8), **SIZES,
     "eps": 1e-5, "relu": True,
 }  # fmt: skip
+UPDATE = {
+    "running_mean": address(), "running_var": address(2), "num_batches_tracked": address(4),
+    "mean": address(6), "var": address(8), "c": 8, "count": 4, "momentum": 0.1,
+}  # fmt: skip
 REDUCE = {
     "grad": address(), "x": address(2), "x2": address(4), "scale": 0, "shift": 0, "y": address(6),
     "mean": address(8), "mean2": address(9), "sum_g": address(10), "sum_gx": address(11),
@@ -130,6 +134,7 @@ del POOL_BACK["x"], POOL_BACK["y"]
 POINTERS = {
     "bn_stats": (STATS, ("x", "mean", "var", "scratch")),
     "bn_apply": (BN_APPLY, ("x", "scale", "shift", "y")),
+    "bn_update_stats": (UPDATE, ("running_mean", "running_var", "mean", "var")),
     "bn_act": (ACT, ("x", "mean", "var", "y", "scratch")),
     "bn_act_backward": (BACKWARD, ("grad", "x", "mean", "var", "scratch")),
     "bn_act_backward_reduce": (
@@ -164,6 +169,7 @@ def test_null_and_misaligned_pointers(function):
             BN_APPLY,
             {"rows": -1, "c": 1 << 25, "y": BN_APPLY["x"] + 4, "residual_shift": 0},
         ),
+        ("bn_update_stats", UPDATE, {"c": 0, "count": 1, "num_batches_tracked": UPDATE["var"] + 4}),
         (
             "bn_act",
             ACT,

@@ -88,3 +88,25 @@ def gradients(
     if want_bias and bias is not None:
         grad_bias = sum_g.to(bias.dtype)
     return grad_x, grad_weight, grad_bias, masked
+
+
+def bn_update_stats(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float | None,
+) -> None:
+    """Do what the op does, in plain torch."""
+    share: float | Tensor = 0.0 if momentum is None else momentum
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            share = num_batches_tracked.reciprocal()
+    for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+        if running.dtype == batch.dtype and isinstance(share, float):
+            running.mul_(1 - share).add_(batch, alpha=share)
+        else:
+            running.copy_(running.to(batch.dtype) * (1 - share) + batch * share)

@@ -84,13 +84,19 @@ def empty_channels_last(
 
 def channels_last(x: Tensor) -> Tensor:
     """Return ``x`` as channels_last to the letter: sides of length one may have any stride."""
+    if x.stride() == _strides(x.shape):
+        return x
     return _strided(x.contiguous(memory_format=torch.channels_last), x.shape)
 
 
-def _strided(x: Tensor, shape: Sequence[int]) -> Tensor:
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     _, c, h, w = shape
+    return c * h * w, 1, w * c, c
+
+
+def _strided(x: Tensor, shape: Sequence[int]) -> Tensor:
     # Not a view: autograd adds to a gradient in place only where nothing else holds its memory.
-    return x.as_strided(tuple(shape), (c * h * w, 1, w * c, c)).data
+    return x.as_strided(tuple(shape), _strides(shape)).data
 
 
 _local = threading.local()

@@ -6,16 +6,17 @@ import os
 
 AUTO = "auto"
 
-_name: str | None = None
+#: Read once, as this is asked for in every call, and os.environ answers slowly.
+_name: str = os.environ.get("RESNET_FUSED_BACKEND", AUTO)
 
 
 def name() -> str:
-    """Return the name that was set, else that in RESNET_FUSED_BACKEND, else "auto"."""
-    return os.environ.get("RESNET_FUSED_BACKEND", AUTO) if _name is None else _name
+    """Return the name that was set last, before that the one in RESNET_FUSED_BACKEND, or "auto"."""
+    return _name
 
 
-def swap(new: str | None) -> str | None:
-    """Set the name and return the one set before; None leaves it to the environment."""
+def swap(new: str) -> str:
+    """Set the name and return the one before."""
     global _name
     old, _name = _name, new
     return old

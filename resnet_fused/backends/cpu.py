@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _cpu_conv, _torch_conv, _training_kernels, native
+from resnet_fused.backends import _bn_math, _cpu_conv, _torch_conv, _training_kernels, native
 from resnet_fused.backends._cpu_conv import Call, Convolution, convolve_once
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends._sizes import pool_shape
@@ -59,6 +59,8 @@ def available() -> str | None:
 
 def supports(op: str, x: Tensor, *args: Any) -> str | None:
     """Return why the native kernels do not take this call, or None."""
+    if op == "bn_update_stats":
+        return None if x.is_cpu else f"runs on the CPU, running_mean is on {x.device}"
     reason = declines(x) if op in _DOT_PRODUCTS else _declines_type(x)
     if reason is None and "backward" in op and not x.numel():
         return "the gradient is empty"
@@ -215,6 +217,32 @@ def conv_backward_weight(
     args = (grad, x, weight_size, stride, padding, dilation, groups, channels_last)
     own = _cpu_conv.backward_weight(*args) if declines(grad) is None else None
     return _torch_conv.backward_weight(*args) if own is None else own
+
+
+def bn_update_stats(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float | None,
+) -> None:
+    """Run the op: float32 by one call for seven of torch's, which took longer than statistics."""
+    tracked = num_batches_tracked
+    vectors = (running_mean, running_var, mean, var)
+    if momentum is None or not all(v.dtype == torch.float32 and v.is_contiguous() for v in vectors):
+        _bn_math.bn_update_stats(running_mean, running_var, tracked, mean, var, count, momentum)
+        return
+    native.loaded().bn_update_stats(
+        running_mean.data_ptr(), running_var.data_ptr(),
+        0 if tracked is None else tracked.data_ptr(), mean.data_ptr(), var.data_ptr(),
+        len(mean), count, momentum,
+    )  # fmt: skip
+    written = (
+        (running_mean, running_var) if tracked is None else (running_mean, running_var, tracked)
+    )
+    torch.autograd.graph.increment_version(written)
 
 
 def bn_apply(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import _hopper_conv, _torch_conv, _training_kernels, native
+from resnet_fused.backends._bn_math import bn_update_stats as bn_update_stats
 
 # By CUTLASS, on sm_90 alone.
 from resnet_fused.backends._hopper_conv import conv_bn_act as conv_bn_act

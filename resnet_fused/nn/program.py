@@ -323,12 +323,9 @@ def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     conv, bn = bound[call.conv], bound[call.bn]
     x = results[step.args[0].index]
     residual = results[step.args[1].index] if call.adds else None
-    if train.applies(conv, bn, x):
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
-        result = train.run(conv, bn, x, residual, call.act, call.memory)
-        if result is not None:
-            return result if call.defers else train.value(result)
+    result = train.run(conv, bn, x, residual, call.act, call.memory)
+    if result is not None:
+        return result if call.defers else train.value(result)
     x, residual = train.value(x), None if residual is None else train.value(residual)
     if not _fits(conv, bn, x, residual):
         results = list(results)

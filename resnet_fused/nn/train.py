@@ -46,35 +46,9 @@ def value(result: Tensor | Pending) -> Tensor:
     return _direct.record("bn_act", *vectors, None, eps, act)
 
 
-def applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
-    """Return whether the group runs on the ops of training, for this call.
-
-    It does for torch's own BatchNorm2d and SyncBatchNorm where that would normalise by the batch's
-    statistics, and a backend has kernels that pay. torch.compile gets SyncBatchNorm as torch wrote
-    it; elsewhere it pays always, with one all-reduce for torch's two, and on the CPU at all.
-    """
-    if type(conv) is not nn.Conv2d or type(bn) not in BATCH_NORMS:
-        return False
-    shared = sharing_group(bn) is not None
-    if torch.compiler.is_compiling() and shared:
-        return False
-    if conv.padding_mode != "zeros" or conv.padding == "same":
-        return False
-    raw = x.x if isinstance(x, Pending) else x
-    if not uses_batch_statistics(bn) or raw.dim() != 4:
-        return False
-    values = math.inf if shared else math.prod(_output_shape(conv, raw))
-    return trains(raw.device, result_dtype(raw), values)
-
-
-def _output_shape(conv: nn.Conv2d, x: Tensor) -> tuple[int, ...]:
-    geometry = conv.stride, padding_of(conv), conv.dilation
-    return output_shape(x.shape, conv.weight.shape, *geometry)
-
-
 def run(
-    conv: nn.Conv2d,
-    bn: nn.BatchNorm2d | nn.SyncBatchNorm,
+    conv: nn.Module,
+    bn: nn.Module,
     x: Tensor | Pending,
     residual: Tensor | Pending | None,
     act: str | None,
@@ -85,27 +59,39 @@ def run(
     With ``memory="low"`` block ends are computed again in backward.
 
     Returns:
-        None where the residual is not of the convolution's shape and dtype, or the batch is empty:
-        left to torch.
+        None where this call is torch's: see :func:`_applies`; where the residual is not of the
+        convolution's shape and dtype; and where the batch is empty.
 
     Raises:
         ValueError: a channel has one value only, as torch raises.
     """
-    geometry = (conv.stride, padding_of(conv), conv.dilation, conv.groups)
+    if not _applies(conv, bn, x):
+        return None
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
     raw = x.x if isinstance(x, Pending) else x
-    shape = _output_shape(conv, raw)
+    geometry = (conv.stride, padding_of(conv), conv.dilation)
+    shape = output_shape(raw.shape, conv.weight.shape, *geometry)
+    dtype, group = result_dtype(raw), sharing_group(bn)
+    # SyncBatchNorm pays always, with one all-reduce for torch's two, and on the CPU at all.
+    if not trains(raw.device, dtype, math.prod(shape) if group is None else math.inf):
+        return None
     if residual is not None:
         tensor = residual.x if isinstance(residual, Pending) else residual
-        if tuple(tensor.shape) != shape or tensor.dtype != result_dtype(raw):
+        if tensor.shape != shape or tensor.dtype != dtype:
             return None
-    count, group = _bn.values_per_channel(shape), sharing_group(bn)
-    if count == 0 and group is None:
-        return None
-    if count == 1 and group is None:
+    count = _bn.values_per_channel(shape)
+    if group is None and count < 2:
+        if count == 0:
+            return None
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {shape}"
         )
-    y, mean, var = _convolve(conv.weight, x, geometry, memory)
+    # Where autocast would cast the activation, it has to be there.
+    pending = isinstance(x, Pending) and dtype == raw.dtype
+    y, mean, var = _convolve(
+        conv.weight, x if pending else value(x), (*geometry, conv.groups), memory
+    )
     if conv.bias is not None:
         # The bias leaves no trace in BatchNorm's result but where it is not finite, as in torch.
         trace = 0 * conv.bias.detach()
@@ -117,6 +103,21 @@ def run(
     _update(bn, batch_mean, var, count, _shared.shared(mean))
     result = Pending(y, mean, var, bn.weight, bn.bias, bn.eps, act)
     return result if residual is None else _finish(result, residual, memory)
+
+
+def _applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
+    """Return whether the ops of training compute what the two modules would, called now.
+
+    They do for torch's own BatchNorm2d and SyncBatchNorm where that would normalise by the batch's
+    statistics. torch.compile gets SyncBatchNorm as torch wrote it.
+    """
+    if type(conv) is not nn.Conv2d or type(bn) not in BATCH_NORMS or not uses_batch_statistics(bn):
+        return False
+    if conv.padding_mode != "zeros" or conv.padding == "same":
+        return False
+    if torch.compiler.is_compiling() and sharing_group(bn) is not None:
+        return False
+    return (x.x if isinstance(x, Pending) else x).dim() == 4
 
 
 class _Biased(torch.autograd.Function):
@@ -141,11 +142,9 @@ class _Biased(torch.autograd.Function):
 def _convolve(
     weight: Tensor, x: Tensor | Pending, geometry: tuple[object, ...], memory: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Where autocast would cast the activation, it has to be there.
-    if isinstance(x, Pending) and result_dtype(x.x) == x.x.dtype:
+    if isinstance(x, Pending):
         *vectors, eps, act = x
         return _direct.record("bn_act_conv_bn_stats", *vectors, weight, eps, act, *geometry)
-    x = value(x)
     with recompute.reading(x) if memory == "low" else contextlib.nullcontext():
         return _direct.record("conv_bn_stats", x, weight, *geometry)
 

@@ -66,8 +66,7 @@ def _runner(op: Op) -> Callable[..., Any]:
     otherwise = op.decomposition or op.reference
 
     def runner(*args: Any) -> Any:
-        # An op that writes its arguments is a few sums over vectors: no backend has its own.
-        run = None if op.mutates else choose(op.name, *args)
+        run = choose(op.name, *args)
         try:
             return (run or otherwise)(*args)
         except torch.OutOfMemoryError as error:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import _bn_math
 from resnet_fused.ops import _checks
 from resnet_fused.ops._op import Op
 
@@ -55,16 +56,8 @@ def reference(
     running = (1 - m) · running + m · batch, with the unbiased variance; momentum None averages
     over all batches: m = 1 / num_batches_tracked. All stays on the device.
     """
-    share: float | Tensor = 0.0 if momentum is None else momentum
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            share = num_batches_tracked.reciprocal()
-    for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-        if running.dtype == batch.dtype and isinstance(share, float):
-            running.mul_(1 - share).add_(batch, alpha=share)
-        else:
-            running.copy_(running.to(batch.dtype) * (1 - share) + batch * share)
+    running = running_mean, running_var, num_batches_tracked
+    _bn_math.bn_update_stats(*running, mean, var, count, momentum)
 
 
 def fake(

@@ -307,3 +307,23 @@ def test_bad_input(case):
     op, args, words = BAD[case]
     with pytest.raises((ValueError, TypeError), match=words):
         call(op, args)
+
+
+@pytest.mark.parametrize("backend", TRAINING_BACKENDS)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_move_and_so_do_their_versions(backend, momentum):
+    """What is computed from them is kept until their versions move."""
+    device = device_of(backend)
+    bn, generator = torch.nn.BatchNorm2d(5, momentum=momentum), torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 4, 4, generator=generator)
+    running = [b.clone().to(device) for b in bn.buffers()]
+    before = [b._version for b in running]
+    with rf.use_backend(backend):
+        for step in (x, x + 1):
+            bn(step)
+            mean, var = step.mean((0, 2, 3)), step.var((0, 2, 3), correction=0)
+            args = (mean.to(device), var.to(device), 48, momentum)
+            torch.ops.resnet_fused.bn_update_stats(*running, *args)
+    for ours, torchs, version in zip(running, bn.buffers(), before, strict=True):
+        torch.testing.assert_close(ours.cpu(), torchs)
+        assert ours._version > version

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import _requested
+from resnet_fused.backends._bn_math import bn_update_stats as bn_update_stats
 from resnet_fused.backends.triton import pair_tiles, training
 
 # Ops of training, run as they stand there.
