@@ -224,3 +224,12 @@ def test_an_empty_batch(backend):
         assert torch.equal(a.grad, b.grad)
     for a, b in zip(fused.buffers(), model.buffers(), strict=True):
         assert torch.equal(a, b)
+
+
+@each_backend
+def test_a_norm_of_another_width_gets_torchs_words(backend):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(4), nn.ReLU()).train()
+    fused = rf.fuse(model)
+    with rf.use_backend(backend), pytest.raises(RuntimeError, match="contain 8 elements not 4"):
+        fused(X)
+    assert torch.equal(fused[1].running_mean, torch.zeros(4))

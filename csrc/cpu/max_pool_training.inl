@@ -42,15 +42,17 @@ static void max_pool_backward(const PoolBackwardArgs& g) {
 #pragma omp parallel for
   for (int64_t row = 0; row < g.n * g.h; ++row) {
     const int64_t y0 = row % g.h + g.p, image = row / g.h * oh * ow * g.c;
+    const int64_t oy0 = first(y0), oy1 = last(y0, oh);
     const T* grad = static_cast<const T*>(g.grad) + image;
     const uint8_t* index = g.index + image;
     for (int64_t ix = 0; ix < g.w; ++ix) {
-      const int64_t x0 = ix + g.p;
+      // Out of the loop over channels: divisions take as long as the rest of it.
+      const int64_t x0 = ix + g.p, ox0 = first(x0), ox1 = last(x0, ow);
       T* grad_x = static_cast<T*>(g.grad_x) + (row * g.w + ix) * g.c;
       each_vector(g.c, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
         auto sum = Vec::zero();
-        for (int64_t oy = first(y0); oy < last(y0, oh); ++oy)
-          for (int64_t ox = first(x0); ox < last(x0, ow); ++ox) {
+        for (int64_t oy = oy0; oy < oy1; ++oy)
+          for (int64_t ox = ox0; ox < ox1; ++ox) {
             const int64_t at = (oy * ow + ox) * g.c + c;
             const int place = (int)((y0 - oy * g.s) * g.k + x0 - ox * g.s);
             sum = Vec::add(sum, where_byte(index + at, place, get<E>(grad + at, lanes), lanes));

@@ -7,6 +7,7 @@ blocks kept (two Zen 5 cores).
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,6 +20,10 @@ from torch import Tensor
 _LEAST = 2**20
 #: What one thread keeps at most; beyond it outputs are allocated as torch allocates them.
 _MOST = 2**30
+
+
+#: By an element's bytes, the type that NumPy makes an array of; torch reads them as another.
+_NUMPY = {1: np.uint8, 2: np.float16, 4: np.float32, 8: np.float64}
 
 
 class _Lent(np.ndarray):
@@ -40,8 +45,8 @@ class _Blocks(threading.local):
         #: Bytes of all blocks, lent ones too.
         self.total = 0
 
-    def take(self, nbytes: int) -> Tensor | None:
-        """Return bytes of exactly this size that nobody holds, or None if none may be kept."""
+    def take(self, shape: Sequence[int], dtype: torch.dtype, nbytes: int) -> Tensor | None:
+        """Return a channels_last map in bytes that nobody holds, or None if none may be kept."""
         kept = self.by_size.setdefault(nbytes, [])
         self.by_size.move_to_end(nbytes)
         if not kept:
@@ -51,9 +56,13 @@ class _Blocks(threading.local):
             kept.append(torch.empty(nbytes, dtype=torch.uint8).numpy())  # aligned by torch
             self.total += nbytes
         block = kept.pop()
-        lent = block.view(_Lent)
+        strides = [dtype.itemsize * stride for stride in _strides(shape)]
+        # In its final shape, as each call of torch costs more than this one of NumPy.
+        lent = _Lent(tuple(shape), _NUMPY[dtype.itemsize], block, 0, strides)
         lent.block, lent.kept = block, kept
-        return torch.from_numpy(lent)
+        made = torch.from_numpy(lent)
+        # Not a view: autograd adds to a gradient in place only where nothing else holds its memory.
+        return made if made.dtype == dtype else made.view(dtype).data
 
     def _make_room(self, nbytes: int) -> None:
         for size, kept in self.by_size.items():
@@ -75,28 +84,25 @@ def empty_channels_last(
     if device.type != "cpu":
         kind = torch.channels_last
         return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=kind)
-    nbytes = torch.Size(shape).numel() * dtype.itemsize
-    block = _blocks.take(nbytes) if nbytes >= _LEAST else None
-    if block is None:
+    nbytes = math.prod(shape) * dtype.itemsize
+    made = _blocks.take(shape, dtype, nbytes) if nbytes >= _LEAST else None
+    if made is None:
         return torch.empty(tuple(shape), dtype=dtype, memory_format=torch.channels_last)
-    return _strided(block.view(dtype), shape)
+    return made
 
 
 def channels_last(x: Tensor) -> Tensor:
     """Return ``x`` as channels_last to the letter: sides of length one may have any stride."""
-    if x.stride() == _strides(x.shape):
+    strides = _strides(x.shape)
+    if x.stride() == strides:
         return x
-    return _strided(x.contiguous(memory_format=torch.channels_last), x.shape)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x.as_strided(x.shape, strides).data  # no view, as above
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
     _, c, h, w = shape
     return c * h * w, 1, w * c, c
-
-
-def _strided(x: Tensor, shape: Sequence[int]) -> Tensor:
-    # Not a view: autograd adds to a gradient in place only where nothing else holds its memory.
-    return x.as_strided(tuple(shape), _strides(shape)).data
 
 
 _local = threading.local()

@@ -230,8 +230,12 @@ def bn_update_stats(
 ) -> None:
     """Run the op: float32 by one call for seven of torch's, which took longer than statistics."""
     tracked = num_batches_tracked
-    vectors = (running_mean, running_var, mean, var)
-    if momentum is None or not all(v.dtype == torch.float32 and v.is_contiguous() for v in vectors):
+    vectors, shape = (running_mean, running_var, mean, var), mean.shape
+    plain = all(
+        v.dtype == torch.float32 and v.is_cpu and v.shape == shape and v.is_contiguous()
+        for v in vectors
+    )
+    if momentum is None or not plain:
         _bn_math.bn_update_stats(running_mean, running_var, tracked, mean, var, count, momentum)
         return
     native.loaded().bn_update_stats(

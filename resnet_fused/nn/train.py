@@ -115,6 +115,8 @@ def _applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
         return False
     if conv.padding_mode != "zeros" or conv.padding == "same":
         return False
+    if conv.out_channels != bn.num_features:
+        return False  # torch says what is wrong, before any statistic moves
     if torch.compiler.is_compiling() and sharing_group(bn) is not None:
         return False
     return (x.x if isinstance(x, Pending) else x).dim() == 4

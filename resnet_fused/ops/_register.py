@@ -38,7 +38,8 @@ def register(op: Op) -> None:
         _LIBRARY.impl(op.name, _autocast(op, handle.default, device), f"Autocast{device.upper()}")
     register_flop_formula(handle)(op.flops)
     if op.mutates:
-        _direct.RECORD[op.name] = checked
+        # Of statistics that were just computed; a backend looks at the rest as it must anyway.
+        _direct.RECORD[op.name] = run
     elif op.setup_context and op.backward:
         recorded = _direct.recorded(checked, op.setup_context, op.backward)
         _direct.RECORD[op.name] = _under_autocast(op, recorded)
