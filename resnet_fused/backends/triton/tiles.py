@@ -130,6 +130,13 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
     cut = (config.block_m, config.block_n, config.num_warps, config.num_stages)
     if beside and problem.taps == 1 and cut == (64, 64, 4, 2):
         return False  # ptxas puts 8 bytes on the stack, to fit one more block beside it
+    if (
+        precision == "tf32"
+        and 100 <= capability < 120
+        and cut == (64, 128, 4, 5)
+        and not config.tma
+    ):
+        return False  # likewise with K in parts: ResNet-50's 3x3 at batch 1
     if precision == "fp32":
         return sums <= 32  # operands of products without tensor cores
     if not asynchronous(precision, capability):
