@@ -239,10 +239,12 @@ def bn_act_backward(
         wanted: which gradients; the residual's only with ``relu``, else it is ``grad``.
     """
     maps = _Maps(x)
-    vector_like = (lambda: None, lambda: maps.new_vectors(1)[0])
-    map_like = (lambda: None, lambda: maps.output("grad", None))
-    makers = (map_like, vector_like, vector_like, map_like)
-    made = tuple(maker[bool(want)]() for maker, want in zip(makers, wanted, strict=True))
+    want_x, want_weight, want_bias, want_residual = wanted
+    made = (
+        maps.output("grad_x", None) if want_x else None,
+        *(maps.new_vectors(1)[0] if want else None for want in (want_weight, want_bias)),
+        maps.output("grad_residual", None) if want_residual else None,
+    )
     kernel = "bn_act_backward"
     maps.run(
         kernel, maps.map("grad", grad), maps.map("x", x), *maps.affine(mean, var, weight, bias),
