@@ -66,15 +66,13 @@ class Explanation(tuple[Verdict, ...]):
         return "\n".join(f"{v.name:<{width}}  {'runs' if v.chosen else v.reason}" for v in self)
 
 
-_NAMES = (AUTO, *ORDER, REFERENCE)
-
-
 def _check_name(name: str, source: str) -> str:
-    if name in _NAMES:
+    if name in (AUTO, REFERENCE) or name in ORDER:
         return name
-    near = difflib.get_close_matches(str(name), _NAMES, n=2)
+    names = (AUTO, *ORDER, REFERENCE)
+    near = difflib.get_close_matches(str(name), names, n=2)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
-    raise ValueError(f"{source}: unknown backend {name!r}{hint}; accepted: {', '.join(_NAMES)}")
+    raise ValueError(f"{source}: unknown backend {name!r}{hint}; accepted: {', '.join(names)}")
 
 
 def requested() -> str:
