@@ -6,18 +6,26 @@
 
 namespace rf {
 
+inline BnScaleShiftArgs scale_shift_args(Operands& on, uintptr_t mean, uintptr_t var,
+                                         uintptr_t weight, uintptr_t bias, float* scale,
+                                         float* shift, int64_t c, double eps) {
+  return {on.vector("mean", mean),
+          on.vector("var", var),
+          on.optional_vector("weight", weight),
+          on.optional_vector("bias", bias),
+          scale,
+          shift,
+          c,
+          (float)eps};
+}
+
 template <class Device, class... Queue>
 void bn_scale_shift(uintptr_t mean, uintptr_t var, uintptr_t weight, uintptr_t bias,
                     uintptr_t scale, uintptr_t shift, int64_t c, double eps, Queue... queue) {
   Operands on(DType::f32, 0, c);
-  const BnScaleShiftArgs args{on.vector("mean", mean),
-                              on.vector("var", var),
-                              on.optional_vector("weight", weight),
-                              on.optional_vector("bias", bias),
-                              on.vector<float>("scale", scale),
-                              on.vector<float>("shift", shift),
-                              c,
-                              (float)eps};
+  const BnScaleShiftArgs args =
+      scale_shift_args(on, mean, var, weight, bias, on.vector<float>("scale", scale),
+                       on.vector<float>("shift", shift), c, eps);
   Device::run(args, queue...);
 }
 
@@ -76,14 +84,8 @@ void bn_act(uintptr_t x, uintptr_t mean, uintptr_t var, uintptr_t weight, uintpt
             Queue... queue) {
   Operands on(Device::dtype(dtype), rows, c);
   const Vectors made(on.scratch(scratch, scratch_bytes, Vectors::bytes(c, kActVectors)), c);
-  const BnScaleShiftArgs vectors{on.vector("mean", mean),
-                                 on.vector("var", var),
-                                 on.optional_vector("weight", weight),
-                                 on.optional_vector("bias", bias),
-                                 made[0],
-                                 made[1],
-                                 c,
-                                 (float)eps};
+  const BnScaleShiftArgs vectors =
+      scale_shift_args(on, mean, var, weight, bias, made[0], made[1], c, eps);
   const BnActArgs args = apply_args(on, x, made[0], made[1], residual, y, rows, c, relu);
   if (rows == 0) return;
   py::gil_scoped_release release;
@@ -102,14 +104,8 @@ void bn_act_backward(uintptr_t grad, uintptr_t x, uintptr_t mean, uintptr_t var,
   char* base = on.scratch(scratch, scratch_bytes, bn_act_backward_scratch_bytes<Device>(rows, c));
   const Vectors made(base, c);
   const bool recomputed = relu && !y;
-  const BnScaleShiftArgs affine{on.vector("mean", mean),
-                                on.vector("var", var),
-                                on.optional_vector("weight", weight),
-                                on.optional_vector("bias", bias),
-                                made[0],
-                                made[1],
-                                c,
-                                (float)eps};
+  const BnScaleShiftArgs affine =
+      scale_shift_args(on, mean, var, weight, bias, made[0], made[1], c, eps);
   BnReduceArgs reduce{};
   static_cast<BnGradient&>(reduce) = gradient(on, grad, x, 0, address(made[0]), address(made[1]), y,
                                               rows, c, relu);

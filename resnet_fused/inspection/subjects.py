@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from resnet_fused.backends.triton import im2col, pair_tiles, stem, tiles
+from resnet_fused.backends.triton import im2col, pair_tiles, stem
 from resnet_fused.backends.triton.head import HeadConfig, head_config
 from resnet_fused.backends.triton.pair_tiles import Pair
 from resnet_fused.backends.triton.shapes import Config, Problem
@@ -107,11 +107,6 @@ def _conv_of(x: Any, weight: Any, scale: Any, shift: Any, residual: Any, *rest: 
 
 def _conv_calls(passed: Captured) -> Iterator[Call]:
     return (call for call in passed.calls if call.target is merge.CONV)
-
-
-def _conv_candidates(problem: Problem, precision: str, capability: int) -> Sequence[Config]:
-    key = problem, precision, capability
-    return (*tiles.candidates(*key), *im2col.candidates_here(*key))
 
 
 def _compile_conv(problem: Problem, dtype: torch.dtype, config: Config, arch: int) -> Any:
@@ -217,7 +212,7 @@ def _head_words(problem: _Head) -> tuple[str, str]:
 SUBJECTS = {
     "conv_bn_act": Subject(
         "N,C,H,W,O,K,STRIDE", "256,64,56,56,64,3,1", _conv, _conv_of, _conv_calls,
-        _conv_candidates, _compile_conv, _conv_words,
+        im2col.beside_tiles, _compile_conv, _conv_words,
     ),
     "conv_bn_act_conv_bn_act": Subject(
         "N,C,H,W,BETWEEN,K,STRIDE,O", "256,64,56,56,64,3,1,256", _pair, _pair_of, _pair_calls,

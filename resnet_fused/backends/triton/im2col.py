@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from resnet_fused.backends.triton import tiles
 from resnet_fused.backends.triton.cost import arch_of, cost, shared_bytes
 from resnet_fused.backends.triton.shapes import ITEMSIZE, Config, Problem, power
 
@@ -126,6 +127,12 @@ def candidates(problem: Problem, precision: str, capability: int) -> tuple[Confi
 def candidates_here(problem: Problem, precision: str, capability: int) -> tuple[Config, ...]:
     """Return :func:`candidates`, none where the installed Triton cannot make their kernel."""
     return () if missing() else candidates(problem, precision, capability)
+
+
+def beside_tiles(problem: Problem, precision: str, capability: int) -> tuple[Config, ...]:
+    """Return what `tune` times and `inspect --all` shows: the tiles', then those of this mode."""
+    key = problem, precision, capability
+    return (*tiles.candidates(*key), *candidates_here(*key))
 
 
 _SIDES = (32, 64, 128, 256)

@@ -154,8 +154,7 @@ def conv_candidates(
     problem = Problem.of(
         x.shape, weight.shape, stride, padding, dilation, groups, residual is not None
     )
-    key = problem, launch.precision(x.dtype), capability(x.device)
-    configs = (*tiles.candidates(*key), *im2col.candidates_here(*key))
+    configs = im2col.beside_tiles(problem, launch.precision(x.dtype), capability(x.device))
     return {str(c): functools.partial(conv_bn_act, config=c) for c in configs}
 
 
