@@ -1,9 +1,12 @@
-"""The weight's gradient by Winograd's transform: against float64, and beside torch's own."""
+"""The weight's gradient, by Winograd's transform and directly: against float64, beside torch's."""
 
 import ctypes
+from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from native_maps import each_run
 
 from resnet_fused.backends import _cpu_conv, cpu, native
@@ -14,20 +17,62 @@ if _C.cpu_isa() == "none":
     pytest.skip("no kernels for this processor", allow_module_level=True)
 
 NAMES = native.DTYPE_NAMES
-#: (n, c, h, w, o, padding): one pixel, odd sizes, tails of channels, rows cut in parts of columns,
-#: unequal and wide padding, several blocks of tiles, an empty batch.
-SHAPES = [
-    (1, 1, 1, 1, 1, (1, 1)),
-    (2, 3, 5, 6, 7, (1, 1)),
-    (1, 16, 3, 3, 5, (0, 0)),
-    (2, 17, 9, 7, 33, (2, 2)),
-    (3, 40, 8, 12, 15, (0, 1)),
-    (1, 70, 4, 5, 29, (2, 1)),
-    (33, 24, 13, 9, 24, (1, 1)),
-    (9, 130, 24, 23, 65, (1, 1)),
-    (0, 6, 5, 5, 4, (1, 1)),
+
+
+class Case(NamedTuple):
+    """A convolution, and how its weight's gradient is summed."""
+
+    algorithm: str
+    n: int
+    c: int
+    h: int
+    w: int
+    o: int
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def output(self):
+        sides = zip((self.h, self.w), *self[6:], strict=True)
+        return tuple((s + 2 * p - d * (k - 1) - 1) // t + 1 for s, k, t, p, d in sides)
+
+    def sizes(self, dtype):
+        """What the bindings take: dtype, algorithm, n, h, w, c, o, geometry, groups."""
+        geometry = (x for pair in self[6:] for x in pair)
+        return (
+            NAMES[dtype], self.algorithm, self.n, self.h, self.w, self.c, self.o, *geometry, 1
+        )  # fmt: skip
+
+
+#: One pixel, odd sizes, tails of channels, rows cut in parts of columns, unequal and wide padding,
+#: several blocks of tiles, an empty batch; then for the direct sum: 1x1, with strides, several runs
+#: of pixels, several units of channels and of taps, an odd pixel at a block's end, dilation, padding
+#: beyond the kernel.
+CASES = [
+    Case("winograd4", 1, 1, 1, 1, 1),
+    Case("winograd4", 2, 3, 5, 6, 7),
+    Case("winograd4", 1, 16, 3, 3, 5, padding=(0, 0)),
+    Case("winograd4", 2, 17, 9, 7, 33, padding=(2, 2)),
+    Case("winograd4", 3, 40, 8, 12, 15, padding=(0, 1)),
+    Case("winograd4", 1, 70, 4, 5, 29, padding=(2, 1)),
+    Case("winograd4", 33, 24, 13, 9, 24),
+    Case("winograd4", 9, 130, 24, 23, 65),
+    Case("winograd4", 0, 6, 5, 5, 4),
+    Case("direct", 1, 1, 1, 1, 1, (1, 1), padding=(0, 0)),
+    Case("direct", 3, 5, 3, 7, 9, (1, 1), padding=(0, 0)),
+    Case("direct", 2, 64, 30, 29, 40, (1, 1), padding=(0, 0)),
+    Case("direct", 5, 33, 17, 15, 300, (1, 1), (2, 2), (0, 0)),
+    Case("direct", 1, 290, 7, 9, 270, (1, 1), (1, 3), (0, 0)),
+    Case("direct", 3, 300, 9, 8, 31),
+    Case("direct", 2, 40, 13, 11, 65, stride=(2, 2)),
+    Case("direct", 2, 3, 23, 21, 16, (7, 7), (2, 2), (3, 3)),
+    Case("direct", 2, 19, 12, 14, 35, (3, 2), (1, 2), (2, 0), (2, 3)),
+    Case("direct", 1, 8, 4, 5, 6, (1, 1), (1, 2), (3, 2)),
+    Case("direct", 0, 6, 5, 5, 4),
 ]
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +84,11 @@ def best_isa():
     torch.set_num_threads(threads)
 
 
-def draw(shape, dtype=torch.float32):
+def draw(case, dtype=torch.float32):
     """grad and x, channels_last; x as behind a ReLU, so that sums do not cancel."""
-    n, c, h, w, o, (ph, pw) = shape
-    g = torch.Generator().manual_seed(c + o)
-    x = torch.randn(n, c, h, w, generator=g).relu().to(dtype)
-    grad = torch.randn(n, o, h + 2 * ph - 2, w + 2 * pw - 2, generator=g).to(dtype)
+    g = torch.Generator().manual_seed(case.c + case.o)
+    x = torch.randn(case.n, case.c, case.h, case.w, generator=g).relu().to(dtype)
+    grad = torch.randn(case.n, case.o, *case.output, generator=g).to(dtype)
     return tuple(t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
 
 
@@ -54,63 +98,81 @@ def guarded(size):
     return raw, raw.data_ptr() + -raw.data_ptr() % 64
 
 
-def sizes(shape, dtype):
-    n, c, h, w, o, padding = shape
-    return (NAMES[dtype], n, h, w, c, o, *padding)
-
-
-def run(grad, x, shape, *, channels_last=False, threads=1):
-    """Return the gradient (O, C, 3, 3) and whether the kernel calls it finite."""
-    c, o = shape[1], shape[4]
-    layout = (o, 3, 3, c) if channels_last else (o, c, 3, 3)
-    flat = torch.full((o * c * 9 + 128,), 7.0, dtype=x.dtype)
+def run(grad, x, case, *, channels_last=False, threads=1):
+    """Return the gradient (O, C, KH, KW) and whether the kernel calls it right as it is."""
+    c, o, (kh, kw) = case.c, case.o, case.kernel
+    layout = (o, kh, kw, c) if channels_last else (o, c, kh, kw)
+    flat = torch.full((o * c * kh * kw + 128,), 7.0, dtype=x.dtype)
     out = flat[64:-64]
-    size = _C.conv_backward_weight_scratch_bytes(*sizes(shape, x.dtype), threads)
+    sizes = case.sizes(x.dtype)
+    size = _C.conv_backward_weight_scratch_bytes(*sizes, threads)
     raw, scratch = guarded(size)
-    finite = _C.conv_backward_weight(
-        grad.data_ptr(), x.data_ptr(), out.data_ptr(), scratch, size, *sizes(shape, x.dtype),
-        channels_last, threads,
-    )  # fmt: skip
+    right = _C.conv_backward_weight(
+        grad.data_ptr(), x.data_ptr(), out.data_ptr(), scratch, size, *sizes, channels_last, threads
+    )
     assert (flat[:64] == 7).all()
     assert (flat[-64:] == 7).all()
     tail = ctypes.string_at(scratch + size, raw.data_ptr() + raw.numel() - scratch - size)
     assert tail == b"\x7f" * len(tail)
     out = out.view(layout)
-    return (out.permute(0, 3, 1, 2) if channels_last else out), finite
+    return (out.permute(0, 3, 1, 2) if channels_last else out), right
 
 
-def eager(grad, x, shape):
-    n, c, _, _, o, padding = shape
-    if n == 0:
-        return torch.zeros(o, c, 3, 3, dtype=x.dtype)
-    weight = torch.empty(o, c, 3, 3, dtype=x.dtype)
-    geometry = ([1, 1], padding, [1, 1], False, [0, 0], 1)
+def eager(grad, x, case):
+    size = (case.o, case.c, *case.kernel)
+    if case.n == 0:
+        return torch.zeros(size, dtype=x.dtype)
+    weight = torch.empty(size, dtype=x.dtype)
+    geometry = (case.stride, case.padding, case.dilation, False, [0, 0], 1)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, *geometry, [False, True, False]
     )[1]
 
 
-@each_run
-@each_shape
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_against_float64(shape, isa, dtype, channels_last):
-    _C.set_cpu_isa(isa)
-    if dtype == torch.bfloat16 and isa != "avx512_bf16":
-        pytest.skip("bfloat16 needs AVX-512 BF16")
-    grad, x = draw(shape, dtype)
-    got, finite = run(grad, x, shape, channels_last=channels_last)
-    oracle = eager(grad.double(), x.double(), shape)
-    assert finite
-    # The backend asks for no fewer terms: what the transform rounds is not less with fewer.
-    terms = max(grad[:, 0].numel(), _cpu_conv.FEWEST_TERMS)
-    check = gradient_rule(got, eager(grad, x, shape), oracle, terms, dtype)
+def assert_right(case, dtype, *, channels_last=False, threads=1):
+    grad, x = draw(case, dtype)
+    got, right = run(grad, x, case, channels_last=channels_last, threads=threads)
+    oracle = eager(grad.double(), x.double(), case)
+    assert right
+    terms = grad[:, 0].numel()
+    if case.algorithm == "winograd4":
+        # The backend asks for no fewer terms: what the transform rounds is not less with fewer.
+        terms = max(terms, _cpu_conv.FEWEST_TERMS)
+    check = gradient_rule(got, eager(grad, x, case), oracle, terms, dtype)
     assert check.ok, check
 
 
-@each_shape
-def test_the_same_bits_on_any_number_of_threads(shape):
-    grad, x = draw(shape)
-    one, *others = (run(grad, x, shape, threads=t)[0] for t in (1, 2, 3, 7))
+@each_run
+@each_case
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_against_float64(case, isa, dtype, channels_last):
+    _C.set_cpu_isa(isa)
+    if dtype == torch.bfloat16 and isa != "avx512_bf16":
+        pytest.skip("bfloat16 needs AVX-512 BF16")
+    assert_right(case, dtype, channels_last=channels_last)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_drawn_convolutions(data):
+    def pair(low, high):
+        return tuple(data.draw(st.integers(low, high)) for _ in range(2))
+
+    kernel, stride, padding, dilation = pair(1, 4), pair(1, 3), pair(0, 4), pair(1, 2)
+    least = [
+        max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel, padding, dilation, strict=True)
+    ]
+    h, w = (data.draw(st.integers(low, low + 9)) for low in least)
+    n, c, o = (data.draw(st.integers(1, high)) for high in (3, 80, 60))
+    case = Case("direct", n, c, h, w, o, kernel, stride, padding, dilation)
+    dtypes = [torch.float32] + [torch.bfloat16] * (_C.cpu_isa() == "avx512_bf16")
+    assert_right(case, data.draw(st.sampled_from(dtypes)), threads=data.draw(st.integers(1, 3)))
+
+
+@each_case
+def test_the_same_bits_on_any_number_of_threads(case):
+    grad, x = draw(case)
+    one, *others = (run(grad, x, case, threads=t)[0] for t in (1, 2, 3, 7))
     assert all(torch.equal(one, other) for other in others)
 
 
@@ -118,18 +180,18 @@ def test_the_same_bits_on_any_number_of_threads(shape):
 @pytest.mark.parametrize("where", [0, 1], ids=["grad", "x"])
 def test_what_is_not_finite_is_told_of(value, where):
     """Wherever it lies in a tile: corners meet one plane of the transform alone."""
-    shape = (1, 24, 9, 10, 25, (1, 1))
+    case = Case("winograd4", 1, 24, 9, 10, 25)
     for row in range(9):
         for column in range(10):
-            maps = draw(shape)
+            maps = draw(case)
             maps[where][0, -1, row, column] = value
-            assert not run(*maps, shape)[1], (row, column)
+            assert not run(*maps, case)[1], (row, column)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_lies_where_torch_has_it(value, channels_last):
-    grad, x = draw((2, 24, 9, 10, 24, (1, 1)))
+    grad, x = draw(Case("winograd4", 2, 24, 9, 10, 24))
     grad[1, 3, 0, 0] = value
     geometry = ([24, 24, 3, 3], [1, 1], [1, 1], [1, 1], 1, channels_last)
     got, want = (
@@ -140,10 +202,35 @@ def test_what_is_not_finite_lies_where_torch_has_it(value, channels_last):
     torch.testing.assert_close(got, want, equal_nan=True)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", NAMES)
+def test_the_direct_sum_keeps_what_is_not_finite_in_place(value, dtype):
+    case = Case("direct", 2, 40, 5, 6, 20)
+    grad, x = draw(case)
+    x[1, 3, 0, 0] = value
+    got, right = run(grad, x, case)
+    want = eager(grad, x, case)
+    assert right
+    assert 0 < got.isfinite().sum() < got.numel()
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_backend_runs_it_where_it_pays(channels_last):
-    grad, x = draw((2, 24, 9, 10, 40, (1, 1)))
-    size, same = [40, 24, 3, 3], ([1, 1], [1, 1], [1, 1], 1, channels_last)
+@pytest.mark.parametrize(
+    ("case", "algorithm"),
+    [
+        (Case("", 2, 24, 9, 10, 40), "winograd4"),
+        (Case("", 1, 32, 9, 9, 24), "direct"),
+        (Case("", 2, 32, 9, 9, 24, stride=(1, 2)), "direct"),
+        (Case("", 2, 32, 9, 9, 24, dilation=(2, 1)), "direct"),
+        (Case("", 2, 3, 9, 9, 5, (1, 1), (2, 2), (0, 0)), "direct"),
+    ],
+)
+def test_the_backend_runs_it_where_it_pays(case, algorithm, channels_last):
+    grad, x = draw(case)
+    size, *geometry = (list(v) for v in ((case.o, case.c, *case.kernel), *case[7:]))
+    same = (*geometry, 1, channels_last)
+    assert _cpu_conv._gradient_algorithm(grad, size, *geometry[::2], 1) == algorithm
     got = _cpu_conv.backward_weight(grad.contiguous(), x.contiguous(), size, *same)
     want = cpu._torch_conv.backward_weight(grad, x, size, *same)
     assert got.stride() == want.stride()
@@ -157,6 +244,7 @@ def test_the_backend_runs_it_where_it_pays(channels_last):
         ([24, 24, 3, 3], [1, 2], [1, 1], 1),
         ([24, 24, 3, 3], [1, 1], [2, 1], 1),
         ([48, 24, 3, 3], [1, 1], [1, 1], 2),
+        ([48, 24, 1, 1], [1, 1], [1, 1], 2),
         ([24, 24, 3, 1], [1, 1], [1, 1], 1),
         ([24, 16, 3, 3], [1, 1], [1, 1], 1),
     ],
@@ -168,37 +256,43 @@ def test_the_backend_leaves_the_rest_to_torch(size, stride, dilation, groups):
 
 
 def test_the_backend_leaves_few_terms_to_torch():
-    grad, x = draw((1, 24, 9, 9, 24, (1, 1)))
+    grad, x = draw(Case("winograd4", 1, 24, 9, 9, 24))
     geometry = ([24, 24, 3, 3], [1, 1], [1, 1], [1, 1], 1, False)
     assert _cpu_conv.backward_weight(grad, x, *geometry) is None
 
 
 def arguments(**changed):
-    shape = (1, 4, 5, 5, 6, (1, 1))
-    maps = draw(shape)
+    case = Case("winograd4", 1, 4, 5, 5, 6)
+    maps = draw(case)
     out = torch.empty(6 * 4 * 9)
-    names = ("dtype", "n", "h", "w", "c", "o", "ph", "pw")
-    size = _C.conv_backward_weight_scratch_bytes(*sizes(shape, torch.float32), 1)
+    names = (
+        "dtype", "algorithm", "n", "h", "w", "c", "o",
+        "kh", "kw", "sh", "sw", "ph", "pw", "dh", "dw", "groups",
+    )  # fmt: skip
+    size = _C.conv_backward_weight_scratch_bytes(*case.sizes(torch.float32), 1)
     raw, scratch = guarded(size)
     keep = (*maps, out, raw)
     return keep, {
         "grad": maps[0].data_ptr(), "x": maps[1].data_ptr(), "grad_weight": out.data_ptr(),
         "scratch": scratch, "scratch_bytes": size, "channels_last": False, "threads": 1,
-        **dict(zip(names, sizes(shape, torch.float32), strict=True)), **changed,
+        **dict(zip(names, case.sizes(torch.float32), strict=True)), **changed,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("dtype", "float16"), ("n", -1), ("h", 0), ("w", 0), ("c", 0), ("o", 0), ("o", 2**31 + 1),
+        ("dtype", "float16"), ("algorithm", "winograd2"), ("sw", 2), ("kh", 0),
+        ("dh", 0), ("n", -1), ("h", 0), ("w", 0), ("c", 0), ("o", 0), ("o", 2**31 + 1),
         ("ph", -1), ("pw", 2**12 + 1), ("threads", 0), ("grad", 0), ("x", 0), ("grad_weight", 0),
         ("scratch", 0), ("scratch", 32), ("x", 2), ("scratch_bytes", 63),
     ],
 )  # fmt: skip
 def test_arguments(name, value):
     _keep, given = arguments(**{name: value})
-    with pytest.raises(ValueError, match=rf"^{name}: "):
+    # A shape that Winograd's transform does not take is the algorithm's fault.
+    named = "algorithm" if name == "sw" else name
+    with pytest.raises(ValueError, match=rf"^{named}: "):
         _C.conv_backward_weight(**given)
 
 
@@ -211,5 +305,7 @@ def test_arguments_that_do_not_fit_each_other():
         _C.conv_backward_weight(**given | {"h": 1, "ph": 0})
     with pytest.raises(ValueError, match=r"^o: the weight is too large"):
         _C.conv_backward_weight(**given | {"n": 0, "c": 2**31, "o": 2**31})
+    with pytest.raises(ValueError, match=r"^algorithm: direct cannot run this shape"):
+        _C.conv_backward_weight(**given | {"algorithm": "direct", "groups": 2})
     with pytest.raises(ValueError, match=r"^threads: "):
-        _C.conv_backward_weight_scratch_bytes("float32", 1, 5, 5, 4, 6, 1, 1, 0)
+        _C.conv_backward_weight_scratch_bytes(*CASES[0].sizes(torch.float32), 0)

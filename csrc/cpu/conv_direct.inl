@@ -19,7 +19,6 @@ struct Direct {
     int64_t chunk, chunks;   // panels whose weights stay in L2 together, per group
     bool copy;
     int64_t pitch;           // elements from one pixel to the next
-    int64_t max_rows;        // of a tile
     int64_t bh, bw, nbh, nbw;    // block of outputs, and blocks per image
     int64_t xh, xw, xs;          // rows, columns and column step of the copied block
     int64_t buffer;              // elements
@@ -37,14 +36,13 @@ struct Direct {
     }
     const int64_t cg = s.cg(), og = s.og();
     p.cp = NARROW ? cg : round_up(cg, E::KU);
-    p.copy = s.ph || s.pw || p.cp != cg;
+    // Rows of a tile that lie a multiple of 4 KiB apart share the same few sets of the L1 cache.
+    const bool crowded = s.sw * s.c * (int64_t)sizeof(T) % 4096 == 0;
+    p.copy = s.ph || s.pw || p.cp != cg || crowded;
     p.xs = s.kw == 1 ? 1 : s.sw;
     p.pitch = p.copy ? s.groups * p.cp : s.c;
-    // Rows of a tile that lie a multiple of 4 KiB apart share the same few sets of the L1 cache.
-    const int64_t apart = (p.copy ? p.xs : s.sw) * p.pitch * (int64_t)sizeof(T);
-    p.max_rows = E::MR;
+    const int64_t apart = p.xs * p.pitch * (int64_t)sizeof(T);
     if (p.copy && apart % 2048 == 0 && !NARROW) p.pitch += 64 / sizeof(T);
-    if (!p.copy && apart % 4096 == 0) p.max_rows = min64(E::MR, 8);
     p.merged = p.pitch == p.cp && s.dw == 1;
     p.taps = p.merged ? s.kh : s.kh * s.kw;
     const int64_t run = (p.merged ? s.kw : 1) * p.cp;
@@ -98,6 +96,10 @@ struct Direct {
       T* out = static_cast<T*>(packed) + q * p.panel;
       const int64_t o0 = q % p.panels * nr, valid = min64(nr, og - o0);
       const T* w = static_cast<const T*>(weight.data) + (q / p.panels * og + o0) * along_o;
+      if (kk == 1 && length % E::KU == 0 && (along_o == 1 || along_c == 1)) {
+        pack_matrix(w, weight, valid, length, nr, out);
+        continue;
+      }
       if (valid < nr || length % E::KU) memset(out, 0, p.panel * sizeof(T));
       for (int64_t t = 0; t < runs; ++t, out += steps * nr * E::KU)
         for (int64_t x = 0; x < kk / runs; ++x) {
@@ -117,6 +119,32 @@ struct Direct {
     }
   }
 
+  // A panel of a 1x1 convolution: rows copied where output channels lie side by side, else whole steps
+  // transposed, some at a time, so that what they are written to stays in the L1 cache.
+  static void pack_matrix(const T* w, const Weight& weight, int64_t valid, int64_t length, int64_t nr,
+                          T* out) {
+    constexpr int KU = E::KU;
+    if (weight.along_o == 1) {
+      for (int64_t c = 0; c < length; c += KU, out += nr * KU) {
+        const T* rows[KU];
+        for (int k = 0; k < KU; ++k) rows[k] = w + (c + k) * weight.along_c;
+        copy_steps<E>(rows, KU, 0, valid, nr, out);
+      }
+      return;
+    }
+    constexpr int64_t BLOCK = 64;
+    const int64_t steps = length / KU;
+    for (int64_t s0 = 0; s0 < steps; s0 += BLOCK)
+      for (int64_t j = 0; j < nr; ++j)
+        for (int64_t i = s0; i < min64(steps, s0 + BLOCK); ++i) {
+          T* to = out + (i * nr + j) * KU;
+          if (j < valid)
+            memcpy(to, w + j * weight.along_o + i * KU, KU * sizeof(T));
+          else
+            memset(to, 0, KU * sizeof(T));
+        }
+  }
+
   static size_t scratch_bytes(const ConvShape& s, int threads) {
     const Plan p = plan(s);
     return round_up(p.taps * sizeof(int64_t), 64) + threads * round_up(p.buffer * sizeof(T), 64);
@@ -127,8 +155,8 @@ struct Direct {
     bool pair;
     int64_t per_row, count;
     Cut(const Plan& p, int64_t bh, int64_t bw) {
-      pair = 2 * bw <= p.max_rows;
-      per_row = ceil_div(bw, p.max_rows);
+      pair = 2 * bw <= E::MR;
+      per_row = ceil_div(bw, E::MR);
       count = pair ? ceil_div(bh, 2) : bh * per_row;
     }
   };
@@ -262,8 +290,14 @@ struct Direct {
     t.relu = args.relu;
     const TileFn fn = tile_fn<E>(rows, p.nv);
     const int64_t first = q % p.chunks * p.chunk, last = min64(p.panels, first + p.chunk);
+    // Where rows lie one behind the other, the next tile's begin where this one's end; each panel asks
+    // for a part of them.
+    const bool streams = !p.copy && s.sw == 1 && s.kw == 1;
+    const char* next = static_cast<const char*>(t.a0) + (streams ? rows * t.lda * sizeof(T) : 0);
+    t.ahead_step = streams ? ceil_div(rows * E::KU * (int64_t)sizeof(T), last - first) : 0;
     for (int64_t j = first; j < last; ++j) {
       const int64_t o = j * p.nv * E::W, to = g * og + o;
+      t.ahead = next + (j - first) * p.run * t.ahead_step;
       t.b = static_cast<const T*>(args.packed) + (g * p.panels + j) * p.panel;
       t.scale = args.scale ? args.scale + to : nullptr;
       t.shift = args.shift ? args.shift + to : nullptr;

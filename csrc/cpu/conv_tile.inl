@@ -8,6 +8,8 @@ struct TileArgs {
   const void* b;           // packed weights: [tap][step][NV * W][KU]
   const int64_t* tap;      // element offset of each tap
   int64_t taps, steps;
+  const char* ahead;       // what the next tile reads: asked of the memory, so many bytes a step
+  int64_t ahead_step;
   bool tail;               // each run ends with a step of KU - 1 elements, the last one not read
   const float* scale;      // at the tile's first channel, or null
   const float* shift;
@@ -32,6 +34,17 @@ static void conv_tile(const TileArgs& g) {
 
   const T* b = static_cast<const T*>(g.b);
   const int64_t lda = g.lda;
+  const char* ahead = g.ahead;
+  // The lines of the result come from memory while the sums are formed.
+  if constexpr (!RAW) {
+    constexpr int LINE = 64 / sizeof(T);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const T* y = static_cast<T*>(g.y) + (i < H ? g.y0 + i * g.ldy : g.y1 + (i - H) * g.ldy);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV * E::W; j += LINE) __builtin_prefetch(y + j, 1);
+    }
+  }
   for (int64_t t = 0; t < g.taps; ++t) {
     const T* a0 = static_cast<const T*>(g.a0) + g.tap[t];
     const T* a1 = static_cast<const T*>(g.a1) + g.tap[t];
@@ -53,6 +66,10 @@ static void conv_tile(const TileArgs& g) {
           a = E::broadcast(p);
 #pragma GCC unroll 4
         for (int j = 0; j < NV; ++j) acc[i][j] = E::dot(acc[i][j], a, bv[j]);
+      }
+      if constexpr (!RAW) {
+        _mm_prefetch(ahead, _MM_HINT_T1);
+        ahead += g.ahead_step;
       }
       a0 += E::KU;
       a1 += E::KU;
@@ -114,4 +131,62 @@ static TileFn tile_fn(int64_t rows, int nv) {
 template <class E>
 static TileFn raw_tile_fn(int64_t rows) {
   return pick_tile<E, E::NV, true>(rows, std::make_integer_sequence<int, E::MR>{});
+}
+
+// Elements [first, last) of so many rows -> [step][width][KU], as `conv_tile` and `sum_products` read
+// them: those of KU rows side by side, zeros for a null row and beyond the last. There are rows to a
+// whole step, and room for whole registers.
+template <class E>
+static void copy_steps(const typename E::T* const* rows, int64_t count, int64_t first, int64_t last,
+                       int64_t width, typename E::T* out) {
+  constexpr int W = E::W, KU = E::KU;
+  for (int64_t i = 0; i < count; i += KU, out += width * KU)
+    for (int64_t j = 0; j < width; j += W) {
+      const int64_t left = last - first - j;
+      const auto v = left >= W   ? E::step(rows + i, first + j)
+                     : left > 0 ? E::step(rows + i, first + j, Vec::first(left))
+                                : Vec::zero();
+      Vec::store(reinterpret_cast<float*>(out + j * KU), v);
+    }
+}
+
+// u[i][j] = [u[i][j] +] the sum over steps of a[step][i] b[step][j], for M by NV registers of them.
+template <class E, int M>
+static void sum_products(const typename E::T* a, int64_t lda, const typename E::T* b, int64_t ldb,
+                         int64_t steps, float* u, int64_t ldu, bool add) {
+  constexpr int NV = E::NV, KU = E::KU, W = E::W;
+  typename E::reg acc[M][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) acc[i][j] = Vec::zero();
+  for (; steps > 0; --steps, a += lda, b += ldb) {
+    typename E::reg bv[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) bv[j] = E::load_b(b + j * W * KU);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const auto av = E::broadcast(a + i * KU);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) acc[i][j] = E::dot(acc[i][j], av, bv[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) {
+      float* to = u + i * ldu + j * W;
+      Vec::store(to, add ? Vec::add(Vec::load(to), acc[i][j]) : acc[i][j]);
+    }
+}
+
+template <class E, int... M>
+static auto pick_sum(int64_t rows, std::integer_sequence<int, M...>) {
+  static constexpr decltype(&sum_products<E, 1>) table[] = {sum_products<E, M + 1>...};
+  return table[rows - 1];
+}
+
+template <class E>
+static auto sum_fn(int64_t rows) {
+  return pick_sum<E>(rows, std::make_integer_sequence<int, E::MR>{});
 }

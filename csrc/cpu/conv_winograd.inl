@@ -140,36 +140,53 @@ struct Winograd {
     return (ceil_div(s.o, NR) * NR * P + 9 * round_up(s.o, W)) * s.c * sizeof(float);
   }
 
-  // Eight output channels at a time, in double: a rounding here would be in every product.
   static void pack(const ConvShape& s, const Weight& weight, void* packed) {
-    constexpr int L = 8;
-    typedef double D __attribute__((vector_size(8 * L)));
-    typedef float V __attribute__((vector_size(4 * L)));
-    const int64_t panels = ceil_div(s.o, NR), op = round_up(s.o, W);
-    float* u = static_cast<float*>(packed);
-    float* plain = u + panels * P * s.c * NR;
-#pragma omp parallel for
-    for (int64_t part = 0; part < panels * (NR / L); ++part) {
-      const int64_t q = part / (NR / L), j = part % (NR / L) * L, o = q * NR + j;
-      const int lanes = (int)min64(L, max64(0, s.o - o));
-      const T* w = static_cast<const T*>(weight.data) + o * weight.along_o;
-      for (int64_t c = 0; c < s.c; ++c) {
-        D g[9] = {}, half[3 * IN], full[P];
-        for (int l = 0; l < lanes; ++l)
-          for (int t = 0; t < 9; ++t)
-            g[t][l] = to_float(w[l * weight.along_o + c * weight.along_c + t * weight.along_tap]);
-        for (int i = 0; i < 3; ++i) F::weights(g + i, 3, half + i, 3);
-        for (int i = 0; i < IN; ++i) F::weights(half + i * 3, 1, full + i * IN, 1);
-        for (int t = 0; t < P; ++t) {
-          const V v = __builtin_convertvector(full[t], V);
-          __builtin_memcpy(u + ((q * P + t) * s.c + c) * NR + j, &v, sizeof v);
-        }
-        for (int t = 0; t < 9 && o < op; ++t) {
-          const V v = __builtin_convertvector(g[t], V);
-          __builtin_memcpy(plain + (t * s.c + c) * op + o, &v, sizeof v);
-        }
-      }
+#pragma omp parallel
+    {
+#pragma omp for
+      for (int64_t o = 0; o < round_up(s.o, NR); o += W) pack_register(s, weight, o, static_cast<float*>(packed));
+      _mm_sfence();  // what was streamed is there for the other threads
     }
+  }
+
+  // W output channels from o, in double: a rounding here would be in every product.
+  static void pack_register(const ConvShape& s, const Weight& weight, int64_t o, float* packed) {
+    constexpr int BLOCK = 16;
+    typedef double D __attribute__((vector_size(8 * W)));
+    typedef float V __attribute__((vector_size(4 * W)));
+    const int64_t op = round_up(s.o, W), lanes = max64(0, min64(W, s.o - o));
+    float* u = packed + o / NR * P * s.c * NR + o % NR;
+    float* plain = packed + ceil_div(s.o, NR) * P * s.c * NR + o;
+    const T* w = static_cast<const T*>(weight.data) + o * weight.along_o;
+    float staged[BLOCK][9][W] = {};  // some input channels
+    for (int64_t c = 0; c < s.c; ++c) {
+      if (c % BLOCK == 0) stage(w + c * weight.along_c, weight, lanes, min64(BLOCK, s.c - c), staged);
+      D g[9], half[3 * IN], full[P];
+      for (int t = 0; t < 9; ++t) {
+        V v;
+        __builtin_memcpy(&v, staged[c % BLOCK][t], sizeof v);
+        g[t] = __builtin_convertvector(v, D);
+      }
+      for (int i = 0; i < 3; ++i) F::weights(g + i, 3, half + i, 3);
+      for (int i = 0; i < IN; ++i) F::weights(half + i * 3, 1, full + i * IN, 1);
+      for (int t = 0; t < P; ++t)
+        Vec::stream(u + (t * s.c + c) * NR, (reg)__builtin_convertvector(full[t], V));
+      for (int t = 0; t < 9 && o < op; ++t) Vec::store(plain + (t * s.c + c) * op, Vec::load(staged[c % BLOCK][t]));
+    }
+  }
+
+  // Weights of so many channels, read along what lies side by side.
+  static void stage(const T* w, const Weight& weight, int64_t lanes, int64_t channels, float (*to)[9][W]) {
+    const int64_t along_o = weight.along_o, along_c = weight.along_c;
+    const bool by_output = along_o < along_c;
+    for (int64_t i = 0; i < (by_output ? channels : lanes); ++i)
+      for (int t = 0; t < 9; ++t) {
+        const T* from = w + i * (by_output ? along_c : along_o) + t * weight.along_tap;
+        if (by_output)
+          for (int64_t o = 0; o < lanes; ++o) to[i][t][o] = to_float(from[o * along_o]);
+        else
+          for (int64_t c = 0; c < channels; ++c) to[c][t][i] = to_float(from[c * along_c]);
+      }
   }
 
   static int64_t per_thread(const Plan& p) { return round_up(p.v_floats + p.m_floats, W); }

@@ -7,6 +7,12 @@ constexpr ConvAlgorithm algorithms[] = {Winograd<Element, Wino4>::algorithm,
                                         Direct<Element, true>::algorithm,
 #endif
                                         {}};
-using WeightGradient = ConvBackwardWeight<Element, Wino4>;
-constexpr KernelTable table{algorithms, WeightGradient::scratch_bytes, WeightGradient::run,
-                            max_pool<Element>, head<Element>};
+template <class G>
+constexpr WeightGradient weight_gradient(const char* name) {
+  return {name, G::can_run, G::scratch_bytes, G::run};
+}
+constexpr WeightGradient weight_gradients[] = {
+    weight_gradient<WinogradBackwardWeight<Element, Wino4>>(Wino4::name),
+    weight_gradient<DirectBackwardWeight<Element>>("direct"),
+    {}};
+constexpr KernelTable table{algorithms, weight_gradients, max_pool<Element>, head<Element>};

@@ -36,7 +36,7 @@ struct ConvAlgorithm {
   void (*run)(const ConvArgs&);
 };
 
-// One call of conv_backward_weight: a 3x3 convolution with stride 1 in one group.
+// One call of conv_backward_weight: a convolution in one group.
 struct ConvBackwardWeightArgs {
   ConvShape s;
   const void* grad;
@@ -45,6 +45,14 @@ struct ConvBackwardWeightArgs {
   char* scratch;
   int threads;
   bool channels_last;  // of grad_weight, else it is contiguous
+};
+
+// A way to sum a weight's gradient; `run` returns whether the result is finite, or right as it is.
+struct WeightGradient {
+  const char* name;
+  bool (*can_run)(const ConvShape&);
+  size_t (*scratch_bytes)(const ConvShape&, int threads);
+  bool (*run)(const ConvBackwardWeightArgs&);
 };
 
 struct PoolArgs {
@@ -66,8 +74,7 @@ struct HeadArgs {
 
 struct KernelTable {
   const ConvAlgorithm* conv;  // ends with a null name
-  size_t (*conv_backward_weight_scratch_bytes)(const ConvShape&, int threads);
-  bool (*conv_backward_weight)(const ConvBackwardWeightArgs&);  // whether the result is finite
+  const WeightGradient* conv_backward_weight;  // ends with a null name
   void (*max_pool)(const PoolArgs&);
   void (*head)(const HeadArgs&);
 };

@@ -20,7 +20,8 @@ using Element = Bf16;
 #include "conv_tile.inl"
 #include "conv_direct.inl"
 #include "conv_winograd.inl"
-#include "conv_backward_weight.inl"
+#include "conv_backward_weight_winograd.inl"
+#include "conv_backward_weight_direct.inl"
 #include "pool_head.inl"
 #include "kernel_table.inl"
 }  // namespace

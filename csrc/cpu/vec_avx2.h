@@ -15,6 +15,7 @@ struct Vec {
   static reg load(const float* p) { return _mm256_loadu_ps(p); }
   static reg load(const float* p, mask m) { return _mm256_maskload_ps(p, m); }
   static void store(float* p, reg v) { _mm256_storeu_ps(p, v); }
+  static void stream(float* p, reg v) { store(p, v); }  // half a line would be slower past the caches
   static void store(float* p, reg v, mask m) { _mm256_maskstore_ps(p, m, v); }
   static reg add(reg a, reg b) { return _mm256_add_ps(a, b); }
   static reg sub(reg a, reg b) { return _mm256_sub_ps(a, b); }
@@ -80,6 +81,11 @@ struct F32 : Vec {
   static reg broadcast(const T* p) { return _mm256_broadcast_ss(p); }
   static reg load_b(const T* p) { return _mm256_loadu_ps(p); }
   static reg rounded(reg v) { return v; }  // to what T can hold
+  // A step of W elements from KU rows, zeros for a null row and beyond the mask.
+  static reg step(const T* const* rows, int64_t at) { return rows[0] ? load(rows[0] + at) : zero(); }
+  static reg step(const T* const* rows, int64_t at, mask m) {
+    return rows[0] ? load(rows[0] + at, m) : zero();
+  }
   static reg dot(reg acc, reg a, reg b) { return _mm256_fmadd_ps(a, b, acc); }
 };
 

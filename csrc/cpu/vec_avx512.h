@@ -13,6 +13,8 @@ struct Vec {
   static reg load(const float* p, mask m) { return _mm512_maskz_loadu_ps(m, p); }
   static void store(float* p, reg v) { _mm512_storeu_ps(p, v); }
   static void store(float* p, reg v, mask m) { _mm512_mask_storeu_ps(p, m, v); }
+  // A whole line of the cache, aligned, which is then not read from memory first.
+  static void stream(float* p, reg v) { _mm512_stream_ps(p, v); }
   static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
   static reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }
   static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
@@ -61,6 +63,10 @@ struct F32 : Vec {
   static reg broadcast(const T* p) { return _mm512_set1_ps(*p); }
   static reg load_b(const T* p) { return _mm512_loadu_ps(p); }
   static reg rounded(reg v) { return v; }  // to what T can hold
+  // A step of W elements from KU rows, zeros for a null row and beyond the mask.
+  static reg step(const T* const* rows, int64_t at, mask m = 0xffff) {
+    return rows[0] ? Vec::load(rows[0] + at, m) : zero();
+  }
   static reg dot(reg acc, reg a, reg b) { return _mm512_fmadd_ps(a, b, acc); }
 };
 
@@ -109,6 +115,13 @@ struct Bf16 : Bf16Memory {
   }
   static reg broadcast_tail(const T* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(*p)); }
   static reg load_b(const T* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
+  // The rows' elements side by side.
+  static reg step(const T* const* rows, int64_t at, mask m = 0xffff) {
+    const auto wide = [&](const T* row) __attribute__((always_inline)) {
+      return row ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, row + at)) : _mm512_setzero_si512();
+    };
+    return _mm512_castsi512_ps(_mm512_or_si512(wide(rows[0]), _mm512_slli_epi32(wide(rows[1]), 16)));
+  }
   static reg dot(reg acc, reg a, reg b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }

@@ -112,6 +112,42 @@ def convolve_once(
     return y
 
 
+def backward_data(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor | None:
+    """Return the gradient of a convolution's input, or None where torch's own is as fast.
+
+    It is a convolution of ``grad`` with turned kernels. With a stride, that of a 1x1 kernel lies
+    between zeros.
+
+    Args:
+        grad: the output's gradient, any layout.
+        weight: (O, C / groups, KH, KW).
+        x_size: of the input.
+        stride: two integers.
+        padding: two integers.
+        dilation: two integers.
+        groups: how many.
+    """
+    kernel = weight.shape[2:]
+    outer = [d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    strided = {*stride} != {1}
+    if min(outer) < 0 or (strided and max(kernel) > 1):
+        return None
+    own = convolve_once(grad, weight, (1, 1), outer, dilation, groups, turned=True)
+    if own is None or not strided:
+        return own
+    grad_x = empty_channels_last(x_size, grad.dtype).zero_()
+    grad_x[:, :, :: stride[0], :: stride[1]] = own
+    return grad_x
+
+
 def backward_weight(
     grad: Tensor,
     x: Tensor,
@@ -122,13 +158,15 @@ def backward_weight(
     groups: int,
     channels_last: bool,
 ) -> Tensor | None:
-    """Return the gradient of a convolution's weight by Winograd's transform, or None.
+    """Return the gradient of a convolution's weight, by Winograd's transform or directly, or None.
 
-    None where it would be slower than torch's oneDNN or less exact, and where the result is not
-    finite: the transform spreads NaN and infinity over taps that torch keeps clean. Measured on one
-    thread of a Zen 5 at batch 8, in CPU time against torch's oneDNN: float32, 64 channels at 56x56
-    2.1x, 128 at 28x28 2.1x, 256 at 14x14 2.0x, 512 at 7x7 5.1x; bfloat16 1.6x, 1.5x, 1.1x, 1.7x;
-    24 at 28x28 1.9x, 8 to 64 0.9x, 16 at 32x32 0.5 to 1.3x.
+    None where it would be slower than torch's oneDNN or less exact, and where the transform's
+    result is not finite: it spreads NaN and infinity over taps that torch keeps clean. Measured on
+    one thread of a Zen 5, in CPU time against torch's oneDNN. Winograd at batch 8: float32, 64
+    channels at 56x56 2.1x, 128 at 28x28 2.1x, 256 at 14x14 2.0x, 512 at 7x7 5.1x; bfloat16 1.6x,
+    1.5x, 1.1x, 1.7x; 24 at 28x28 1.9x, 8 to 64 0.9x, 16 at 32x32 0.5 to 1.3x. Directly at batch
+    16, ResNet-50's 1x1: float32 1.0 to 1.5x, bfloat16 0.9 to 1.8x; strided 3x3 1.3 to 1.6x, 1.1 to
+    1.7x; 16 channels in 3x3 0.5 to 0.8x, 3 in 7x7 0.1x.
 
     Args:
         grad: the output's gradient, any layout.
@@ -140,16 +178,19 @@ def backward_weight(
         groups: how many.
         channels_last: the layout of the result, else contiguous.
     """
-    terms = grad.numel() // weight_size[0]
-    if terms < FEWEST_TERMS or not _is_winograds(weight_size, stride, dilation, groups):
+    algorithm = _gradient_algorithm(grad, weight_size, stride, dilation, groups)
+    if algorithm is None:
         return None
-    o, c = weight_size[:2]
-    n, _, h, w = x.shape
-    sizes = (DTYPE_NAMES[x.dtype], n, h, w, c, o, *padding)
+    o, _, *kernel = weight_size
+    n, c, h, w = x.shape
+    sizes = (
+        DTYPE_NAMES[x.dtype], algorithm,
+        n, h, w, c, o, *kernel, *stride, *padding, *dilation, groups,
+    )  # fmt: skip
     threads = torch.get_num_threads()
     work = scratch(loaded().conv_backward_weight_scratch_bytes(*sizes, threads))
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    size = (o, c, 3, 3)
+    size = tuple(weight_size)
     grad_weight = (
         empty_channels_last(size, x.dtype) if channels_last else torch.empty(size, dtype=x.dtype)
     )
@@ -158,6 +199,22 @@ def backward_weight(
         *sizes, channels_last, threads,
     )  # fmt: skip
     return grad_weight if finite else None
+
+
+def _gradient_algorithm(
+    grad: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
+    """Return how a weight's gradient is summed faster than by torch's oneDNN, or None."""
+    _, c, *kernel = weight_size
+    terms = grad.numel() // weight_size[0]
+    if terms >= FEWEST_TERMS and _is_winograds(weight_size, stride, dilation, groups):
+        return "winograd4"
+    # A tap's channels fill the kernel's registers.
+    return "direct" if groups == 1 and (kernel == [1, 1] or c >= 32) else None
 
 
 def _is_winograds(
@@ -176,21 +233,24 @@ def _worth_packing(
     dilation: Sequence[int],
     groups: int,
 ) -> str | None:
-    """Return the Winograd algorithm that beats torch's oneDNN with the packing counted, or None.
+    """Return the algorithm that beats torch's oneDNN with the packing counted, or None.
 
-    Packing costs as much as a number of tiles that does not depend on the channels. Measured on two
-    Zen 4 cores at batch 8, packing included, against torch's own, forward and turned: float32, 3x3,
-    64 channels at 56x56 2.6x, 128 at 28x28 2.4x, 256 at 14x14 1.5x, 512 at 7x7 0.6x; bfloat16 1.2x,
-    1.4x, 0.7x, 0.4x; 1x1 and strided convolutions 0.9 to 1.0x.
+    Packing for Winograd's transform costs as much as a number of tiles that does not depend on the
+    channels. Measured on one thread of a Zen 5 at batch 8, in CPU time, packing included, against
+    torch's own in memory that it need not fault in: float32, 3x3, 64 channels at 56x56 2.0x, 128 at
+    28x28 2.2x, 256 at 14x14 1.8x, 512 at 7x7 1.3x; bfloat16 1.2x, 1.3x, 0.9x, 0.5x; 32 channels
+    at 16x16 0.8x; ResNet-50's 1x1 0.9 to 1.3x; other strided convolutions 0.8 to 1.1x.
     """
+    if groups == 1 and tuple(weight_shape[2:]) == (1, 1) and not any(padding):
+        return "direct"
     if not _is_winograds(weight_shape, stride, dilation, groups):
         return None
     n, _, *sides = x.shape
     oh, ow = output_size(sides, (3, 3), (1, 1), padding)
     tiles = n * -(-oh // 4) * -(-ow // 4)
-    if tiles >= 256:
-        return "winograd4"
-    return "winograd2" if tiles >= 96 and x.dtype == torch.float32 else None
+    if x.dtype == torch.float32:
+        return "winograd4" if tiles >= 32 else None
+    return "winograd4" if tiles >= 256 and min(weight_shape[:2]) >= 64 else None
 
 
 class _Plan(NamedTuple):

@@ -194,10 +194,8 @@ def conv_backward_data(
     groups: int,
 ) -> Tensor:
     """Run the op: a convolution of grad with turned kernels, or torch's own."""
-    sizes = zip(weight.shape[2:], padding, dilation, strict=True)
-    outer = [d * (k - 1) - p for k, p, d in sizes]
-    if min(outer) >= 0 and declines(grad) is None:
-        own = convolve_once(grad, weight, stride, outer, dilation, groups, turned=True)
+    if declines(grad) is None:
+        own = _cpu_conv.backward_data(grad, weight, x_size, stride, padding, dilation, groups)
         if own is not None:
             return own
     return _torch_conv.backward_data(grad, weight, x_size, stride, padding, dilation, groups)

@@ -9,7 +9,7 @@
 // planes to add up, block by block. Both ways add the same numbers in the same order.
 
 template <class E, class F>
-struct ConvBackwardWeight {
+struct WinogradBackwardWeight {
   using Wino = Winograd<E, F>;
   using T = typename E::T;
   using reg = typename Vec::reg;
@@ -56,6 +56,8 @@ struct ConvBackwardWeight {
     return p;
   }
 
+  static bool can_run(const ConvShape& s) { return Wino::can_run(s); }
+
   static size_t scratch_bytes(const ConvShape& s, int threads) {
     const Plan p = plan(s, threads);
     const int64_t transformed = (p.v_floats + p.g_floats) * (p.apart ? threads : 1);
@@ -96,43 +98,6 @@ struct ConvBackwardWeight {
     }
   }
 
-  // u[i][j] = [u[i][j] +] the sum over tiles of g[tile][i] v[tile][j], for M by NR of them.
-  template <int M>
-  static void sum_tile(const Plan& p, const float* g, const float* v, int64_t tiles, float* u,
-                       bool add) {
-    constexpr int NV = F32::NV;
-    reg acc[M][NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) acc[i][j] = Vec::zero();
-    const int64_t ldg = p.ldg, ldv = p.ldv, ldu = p.ldu;
-    for (; tiles > 0; --tiles, g += ldg, v += ldv) {
-      reg b[NV];
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) b[j] = Vec::load(v + j * W);
-#pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) {
-        const reg a = F32::broadcast(g + i);
-#pragma GCC unroll 4
-        for (int j = 0; j < NV; ++j) acc[i][j] = Vec::fma(a, b[j], acc[i][j]);
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) {
-        float* to = u + i * ldu + j * W;
-        Vec::store(to, add ? Vec::add(Vec::load(to), acc[i][j]) : acc[i][j]);
-      }
-  }
-
-  template <int... M>
-  static auto sum_tile_of(int64_t rows, std::integer_sequence<int, M...>) {
-    static constexpr decltype(&sum_tile<1>) table[] = {sum_tile<M + 1>...};
-    return table[rows - 1];
-  }
-
   // The rows and columns of a part of the planes.
   struct Part {
     int64_t o0, o1, c0, c1;
@@ -154,9 +119,8 @@ struct ConvBackwardWeight {
       for (int64_t c = at.c0; c < at.c1; c += NR)
         for (int64_t cut = 0; cut < cuts; ++cut) {
           const int64_t r0 = cut * rows / cuts, r1 = (cut + 1) * rows / cuts;
-          sum_tile_of(r1 - r0, std::make_integer_sequence<int, MR>{})(
-              p, g + i * p.g_plane + at.o0 + r0, v + i * p.v_plane + c, tiles,
-              u + r0 * p.ldu + i * p.columns + c - at.c0, add);
+          sum_fn<F32>(r1 - r0)(g + i * p.g_plane + at.o0 + r0, p.ldg, v + i * p.v_plane + c, p.ldv,
+                               tiles, u + r0 * p.ldu + i * p.columns + c - at.c0, p.ldu, add);
         }
   }
 
