@@ -48,8 +48,8 @@ class Case(NamedTuple):
 
 #: One pixel, odd sizes, tails of channels, rows cut in parts of columns, unequal and wide padding,
 #: several blocks of tiles, an empty batch; then for the direct sum: 1x1, with strides, several runs
-#: of pixels, several units of channels and of taps, an odd pixel at a block's end, dilation, padding
-#: beyond the kernel.
+#: of pixels, several units of channels and of taps, an odd pixel at a block's end, dilation, wide
+#: padding.
 CASES = [
     Case("winograd4", 1, 1, 1, 1, 1),
     Case("winograd4", 2, 3, 5, 6, 7),
