@@ -118,6 +118,19 @@ def elapsed_cuda(
     return start.elapsed_time(end) / 1e3 / calls
 
 
+def finished(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """Return the run for a clock that knows nothing of GPUs: it ends when its work there has."""
+    if device != "cuda":
+        return run
+
+    def whole() -> object:
+        result = run()
+        torch.cuda.synchronize()
+        return result
+
+    return whole
+
+
 def clock_for(device: str, *, emptied: bool = False) -> Clock:
     """Return the function that times calls on `device`, with caches emptied before each or not."""
     if not emptied:

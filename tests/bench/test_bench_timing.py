@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from resnet_fused.bench.timing import (
     Rounds,
     Spread,
     clock_for,
     elapsed_cpu,
+    finished,
     interleave,
     paired_ratio,
     rotated,
@@ -94,3 +96,12 @@ def test_the_wall_clock_counts_per_call() -> None:
     calls: list[int] = []
     assert elapsed_cpu(lambda: calls.append(1), 5) >= 0
     assert len(calls) == 5
+
+
+def test_a_clock_that_knows_nothing_of_gpus_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("done"))
+    finished(lambda: order.append("launched"), "cuda")()
+    assert order == ["launched", "done"]
+    finished(lambda: order.append("run"), "cpu")()
+    assert order == ["launched", "done", "run"]

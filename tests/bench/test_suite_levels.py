@@ -248,3 +248,13 @@ def test_the_exact_gradient_is_that_of_the_repeated_images(small: Suite) -> None
     repeated, alone = training._exact(network, 4), training._exact(network, 2)
     assert float((repeated - alone).norm() / alone.norm()) < 1e-10
     assert math.isfinite(float(alone.norm()))
+
+
+def test_pytest_benchmarks_draw_where_the_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import test_ops
+
+    names = ("cpu", "onednn", "cuda", "triton", "cudnn", "reference")
+    assert {test_ops.device_of(name) for name in names} == {"cpu"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = [test_ops.device_of(name) for name in names]
+    assert found == ["cpu", "cpu", "cuda", "cuda", "cuda", "cuda"]
