@@ -137,6 +137,8 @@ def run_entered(
             rows[name], run = enter(name, build)
         # Whatever a contender dies of is its own result; the others must still be measured.
         except Exception as error:
+            if device_lost(error):
+                raise
             rows[name] = failed(blank(name), error)
             continue
         if rows[name].verdict == OK:
@@ -169,6 +171,21 @@ def failed(row: Row, error: BaseException) -> Row:
     reason = (str(error).strip().splitlines() or [""])[0]
     verdict = OUT_OF_MEMORY if _is_out_of_memory(error) else FAILED
     return replace(row, verdict=verdict, note=f"{type(error).__name__}: {reason}")
+
+
+def device_lost(error: BaseException) -> bool:
+    """Whether an error has cost this process its GPU: all that comes after would fail as well."""
+    if _is_out_of_memory(error):
+        return False
+    if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+        return True
+    if not torch.cuda.is_initialized():
+        return False
+    try:  # what a compiler, a library or a kernel of ours raises has words of its own
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -252,6 +269,8 @@ def _enter(
         twin = _call(build(setup), setup) if twins else timing.nothing
     # Whatever a contender dies of is its own result; the others must still be measured.
     except Exception as error:
+        if device_lost(error):
+            raise
         return Entry(failed(row, error))
     return Entry(replace(row, peak_mib=peak), runner, example, twin)
 

@@ -114,6 +114,25 @@ def test_a_contender_that_dies_does_not_take_the_others_along(
 
 
 @pytest.mark.usefixtures("tiny")
+def test_a_gpu_that_is_lost_ends_the_case_at_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is built after it would fail for no fault of its own; here no process takes over."""
+    built = []
+
+    def breaks(setup: Setup) -> Runner:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def after(setup: Setup) -> Runner:
+        built.append(setup)
+        return contenders.eager(setup)
+
+    rows = runs(settings, monkeypatch, breaks=breaks, after=after)
+    assert {row.verdict for row in rows.values()} == {FAILED}
+    assert not built
+
+
+@pytest.mark.usefixtures("tiny")
 def test_speed_follows_from_seconds(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     row = replace(runs(settings, monkeypatch)["eager"], seconds=[])
     timed = measure.with_speed(row, {"eager": [0.3, 0.3]})

@@ -57,6 +57,29 @@ def test_running_out_of_memory_is_told_from_failing(error: Exception, verdict: s
     assert "\n" not in row.note
 
 
+@pytest.mark.parametrize(
+    ("error", "synchronized", "lost"),
+    [
+        (torch.AcceleratorError("an illegal memory access"), True, True),
+        (RuntimeError("CUDA error: misaligned address"), True, True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access"), False, True),
+        (RuntimeError("no such kernel"), True, False),
+        (torch.OutOfMemoryError("CUDA out of memory"), True, False),
+        (RuntimeError("CUDA error: out of memory"), True, False),
+    ],
+)
+def test_what_costs_a_process_its_gpu(
+    error: Exception, synchronized: bool, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize() -> None:
+        if not synchronized:
+            raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert measure.device_lost(error) is lost
+
+
 def test_a_cold_sample_is_one_call() -> None:
     calls: list[str] = []
     interleave(

@@ -137,6 +137,19 @@ def test_a_contender_that_crashes_costs_nobody_else_the_case(suite: Suite) -> No
     assert lost.gmacs == 1.0
 
 
+def test_a_gpu_that_is_lost_costs_the_guilty_alone(suite: Suite) -> None:
+    def losing(case: Case, names: tuple[str, ...]) -> Any:
+        if "fused" in names and case.batch == 1:
+            return Lost(False, None, Step("building fused", "fused"), "CUDA error: illegal access")
+        return fine(case, names)
+
+    record = run(suite, Scripted(losing))
+    found = verdicts(record, Case("resnet18", "float32", 1))
+    assert found == {"eager": OK, "fused": CRASHED, "frozen": OK}
+    lost = next(row for row in record.rows if row.verdict == CRASHED)
+    assert lost.note == "CUDA error: illegal access while building fused"
+
+
 def test_a_hang_in_the_rounds_costs_its_case_and_the_run_goes_on(suite: Suite) -> None:
     def hanging(case: Case, names: tuple[str, ...]) -> Any:
         return Lost(True, None, Step("round 2", None)) if case.batch == 1 else fine(case, names)
