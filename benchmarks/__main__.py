@@ -128,8 +128,8 @@ for _name, _levels, _help in (
     ("blocks", (BLOCK,), "Every distinct residual block of the models.\n\nWhat a block gains over "
      "the sum of its ops is what fusing across layers, or a cache, gives."),
     ("models", (INFERENCE, COLD), "Whole models: throughput, memory, and what a cold start takes."
-     "\n\nRatios are taken round by round; ≈ marks one whose middle three fifths have 1 in them: "
-     "no difference. Several batch sizes give a picture of throughput."),
+     "\n\nRatios are taken round by round; ≈ marks one that may as well be 1: no difference. "
+     "Several batch sizes give a picture of throughput."),
     ("training", (TRAINING,), "Training steps: throughput, gradients held to float64, memory."
      "\n\nForward, backward and SGD. kept MiB is what forward saves for backward, peak MiB the "
      "highest point of a whole step."),
@@ -187,7 +187,8 @@ def _bn(
 
 @app.command(
     help="Show what changed between two records, and what is only noise.\n\n"
-    "A difference counts where the middle three fifths of the rounds of A and of B do not overlap. "
+    "A difference counts where the rounds of A and of B do not overlap: their middle three fifths, "
+    "or where there are few all of them. "
     "Conditions that differ and bear on speed are named."
 )
 def compare(

@@ -30,11 +30,11 @@ from resnet_fused.bench.results import (
     Record,
     Row,
     cases_of,
+    paired,
     save,
     save_text,
 )
 from resnet_fused.bench.tables import NONE, Grid, conditions_line, ratio_text
-from resnet_fused.bench.timing import paired_ratio
 
 RECORD = "suite.json"
 CSV_COLUMNS = (
@@ -218,7 +218,7 @@ def _against(other: Row | None, own: Row | None) -> str:
     """Return how many times faster the package's own contender is than another."""
     if other is None or own is None or not other.seconds or not own.seconds:
         return NONE if other is None or other.verdict == OK else other.verdict
-    return ratio_text(paired_ratio(other.seconds, own.seconds), spread=other is not own)
+    return ratio_text(paired(other, own), spread=other is not own)
 
 
 def _starts(rows: Sequence[Row]) -> Grid:

@@ -82,7 +82,7 @@ def test_a_regression_beyond_the_threshold_makes_the_exit_code_1(tmp_path: Path)
 
     for name, seconds in (("a", 0.2), ("b", 0.3)):
         row = Row(Case("resnet50", "float32", 8), "eager", OK, 4.1, 25.6)
-        save(Record({}, [measure.with_speed(row, {"eager": [seconds] * 3})]), tmp_path / name)
+        save(Record({}, [measure.with_speed(row, {"eager": [seconds] * 5})]), tmp_path / name)
     paths = tmp_path / "a", tmp_path / "b"
     assert call("bench", "--compare", *paths).exit_code == 0
     assert call("bench", "--compare", *paths, "--threshold", 0.5).exit_code == 0

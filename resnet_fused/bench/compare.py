@@ -10,6 +10,7 @@ from rich.console import Console
 from resnet_fused.bench.options import SHORT_DTYPES, UsageError
 from resnet_fused.bench.results import OK, SKIPPED, Record, Row
 from resnet_fused.bench.tables import NONE, Grid
+from resnet_fused.bench.timing import CHANCE, FEW, Spread, spread
 
 FASTER = "faster"
 SLOWER = "slower"
@@ -85,7 +86,10 @@ def show(found: Sequence[Difference], console: Console) -> None:
     )
     console.print(grid.rich(console.width))
     console.print(
-        f"{SAME}: the ranges p20-p80 of the two records overlap.", highlight=False, markup=False
+        f"{SAME}: the ranges p20-p80 of the two records overlap, of fewer than {FEW} rounds their "
+        f"whole ranges, or there are too few to tell ({CHANCE:.0%} of equal ones would differ).",
+        highlight=False,
+        markup=False,
     )
 
 
@@ -94,9 +98,14 @@ def _difference(before: Row, after: Row) -> Difference:
         verdict = f"{before.verdict} in A" if before.verdict != OK else f"{after.verdict} in B"
         return Difference(before, after, None, verdict)
     ratio = after.img_s.median / before.img_s.median
-    if before.img_s.overlaps(after.img_s):
+    if _speed(before).overlaps(_speed(after)):
         return Difference(before, after, ratio, SAME)
     return Difference(before, after, ratio, FASTER if ratio > 1 else SLOWER)
+
+
+def _speed(row: Row) -> Spread:
+    """Return the row's speeds with their number, which the spread of a record of before lacks."""
+    return spread([row.case.batch / seconds for seconds in row.seconds])
 
 
 def _cells(difference: Difference) -> list[str]:

@@ -24,11 +24,15 @@ from resnet_fused.bench.results import (
     cases_of,
     geometric_means,
 )
-from resnet_fused.bench.timing import Spread
+from resnet_fused.bench.timing import CHANCE, FEW, Spread
 
 NONE = "-"
 #: Before a ratio that may as well be 1.
 SAME = "≈"
+RULE = (
+    f"as its p20-p80 has 1 in it, of fewer than {FEW} rounds their whole range, or there are too "
+    f"few to tell; two equal contenders would differ in {CHANCE:.0%} of cases at most"
+)
 #: From this width on, the columns of the widest table can stand apart.
 ROOMY = 96
 #: p80 over p20 of a speed above which something else was using the machine.
@@ -116,7 +120,7 @@ def notes(device: str) -> list[str]:
     """Return what the columns mean."""
     return [
         f"{REFERENCE}: the model in plain torch, channels_last. ratio: against {REFERENCE}, paired "
-        f"round by round, median. {SAME}: no difference, as its p20-p80 has 1 in it.",
+        f"round by round, median. {SAME}: no difference, {RULE}.",
         "GFLOP/s: two operations per multiply-add. error: max|y - y64| / max|y64| against float64; "
         "right is up to twice eager's (the weights are random, so only that comparison counts).",
         memory.NOTES[device] + ".",
@@ -171,7 +175,8 @@ def ratio_text(ratio: Spread | None, *, spread: bool = False) -> str:
     """Return a ratio as the tables show it, marked where its range has 1 in it."""
     if ratio is None:
         return NONE
-    same = SAME if ratio.covers(1) and ratio.p20 != ratio.p80 else ""
+    itself = ratio.p20 == ratio.p80 == 1
+    same = SAME if ratio.covers(1) and not itself else ""
     around = f" ({ratio.p20:.2f}-{ratio.p80:.2f})" if spread else ""
     return f"{same}{ratio.median:.2f}x{around}"
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from resnet_fused.bench import compare
 from resnet_fused.bench.options import UsageError
 from resnet_fused.bench.results import WRONG, Record, Row
+from resnet_fused.bench.timing import Spread
 
 
 def only(before: Row, after: Row) -> compare.Difference:
@@ -18,13 +19,13 @@ def only(before: Row, after: Row) -> compare.Difference:
 
 
 def test_overlapping_ranges_are_no_difference(row: Callable[..., Row]) -> None:
-    found = only(row("frozen", [0.2, 0.21, 0.22]), row("frozen", [0.21, 0.22, 0.23]))
+    found = only(row("frozen", [0.2, 0.21, 0.22] * 2), row("frozen", [0.21, 0.22, 0.23] * 2))
     assert found.verdict == compare.SAME
     assert not found.regressed(0)
 
 
 def test_clear_ranges_are_faster_or_slower(row: Callable[..., Row]) -> None:
-    slow, quick = row("frozen", [0.40, 0.41]), row("frozen", [0.20, 0.205])
+    slow, quick = row("frozen", [0.40, 0.41] * 2), row("frozen", [0.20, 0.205] * 2)
     better, worse = only(slow, quick), only(quick, slow)
     assert better.verdict == compare.FASTER
     assert better.ratio == pytest.approx(2.0)
@@ -32,6 +33,15 @@ def test_clear_ranges_are_faster_or_slower(row: Callable[..., Row]) -> None:
     assert worse.verdict == compare.SLOWER
     assert worse.regressed(0.4)
     assert not worse.regressed(0.6)
+
+
+def test_single_samples_are_never_faster_or_slower(row: Callable[..., Row]) -> None:
+    """As of cold starts in records of before, which do not say how many there were."""
+    quick, slow = row("frozen", [0.2]), row("frozen", [0.4])
+    old = [replace(r, img_s=Spread(*[8 / r.seconds[0]] * 3)) for r in (quick, slow)]
+    for pair in ((quick, slow), old):
+        assert only(*pair).verdict == compare.SAME
+        assert not only(*pair).regressed(0)
 
 
 def test_becoming_wrong_is_a_regression_and_becoming_right_is_none(
