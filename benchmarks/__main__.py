@@ -44,6 +44,7 @@ app = typer.Typer(
     "2 cannot be done as asked; 130 interrupted.",
     epilog="[bold]Examples[/bold]\n\n"
     "python -m benchmarks ops -m resnet50 -b 8  [dim]# which layer loses most[/dim]\n\n"
+    "python -m benchmarks all --device cuda  [dim]# the default suite: ten minutes[/dim]\n\n"
     "python -m benchmarks models --device cuda -d tf32,bf16 -b 1,32,256\n\n"
     "python -m benchmarks training --peers inductor-default --minutes 20\n\n"
     "python -m benchmarks training --resume  [dim]# the rest of it[/dim]\n\n"
@@ -94,19 +95,21 @@ def _measuring(*levels: str) -> Callable[..., None]:
         resume: asked.Resume = None,
     ) -> None:
         with terminal.one_line_errors(PROGRAM):
+            usual = suite.usual(levels, options.usable_device("--device", device))
             settings = options.checked(
-                models=model, batches=batch, dtypes=dtype, threads=threads, device=device,
-                backend=backend, rounds=rounds, seed=seed, images=images, peers=None,
+                models=model or usual.models, batches=batch or map(str, usual.batches or ()),
+                dtypes=dtype or usual.dtypes, threads=threads, device=device, backend=backend,
+                rounds=rounds, seed=seed, images=images, peers=None,
                 out=out or Path("out") / str(context.info_name),
             )  # fmt: skip
             if set(levels) - {OP, BLOCK}:  # before the run, not in its first case
                 photos.load(images, 1)
             by_level, absent = suite.peers_by_level(
-                "--peers", options.split(peers), settings.device
+                "--peers", options.split(peers), settings.device, usual.peers
             )
             wanted = Suite(
                 settings=settings,
-                levels=levels,
+                levels=usual.levels,
                 peers=by_level,
                 image_size=options.positive("--image-size", image_size, least=32),
                 caches=_caches(cache),
@@ -114,6 +117,7 @@ def _measuring(*levels: str) -> Callable[..., None]:
                 seconds=_seconds(seconds),
                 limit=_above_zero("--limit", limit),
                 budget=_budget(minutes),
+                layer_batches=None if batch else usual.layer_batches,
             )
             _begin(wanted, resume, {"absent": absent})
 
@@ -135,8 +139,11 @@ for _name, _levels, _help in (
      "highest point of a whole step."),
     ("cold", (COLD,), "What the first image costs, from the import on, in fresh processes.\n\n"
      "Compilers begin with empty caches. --rounds is the number of starts."),
-    ("all", (OP, BLOCK, INFERENCE, COLD, TRAINING), "Ops, blocks, models, cold starts and "
-     "training, in one record.\n\nLong: --minutes stops it in time and --resume goes on."),
+    ("all", suite.ALL, "Ops, blocks, models, cold starts and training, in one record.\n\n"
+     "On a GPU this is the default suite: ResNet-50 in bf16, models at batch 1 and 256, ops, "
+     "blocks and training at 256, without cold starts, planned to end within ten minutes; each "
+     "option changes its part.\n\nElsewhere it is long: --minutes stops it in time and --resume "
+     "goes on."),
 ):  # fmt: skip
     app.command(_name, help=_help)(_measuring(*_levels))
 

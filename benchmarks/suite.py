@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import bn, subjects, training
+from benchmarks.cold import STARTS
 from benchmarks.graphs import captured
 from resnet_fused.bench import measure, timing
 from resnet_fused.bench.contenders import Build
-from resnet_fused.bench.options import Settings, UsageError, one_of
+from resnet_fused.bench.options import BATCHES, Settings, UsageError, default_dtypes, one_of
 from resnet_fused.bench.peers import PEERS, absence, usable_peers
 from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, LEVELS, OP, PASS, TRAINING, Case
 from resnet_fused.bench.timing import FED, HOT
@@ -38,6 +39,50 @@ SECONDS: Mapping[str, float] = {
 CACHES: Mapping[str, str] = {**dict.fromkeys(LEVELS, HOT), OP: FED, BLOCK: FED}
 
 
+#: What `all` measures.
+ALL = (OP, BLOCK, INFERENCE, COLD, TRAINING)
+#: The default suite, which is `all` on a GPU where nothing else was asked for, is planned to end
+#: within so many seconds; :func:`usual` says what it measures.
+DEFAULT_SUITE_S = 600.0
+#: Seconds that are planned for building and checking a contender in a case, for each compilation by
+#: Inductor (in training forward and backward are one each), for a cold start, and for the peaks.
+#: Allowances of a machine with a data center's GPU and a dozen cores, not yet held to one.
+BUILD_S: Mapping[str, float] = {OP: 1.5, BLOCK: 1.5, INFERENCE: 3.0, TRAINING: 3.0, PASS: 1.5}
+COMPILE_S, START_S, PEAKS_S = 45.0, 12.0, 15.0
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What a command measures unless it is asked for something else; None: as any command does."""
+
+    levels: tuple[str, ...]
+    peers: Mapping[str, tuple[str, ...]]
+    models: tuple[str, ...] | None = None
+    dtypes: tuple[str, ...] | None = None
+    batches: tuple[int, ...] | None = None
+    #: Of ops and blocks.
+    layer_batches: tuple[int, ...] | None = None
+
+
+def usual(levels: tuple[str, ...], device: str) -> Usual:
+    """Return what a command for these levels measures on a device unless asked otherwise."""
+    if levels != ALL or device != "cuda":
+        return Usual(levels, DEFAULT_PEERS[device])
+    return Usual(
+        levels=tuple(level for level in ALL if level != COLD),  # each start takes ten seconds
+        peers={
+            **DEFAULT_PEERS[device],
+            **dict.fromkeys((OP, BLOCK), ("cudnn",)),
+            INFERENCE: ("inductor", "cudnn", "eager-nchw"),
+            TRAINING: ("inductor-default",),
+        },
+        models=("resnet50",),
+        dtypes=default_dtypes(device)[-1:],
+        batches=BATCHES[device],
+        layer_batches=BATCHES[device][-1:],
+    )
+
+
 @dataclass(frozen=True)
 class Suite:
     """Everything a run needs to know, each value already checked."""
@@ -58,6 +103,8 @@ class Suite:
     limit: float
     #: Seconds after which no other case is begun; None for all of them.
     budget: float | None = None
+    #: Batch sizes of ops and blocks, where not those of the settings.
+    layer_batches: tuple[int, ...] | None = None
 
     def contenders(self, case: Case) -> dict[str, Callable[..., Any]]:
         """Return who takes part in a case, the reference first."""
@@ -84,13 +131,28 @@ def plan(suite: Suite) -> list[Case]:
     return [case for level in suite.levels for case in _of_level(level, suite)]
 
 
+def planned_seconds(suite: Suite) -> float:
+    """Return what the cases should take at most: their timing, and the allowances of the rest."""
+    return PEAKS_S + sum(_planned(suite, case) for case in plan(suite))
+
+
+def _planned(suite: Suite, case: Case) -> float:
+    names = list(suite.contenders(case))
+    compiling = COMPILE_S * sum(name.startswith("inductor") for name in names)
+    if case.level == COLD:
+        return (suite.settings.rounds or STARTS) * (START_S * len(names) + compiling)
+    passes = 2 if case.level == TRAINING else 1
+    each = suite.seconds[case.level] + BUILD_S[case.level]
+    return each * len(names) + passes * compiling
+
+
 def peers_by_level(
-    option: str, asked: list[str], device: str
+    option: str, asked: list[str], device: str, wanted: Mapping[str, tuple[str, ...]] | None = None
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """Return the peers of each level, and why those that might have been there are not.
 
-    `["all"]` and `[]`, for the default ones, take what is installed; a peer asked for by its own
-    name must be.
+    `["all"]`, and `[]` for those that are wanted or else the default ones, take what is installed;
+    a peer asked for by its own name must be.
 
     Raises:
         UsageError: a peer that is unknown or, asked for by name, not installed.
@@ -106,7 +168,7 @@ def peers_by_level(
                 raise UsageError(f"{option}: {name} {_why_not(name, device)}")
         return dict.fromkeys(DEFAULT_PEERS[device], usable_peers(option, asked)), {}
     every = dict.fromkeys(DEFAULT_PEERS[device], tuple(PEERS))
-    wanted = every if asked else DEFAULT_PEERS[device]
+    wanted = every if asked else wanted or DEFAULT_PEERS[device]
     missing = {name: why for name in PEERS if (why := _why_not(name, device))}
     usable = {
         level: tuple(name for name in names if name not in missing)
@@ -138,6 +200,8 @@ def _of_level(level: str, suite: Suite) -> list[Case]:
     found: Mapping[str, object] = (
         bn.layers() if level == PASS else subjects.layers(level, asked.models, suite.image_size)
     )
+    if level != PASS:
+        batches = suite.layer_batches or batches
     return [
         Case("", dtype, batch, level, layer)
         for dtype in asked.dtypes

@@ -7,13 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from benchmarks import __main__ as command
-from benchmarks import documents, runner
+from benchmarks import documents, runner, suite
+from benchmarks.suite import Suite
 from resnet_fused.bench import measure
 from resnet_fused.bench.options import UsageError
-from resnet_fused.bench.results import OK, TRAINING, Case, Record, Row, load, save
+from resnet_fused.bench.results import (
+    BLOCK,
+    INFERENCE,
+    OK,
+    OP,
+    TRAINING,
+    Case,
+    Record,
+    Row,
+    load,
+    save,
+)
 
 
 def call(*words: object) -> Result:
@@ -201,5 +214,40 @@ def test_the_documents_name_commands_that_are_there() -> None:
     text = (root / "README.md").read_text() + (root / "CONTRIBUTING.md").read_text()
     lines = re.findall(r"python -m benchmarks ((?:\w+(?: \| )?)+)", text)
     named = {name for line in lines for name in line.split(" | ")}
-    assert named == {"ops", "blocks", "models", "training", "cold", "bn", "keep"}
+    assert named == {"ops", "blocks", "models", "training", "cold", "bn", "keep", "all"}
     assert named < known
+
+
+def begun(monkeypatch: pytest.MonkeyPatch, *words: object) -> Suite:
+    """Return what a command would run on a GPU, which is not there."""
+    found: list[Suite] = []
+    monkeypatch.setattr("resnet_fused.bench.options.usable_device", lambda option, value: value)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    monkeypatch.setattr(command, "_begin", lambda wanted, resume, more: found.append(wanted))
+    result = call(*words, "--device", "cuda")
+    assert result.exit_code == 0, result.output
+    return found[0]
+
+
+def test_the_default_suite_is_planned_to_end_within_ten_minutes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    default = begun(monkeypatch, "all", "--out", tmp_path)
+    cases = suite.plan(default)
+    assert {case.level for case in cases} == {OP, BLOCK, INFERENCE, TRAINING}
+    assert {case.batch for case in cases if case.level == INFERENCE} == {1, 256}
+    assert {case.batch for case in cases if case.level != INFERENCE} == {256}
+    assert all("cudnn" in default.contenders(c) for c in cases if c.level != TRAINING)
+    assert all(any("inductor" in n for n in default.contenders(c)) for c in cases if c.model)
+    assert 300 < suite.planned_seconds(default) < suite.DEFAULT_SUITE_S == 600
+    every = begun(monkeypatch, "all", "-m", "resnet50,resnet152", "-b", "8", "--out", tmp_path)
+    assert {case.batch for case in suite.plan(every)} == {8}
+    assert suite.planned_seconds(every) > suite.planned_seconds(default)
+
+
+def test_single_commands_on_a_gpu_measure_all_models(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ops = begun(monkeypatch, "ops", "--out", tmp_path)
+    assert ops.settings.models == ("resnet34", "resnet50", "resnet152")
+    assert {case.batch for case in suite.plan(ops)} == {1, 256}
