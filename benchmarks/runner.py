@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks import levels, peaks
-from benchmarks.suite import Suite, plan
+from benchmarks.suite import Suite, plan, planned
 from benchmarks.worker import Done, Lost, Raised, Step, Worker
 from resnet_fused.bench.compare import MATTER
 from resnet_fused.bench.contenders import REFERENCE
@@ -67,7 +67,8 @@ class Runner:
         self._queue = [case for case in plan(suite) if not self._finished(case)]
         #: The smallest batch that a contender had no memory for, by what it ran.
         self._too_large: dict[tuple[Any, ...], int] = {}
-        self._done = 0
+        #: Cases of this run, and the seconds that were planned for them.
+        self._done, self._spent = 0, 0.0
         for row in self._rows:
             self._learn(row)
         for case in cases_of(self._rows):
@@ -97,7 +98,9 @@ class Runner:
             self._learn(row)
         self._decay(case)
         self._done += 1
-        self._watch.begin(self._done + len(self._queue))
+        self._spent += planned(self._suite, case)
+        left = sum(planned(self._suite, other) for other in self._queue)
+        self._watch.begin(self._done + len(self._queue), self._spent / (self._spent + left))
         self._watch.case_done(case, rows)
         self._save(self._kept())
 

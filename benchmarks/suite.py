@@ -133,10 +133,11 @@ def plan(suite: Suite) -> list[Case]:
 
 def planned_seconds(suite: Suite) -> float:
     """Return what the cases should take at most: their timing, and the allowances of the rest."""
-    return PEAKS_S + sum(_planned(suite, case) for case in plan(suite))
+    return PEAKS_S + sum(planned(suite, case) for case in plan(suite))
 
 
-def _planned(suite: Suite, case: Case) -> float:
+def planned(suite: Suite, case: Case) -> float:
+    """Return the seconds that a case should take."""
     names = list(suite.contenders(case))
     compiling = COMPILE_S * sum(name.startswith("inductor") for name in names)
     if case.level == COLD:
