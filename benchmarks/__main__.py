@@ -196,13 +196,17 @@ def _bn(
     help="Show what changed between two records, and what is only noise.\n\n"
     "A difference counts where the rounds of A and of B do not overlap: their middle three fifths, "
     "or where there are few all of them. "
-    "Conditions that differ and bear on speed are named."
+    "Memory, rows missing from B and conditions that differ are named; records of another image "
+    "size, of other caches, or with CUDA graphs and without, are refused."
 )
 def compare(
     before: Annotated[Path, typer.Argument(metavar="A", help="A record, as suite.json.")],
     after: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
     threshold: Annotated[
-        float | None, typer.Option(help="Exit 1 if B is slower by more than this share.")
+        float | None,
+        typer.Option(
+            help="Exit 1 if B is slower or larger by more than this share, or lacks a row."
+        ),
     ] = None,
 ) -> None:
     with terminal.one_line_errors(PROGRAM):
