@@ -1,7 +1,7 @@
 """Cold starts: what the first image costs, from the import on, in a process of its own.
 
-``python -m benchmarks.cold FILE CONTENDER`` is that process; nothing but the standard library is
-imported before its clock runs.
+``python -m benchmarks.cold FILE CONTENDER FOLDER``, with an empty folder for exported files, is
+that process; nothing but the standard library is imported before its clock runs.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ def _started(file: Path, name: str, network: Network, case: Case, backend: str) 
 
     row = Row(case, name, OK, network.macs / 1e9, network.params / 1e6)
     with tempfile.TemporaryDirectory() as empty:
-        # Compilers keep what they made for the next process; here each one is the first.
+        # Compilers keep what they made for the next process, and exported files lie about for the
+        # next contender; here each one is the first.
         changed = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
         if backend != "auto":
             changed["RESNET_FUSED_BACKEND"] = backend
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.cold", str(file), name],
+            [sys.executable, "-m", "benchmarks.cold", str(file), name, empty],
             cwd=Path(__file__).parents[1],
             env={**os.environ, **changed},
             capture_output=True,
@@ -98,7 +99,7 @@ def _with_spread(starts: dict[str, list[Row]]) -> list[Row]:
     return [with_speed(row, seconds) for row in rows]
 
 
-def _start(file: str, name: str) -> dict[str, object]:
+def _start(file: str, name: str, scratch: str) -> dict[str, object]:
     """Be the process that starts: import, build, run once, then see whether it was right."""
     begin = time.perf_counter()
     import torch
@@ -111,6 +112,7 @@ def _start(file: str, name: str) -> dict[str, object]:
     from resnet_fused.bench.peers import PEERS
 
     network, setup, case = torch.load(file, weights_only=False)
+    setup = replace(setup, scratch=Path(scratch))
     torch.set_num_threads(setup.threads)
     declined = PEERS[name].declines(setup.dtype, setup.device) if name in PEERS else None
     if declined:

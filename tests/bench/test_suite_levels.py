@@ -204,23 +204,53 @@ def test_a_cold_start_tells_its_stages(small: Suite, tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """With the new process's work done in this one: the first import of torch is not repeated."""
     commands: list[list[str]] = []
+    folders: list[list[Path]] = []
 
     class Finished:
         returncode, stderr = 0, ""
 
         def __init__(self, command: list[str], **options: object) -> None:
             commands.append(command)
+            folders.append(list(Path(command[-1]).iterdir()))
             self.stdout = "a word from a library\n" + json.dumps(cold._start(*command[3:]))
 
     monkeypatch.setattr(cold.subprocess, "run", Finished)
     case = Case(NAME, "float32", 1, COLD)
     rows = levels.run_case(small, case, ("eager", "frozen"), None, tmp_path, watch=Watch())
     assert [command[1:3] for command in commands] == [["-m", "benchmarks.cold"]] * 4
+    assert folders == [[]] * 4
+    assert len({command[-1] for command in commands}) == 4
     for row in rows:
         assert row.verdict == OK
         assert list(row.stages) == list(cold.STAGES)
         assert len(row.seconds) == 2
         assert row.img_s is not None
+
+
+def test_each_cold_start_exports_for_itself(small: Suite, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Or the second of two contenders that read ONNX files would find the first one's."""
+    scratches: list[Path] = []
+
+    def exporting(setup: contenders.Setup) -> contenders.Runner:
+        assert not list(setup.scratch.iterdir())
+        scratches.append(setup.scratch)
+        (setup.scratch / "model.onnx").write_text("")
+        return contenders.eager(setup)
+
+    class Finished:
+        returncode, stderr = 0, ""
+
+        def __init__(self, command: list[str], **options: object) -> None:
+            self.stdout = json.dumps(cold._start(*command[3:]))
+
+    monkeypatch.setattr(cold.subprocess, "run", Finished)
+    monkeypatch.setattr("resnet_fused.bench.measure.OWN",
+                        {"eager": contenders.eager, "a": exporting, "b": exporting})  # fmt: skip
+    case = Case(NAME, "float32", 1, COLD)
+    rows = levels.run_case(small, case, ("a", "b"), None, tmp_path, watch=Watch())
+    assert [row.verdict for row in rows] == [OK, OK], rows
+    assert len(set(scratches)) == 4
 
 
 @pytest.mark.parametrize(
