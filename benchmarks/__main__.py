@@ -25,7 +25,7 @@ from resnet_fused.bench.results import (
     TRAINING,
     Record,
 )
-from resnet_fused.bench.timing import CACHES
+from resnet_fused.bench.timing import CACHES, FED, HOT
 
 PROGRAM = "python -m benchmarks"
 
@@ -105,14 +105,14 @@ def _measuring(*levels: str) -> Callable[..., None]:
             if set(levels) - {OP, BLOCK}:  # before the run, not in its first case
                 photos.load(images, 1)
             by_level, absent = suite.peers_by_level(
-                "--peers", options.split(peers), settings.device, usual.peers
+                "--peers", options.split(peers), settings.device, usual
             )
             wanted = Suite(
                 settings=settings,
                 levels=usual.levels,
                 peers=by_level,
                 image_size=options.positive("--image-size", image_size, least=32),
-                caches=_caches(cache),
+                caches=_caches(cache, usual.levels),
                 graphs=_graphs(graphs, settings.device),
                 seconds=_seconds(seconds),
                 limit=_above_zero("--limit", limit),
@@ -242,10 +242,17 @@ def keep(
     typer.echo(f"kept as {kept}; --save-table README.md --save-table benchmarks/CPU.md is next")
 
 
-def _caches(asked_for: str | None) -> Mapping[str, str]:
+def _caches(asked_for: str | None, levels: tuple[str, ...]) -> Mapping[str, str]:
+    """Return what calls find in the caches: what was asked for, at the levels that can have it."""
     if asked_for is None:
         return suite.CACHES
-    return dict.fromkeys(LEVELS, options.one_of("--cache", asked_for, CACHES))
+    kind = options.one_of("--cache", asked_for, CACHES)
+    # A start finds what it finds, and a step's input comes from nowhere but memory.
+    able = [n for n in LEVELS if n != COLD and (n != TRAINING or kind != FED)]
+    if not set(levels) & set(able):
+        there = f"accepted: {HOT}, cold" if levels == (TRAINING,) else "leave it out"
+        raise UsageError(f"--cache: {kind} is nothing that {levels[0]} can have; {there}")
+    return {**suite.CACHES, **dict.fromkeys(able, kind)}
 
 
 def _graphs(asked_for: bool | None, device: str) -> bool:

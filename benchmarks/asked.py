@@ -41,7 +41,7 @@ Caches: TypeAlias = Annotated[
     str | None,
     typer.Option("--cache", help="What a call finds in the caches. fed: its input, just written, "
                  "and the code, but no weights, as a layer in a model does. cold: nothing. hot: "
-                 "what the call before left.",
+                 "what the call before left. Cold starts have no choice, training not fed.",
                  show_default="fed for ops and blocks, else hot"),
 ]  # fmt: skip
 Graphs: TypeAlias = Annotated[

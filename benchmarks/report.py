@@ -90,7 +90,8 @@ def grids(record: Record, most: int | None = limits.MOST) -> list[Grid]:
 def closing_lines(record: Record) -> list[str]:
     """Return what is said under the tables."""
     conditions = record.conditions
-    lines = [*tables.faults(record.rows), *tables.noise(record.rows)]
+    rows = record.rows
+    lines = [*tables.faults(rows), *tables.skipped(rows), *tables.noise(rows)]
     lines += [f"absent: {name} {why}" for name, why in conditions.get("absent", {}).items()]
     if peaks := Peaks.of(conditions):
         products = ", ".join(f"{SHORT_DTYPES[d]} {f / 1e12:.3g}" for d, f in peaks.flops.items())

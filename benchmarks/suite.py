@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from benchmarks.graphs import captured
 from resnet_fused.bench import measure, timing
 from resnet_fused.bench.contenders import Build
 from resnet_fused.bench.options import BATCHES, Settings, UsageError, default_dtypes, one_of
-from resnet_fused.bench.peers import PEERS, absence, usable_peers
+from resnet_fused.bench.peers import NO_PEERS, PEERS, absence, usable_peers
 from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, LEVELS, OP, PASS, TRAINING, Case
 from resnet_fused.bench.timing import FED, HOT
 
@@ -148,34 +148,52 @@ def planned(suite: Suite, case: Case) -> float:
 
 
 def peers_by_level(
-    option: str, asked: list[str], device: str, wanted: Mapping[str, tuple[str, ...]] | None = None
+    option: str, asked: list[str], device: str, usually: Usual | None = None
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """Return the peers of each level, and why those that might have been there are not.
 
-    `["all"]`, and `[]` for those that are wanted or else the default ones, take what is installed;
-    a peer asked for by its own name must be.
+    `["all"]`, and `[]` for those that a command usually has or else the default ones, take what is
+    installed; a peer asked for by its own name must be, and must run something of the command's.
 
     Raises:
-        UsageError: a peer that is unknown or, asked for by name, not installed.
+        UsageError: a peer that is unknown or, asked for by name, cannot take part.
     """
     if asked == ["none"]:
         return dict.fromkeys(DEFAULT_PEERS[device], ()), {}
     if asked and asked != ["all"]:
         for name in asked:
+            if name in NO_PEERS:
+                break  # refused with its reason
             one_of(option, name, [*PEERS, "all", "none"])
             if name not in PEERS:
                 raise UsageError(f"{option}: {name!r} stands alone, without other names")
             if device not in PEERS[name].devices:
                 raise UsageError(f"{option}: {name} {_why_not(name, device)}")
-        return dict.fromkeys(DEFAULT_PEERS[device], usable_peers(option, asked)), {}
+            if usually and usually.levels == (TRAINING,) and name not in training.PEERS:
+                able = ", ".join(training.PEERS)
+                raise UsageError(f"{option}: {name} runs inference only; accepted: {able}")
+        usable = dict.fromkeys(DEFAULT_PEERS[device], usable_peers(option, asked))
+        return usable, _inference_only(asked, usually)
     every = dict.fromkeys(DEFAULT_PEERS[device], tuple(PEERS))
-    wanted = every if asked else wanted or DEFAULT_PEERS[device]
+    default = usually.peers if usually else DEFAULT_PEERS[device]
+    wanted = every if asked else default
     missing = {name: why for name in PEERS if (why := _why_not(name, device))}
+    if device == "cuda":
+        missing |= NO_PEERS
     usable = {
         level: tuple(name for name in names if name not in missing)
         for level, names in wanted.items()
     }
-    return usable, missing
+    everybody = [name for name in PEERS if asked and name not in missing]
+    return usable, missing | _inference_only(everybody, usually)
+
+
+def _inference_only(names: Sequence[str], usually: Usual | None) -> dict[str, str]:
+    """Return which of the names the training of a command goes without, and why."""
+    if usually is None or TRAINING not in usually.levels:
+        return {}
+    return {name: "in training: runs inference only" for name in names
+            if name not in training.PEERS}  # fmt: skip
 
 
 def _why_not(name: str, device: str) -> str | None:

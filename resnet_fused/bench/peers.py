@@ -127,9 +127,19 @@ PEERS = {
 }
 
 
+#: What might be expected among the peers on a GPU, and why it is not.
+NO_PEERS = {
+    "apex": "its Bottleneck freezes BatchNorm without its epsilon and strides in the first 1x1: "
+    "another function than a ResNet's strided blocks",
+    "cudnn-frontend": "what it would call of cuDNN, the peer cudnn calls through torch",
+}
+
+
 def usable_peers(option: str, names: Sequence[str]) -> tuple[str, ...]:
     """Return the names if each is a peer and installed, or raise `UsageError`."""
     for name in names:
+        if name in NO_PEERS:
+            raise UsageError(f"{option}: {name} is no peer: {NO_PEERS[name]}")
         if reason := absence(one_of(option, name, PEERS)):
             raise UsageError(f"{option}: {name} {reason}")
     return tuple(names)

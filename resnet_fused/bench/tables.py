@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,13 @@ def closing_lines(record: Record) -> list[str]:
         right = sum(row.contender == name and row.ratio is not None for row in record.rows)
         lines.append(f"{name}: {mean:.2f}x {REFERENCE}, geometric mean of {right} cases of {total}")
     device = record.conditions.get("device_kind", "cpu")
-    return [*lines, *faults(record.rows), *noise(record.rows), *notes(device)]
+    return [
+        *lines,
+        *faults(record.rows),
+        *skipped(record.rows),
+        *noise(record.rows),
+        *notes(device),
+    ]
 
 
 def faults(rows: Sequence[Row]) -> list[str]:
@@ -102,6 +109,14 @@ def faults(rows: Sequence[Row]) -> list[str]:
         f"{row.verdict}: {row.case} {row.contender}: {row.note}"
         for row in rows
         if row.verdict not in (OK, SKIPPED)
+    ]
+
+
+def skipped(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each reason why a contender did not run, with the number of cases."""
+    reasons = Counter((row.contender, row.note) for row in rows if row.verdict == SKIPPED)
+    return [
+        f"{SKIPPED}: {name} in {count} cases: {note}" for (name, note), count in reasons.items()
     ]
 
 

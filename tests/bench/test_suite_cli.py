@@ -55,6 +55,13 @@ def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         (["models", "--graphs"], "--graphs: CUDA graphs need --device cuda"),
         (["blocks", "--cache", "warm"], "--cache: unknown value 'warm'; accepted: hot, fed, cold"),
         (["blocks", "--image-size", "8"], "--image-size: 8 given"),
+        (
+            ["training", "--peers", "inductor-default,onnxruntime"],
+            "--peers: onnxruntime runs inference only; accepted: inductor-default, induc",
+        ),
+        (["models", "--peers", "apex"], "--peers: apex is no peer: its Bottleneck freezes"),
+        (["training", "--cache", "fed"], "--cache: fed is nothing that training can have; accep"),
+        (["cold", "--cache", "hot"], "--cache: hot is nothing that cold can have; leave it out"),
         (["training", "--limit", "0"], "--limit: 0 given; accepted: a number above 0"),
         (["training", "--minutes", "-1"], "--minutes: -1 given"),
         (["ops", "--seconds", "0"], "--seconds: 0 given"),
@@ -243,6 +250,15 @@ def test_the_default_suite_is_planned_to_end_within_ten_minutes(
     every = begun(monkeypatch, "all", "-m", "resnet50,resnet152", "-b", "8", "--out", tmp_path)
     assert {case.batch for case in suite.plan(every)} == {8}
     assert suite.planned_seconds(every) > suite.planned_seconds(default)
+
+
+def test_caches_are_those_that_a_level_can_have(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    every = begun(monkeypatch, "all", "--cache", "fed", "--out", tmp_path)
+    assert every.caches == {**suite.CACHES, INFERENCE: "fed", "pass": "fed"}
+    steps = begun(monkeypatch, "training", "--cache", "cold", "--out", tmp_path)
+    assert steps.caches[TRAINING] == "cold"
 
 
 def test_single_commands_on_a_gpu_measure_all_models(

@@ -106,6 +106,11 @@ def test_default_peers_are_those_installed_and_the_others_are_named(
     peers, absent = suite.peers_by_level("--peers", [], "cpu")
     assert peers[INFERENCE] == ("inductor", "onnxruntime", "eager-nchw")
     assert absent == {"openvino": "is away", "cudnn": "runs on cuda only"}
+    _, absent = suite.peers_by_level("--peers", [], "cuda")
+    assert {"apex", "cudnn-frontend"} < set(absent)
+    usual = suite.usual(suite.ALL, "cpu")
+    _, absent = suite.peers_by_level("--peers", ["inductor", "eager-nchw"], "cpu", usual)
+    assert absent == {"inductor": "in training: runs inference only"}
     every, _ = suite.peers_by_level("--peers", ["all"], "cpu")
     assert set(every[OP]) >= {"inductor-max-autotune", "onnxruntime"}
     assert set(suite.peers_by_level("--peers", ["none"], "cpu")[0].values()) == {()}
