@@ -283,6 +283,7 @@ def _begin(wanted: Suite, resume: bool | None, more: dict[str, object]) -> None:
     found = {
         **conditions.of(settings, shlex.join([*PROGRAM.split(), *sys.argv[1:]])),
         "graphs": wanted.graphs, "caches": dict(wanted.caches), "image_size": wanted.image_size,
+        "rounds": settings.rounds, "seconds": dict(wanted.seconds),
         "photographs_from": str(settings.images) if settings.images else "scikit-learn", **more,
     }  # fmt: skip
     _run(wanted, _begun(settings, found, resume))

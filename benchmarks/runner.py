@@ -12,7 +12,9 @@ from typing import Any, Protocol
 from benchmarks import levels, peaks
 from benchmarks.suite import Suite, plan, planned
 from benchmarks.worker import Done, Lost, Raised, Step, Worker
+from resnet_fused import env
 from resnet_fused.bench.compare import MATTER
+from resnet_fused.bench.conditions import CLOCKS_AFTER
 from resnet_fused.bench.contenders import REFERENCE
 from resnet_fused.bench.measure import failed
 from resnet_fused.bench.options import UsageError
@@ -33,8 +35,9 @@ from resnet_fused.bench.results import (
 PEAKS_LIMIT_S = 300.0
 UNFINISHED = "unfinished"
 #: Conditions that all parts of one record must share.
-SHARED = (*MATTER, "resnet_fused", "commit", "seed", "backend", "graphs", "caches",
-          "image_size", "photographs_from")  # fmt: skip
+SHARED = (*MATTER, "packages", "cuda", "cudnn", "driver", "resnet_fused", "commit", "seed",
+          "backend", "graphs", "caches", "image_size", "photographs_from", "rounds",
+          "seconds")  # fmt: skip
 
 
 class Caller(Protocol):
@@ -87,6 +90,8 @@ class Runner:
                 self._measure_peaks()
                 while self._queue and time.monotonic() < ends:
                     self._one(self._queue.pop(0), Path(scratch))
+                if self._done:  # a GPU slows down as it warms up
+                    self._conditions[CLOCKS_AFTER] = env.clocks()
             finally:
                 self._worker.close()
         return self._kept()

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused import env
 from resnet_fused.bench import measure, networks, photos, timing
+from resnet_fused.bench.conditions import CLOCKS_AFTER
 from resnet_fused.bench.contenders import Setup
 from resnet_fused.bench.networks import CALIBRATION_BATCH, CALIBRATION_PASSES, Network
 from resnet_fused.bench.options import PRECISIONS, Settings
@@ -65,7 +67,8 @@ def run(settings: Settings, conditions: dict[str, Any], watch: Watch) -> Record:
             done = _measured(network, case, setup, method, watch)
             rows += done
             watch.case_done(case, done)
-    return Record({**conditions, "photographs": names}, rows)
+    after = {CLOCKS_AFTER: env.clocks()}
+    return Record({**conditions, **after, "photographs": names}, rows)
 
 
 def _measured(

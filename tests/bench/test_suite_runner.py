@@ -83,13 +83,15 @@ def verdicts(record: Record, case: Case) -> dict[str, str]:
     return {row.contender: row.verdict for row in record.rows if row.case == case}
 
 
-def test_every_case_is_saved_when_it_is_done(suite: Suite) -> None:
+def test_every_case_is_saved_when_it_is_done(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resnet_fused.env.clocks", lambda: {"clocks.sm": "1980 MHz"})
     saved: list[Record] = []
     worker = Scripted()
     record = run(suite, worker, saved=saved)
     assert [len(r.rows) for r in saved] == [3, 6, 9, 12]
     assert [r.conditions.get(runner.UNFINISHED) for r in saved] == [3, 2, 1, None]
     assert record.conditions["peaks"] == PEAKS.to_dict()
+    assert record.conditions["clocks_after"] == {"clocks.sm": "1980 MHz"}
     assert worker.closed
 
 
@@ -215,6 +217,18 @@ def test_peaks_that_cannot_be_measured_end_the_run(suite: Suite) -> None:
     worker.call = lambda *args, **options: Lost(False, 1, None)  # type: ignore[method-assign]
     with pytest.raises(UsageError, match="peaks could not be measured: ended with exit code 1"):
         run(suite, worker)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("packages", {"jax": "2"}), ("driver", "2"), ("cuda", "14"), ("cudnn", 9), ("rounds", 3),
+     ("seconds", {"op": 9.0})],
+)  # fmt: skip
+def test_another_library_or_another_effort_is_another_run(name: str, other: object) -> None:
+    said = {"packages": {"jax": "1"}, "driver": "1", "cuda": "13", "cudnn": 8, "rounds": None,
+            "seconds": {"op": 0.5}}  # fmt: skip
+    with pytest.raises(UsageError, match=f"another {name}"):
+        runner.resumed(Record(said, []), {**said, name: other}, Path("x.json"))
 
 
 def test_a_run_goes_on_under_the_same_conditions_only() -> None:
