@@ -38,7 +38,8 @@ from resnet_fused.bench.tables import NONE, Grid, conditions_line, ratio_text
 
 RECORD = "suite.json"
 CSV_COLUMNS = (
-    "level", "model", "layer", "dtype", "batch", "contender", "verdict", "p20_s", "p50_s", "p80_s",
+    "level", "model", "layer", "uses", "dtype", "batch", "contender", "verdict", "p20_s", "p50_s",
+    "p80_s",
     "img_s", "ratio", "ratio_p20", "ratio_p80", "error", "gmacs", "nbytes", "bound_s", "peak_mib",
     "saved_mib", "note",
 )  # fmt: skip
@@ -148,8 +149,10 @@ def csv_text(record: Record) -> str:
         times = (case.batch / value for value in (speed.p80, speed.median, speed.p20)) if speed \
             else ("", "", "")  # fmt: skip
         writer.writerow([
-            case.level, case.model, case.layer, case.dtype, case.batch, row.contender, row.verdict,
-            *times, speed.median if speed else "",
+            case.level, case.model, case.layer,
+            " ".join(f"{model}:{count}" for model, count in row.uses.items()),
+            case.dtype, case.batch, row.contender, row.verdict, *times,
+            speed.median if speed else "",
             *((ratio.median, ratio.p20, ratio.p80) if ratio else ("", "", "")), row.error,
             row.gmacs, row.nbytes, row.bound_s, row.peak_mib, row.saved_mib, row.note,
         ])  # fmt: skip

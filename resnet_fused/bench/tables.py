@@ -142,10 +142,16 @@ def notes(device: str) -> list[str]:
     ]
 
 
+#: Images of this height and width are not mentioned.
+USUAL_IMAGE = 224
+
+
 def conditions_line(conditions: dict[str, Any]) -> str:
     """Return the conditions that a number cannot do without, in one line."""
+    size = conditions.get("image_size", USUAL_IMAGE)
     parts = [
         conditions.get("device", ""),
+        f"images of {size}x{size}" if size != USUAL_IMAGE else "",
         f"{conditions.get('threads')} threads",
         f"torch {conditions.get('torch')}",
         f"resnet_fused {conditions.get('resnet_fused')}",

@@ -42,7 +42,7 @@ def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "message"),
     [
         (["ops", "-m", "resnt50"], "--model: unknown value 'resnt50'; did you mean resnet50"),
-        (["ops", "-d", "int8"], "--dtype: unknown value 'int8'; accepted: float32"),
+        (["ops", "-d", "int8"], "--dtype: unknown value 'int8'; accepted: fp32, bf16"),
         (["ops", "-d", "tf32"], "--dtype: tf32 is a precision of NVIDIA GPUs"),
         (["ops", "-b", "0"], "--batch: '0' given"),
         (["models", "--peers", "tvm"], "--peers: unknown value 'tvm'"),
@@ -67,7 +67,7 @@ def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         (["ops", "--seconds", "0"], "--seconds: 0 given"),
         (["bn", "--seconds", "0"], "--seconds: 0 given"),
         (["bn", "-b", "0"], "--batch: '0' given"),
-        (["bn", "-d", "fp16"], "--dtype: unknown value 'float16'; did you mean bfloat16 or"),
+        (["bn", "-d", "fp16"], "--dtype: unknown value 'fp16'; did you mean"),
         (["all", "--backend", "ondnn"], "did you mean onednn"),
         (["compare", "/no/a", "/no/b"], "/no/a: No such file or directory"),
         (["report", "/no/a"], "/no/a: No such file or directory"),
