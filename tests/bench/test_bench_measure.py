@@ -102,6 +102,22 @@ def test_feeding_writes_the_same_input_where_it_lies(given: torch.Tensor | np.nd
     assert list(given) == [1.0, -2.0]
 
 
+@pytest.mark.parametrize(("seconds", "calls"), [(1e-6, 32), (1e-3, 5), (0.5, 1)])
+def test_a_gpu_is_fed_by_a_counted_number_of_calls(
+    seconds: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the host's time alone it could be given a thousand calls of a millisecond in 5 ms."""
+    monkeypatch.setattr("resnet_fused.bench.timing.elapsed_cuda", lambda run, number: seconds)
+    ran: list[int] = []
+    warm_calls = measure._warm_calls(lambda: ran.append(1), "cuda")
+    assert warm_calls == calls
+    row = Row(Case("m", "float32", 1), "fused", OK, 1.0, 1.0)
+    given = torch.ones(2)
+    measure.Entry(row, input=given, twin=lambda: ran.append(1), warm_calls=warm_calls).feed()
+    assert len(ran) == calls
+    assert measure._warm_calls(lambda: None, "cpu") is None
+
+
 @pytest.mark.parametrize(
     ("ratio", "text"),
     [
