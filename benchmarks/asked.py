@@ -58,7 +58,10 @@ Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of weights, crops and i
 Photographs: TypeAlias = Annotated[
     Path | None, typer.Option("--images", help="Your own photographs instead of two samples.")
 ]
-Limit: TypeAlias = Annotated[float, typer.Option(help="Seconds after which a case counts as hung.")]
+Limit: TypeAlias = Annotated[
+    float,
+    typer.Option(help="Seconds after which a case, or a turn of cold starts, counts as hung."),
+]
 Minutes: TypeAlias = Annotated[
     float | None,
     typer.Option(help="Begin no case after so many minutes; --resume does the rest.",

@@ -43,9 +43,8 @@ def run_case(
     file = setup.scratch / "cold.pt"
     model = network.model.cpu()  # an engine may have moved it to a GPU
     torch.save((replace(network, model=model), replace(setup, model=model), case), file)
-    starts = suite.settings.rounds or STARTS
     rows: dict[str, list[Row]] = {name: [] for name in names}
-    for turn in range(starts):
+    for turn in range(suite.starts):
         for name in rotated(names, turn):
             watch.doing(f"{case}: start {turn + 1} of {name}", contender=name)
             rows[name].append(_started(file, name, network, case, suite.settings.backend))

@@ -141,7 +141,7 @@ class Runner:
         while left := [name for name in names if name not in rows]:
             outcome = self._worker.call(
                 levels.run_case, self._suite, case, tuple(left), self._conditions.get("peaks"),
-                scratch, limit=self._suite.limit, on_step=self._heard,
+                scratch, limit=self._suite.limit_of(case), on_step=self._heard,
             )  # fmt: skip
             if isinstance(outcome, Done):
                 rows.update({row.contender: row for row in outcome.result})

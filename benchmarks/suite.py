@@ -119,6 +119,15 @@ class Suite:
         """Return a contender as the suite runs it: captured, where graphs were asked for."""
         return captured(build) if self.graphs and case.level != COLD else build
 
+    @property
+    def starts(self) -> int:
+        """Return how often each contender of a cold start is started."""
+        return self.settings.rounds or STARTS
+
+    def limit_of(self, case: Case) -> float:
+        """Return the seconds after which a case is given up: of a cold start, all turns of it."""
+        return self.limit * (self.starts if case.level == COLD else 1)
+
     def rounds(self, case: Case) -> timing.Rounds:
         """Return how many rounds a case has: those asked for, or what fits into its seconds."""
         if asked := self.settings.rounds:
@@ -141,7 +150,7 @@ def planned(suite: Suite, case: Case) -> float:
     names = list(suite.contenders(case))
     compiling = COMPILE_S * sum(name.startswith("inductor") for name in names)
     if case.level == COLD:
-        return (suite.settings.rounds or STARTS) * (START_S * len(names) + compiling)
+        return suite.starts * (START_S * len(names) + compiling)
     passes = 2 if case.level == TRAINING else 1
     each = suite.seconds[case.level] + BUILD_S[case.level]
     return each * len(names) + passes * compiling

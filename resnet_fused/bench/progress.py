@@ -21,6 +21,7 @@ from rich.table import Column
 from rich.text import Text
 
 from resnet_fused.bench.results import OK, SKIPPED, Case, Row
+from resnet_fused.bench.tables import ratio_text
 
 
 class Watch:
@@ -167,5 +168,5 @@ def line(case: Case, rows: list[Row]) -> str:
 def _outcome(row: Row) -> str:
     if row.verdict != OK or row.img_s is None:
         return f"{row.verdict} ({row.note})"
-    ratio = f" ({row.ratio.median:.2f}x)" if row.ratio else ""
+    ratio = f" ({ratio_text(row.ratio)})" if row.ratio else ""
     return f"{row.img_s.median:.1f} img/s{ratio}"

@@ -139,6 +139,15 @@ def test_a_contender_that_crashes_costs_nobody_else_the_case(suite: Suite) -> No
     assert lost.gmacs == 1.0
 
 
+def test_each_turn_of_cold_starts_has_the_limit(suite: Suite) -> None:
+    """Four starts of a contender that compiles last longer than any other case."""
+    case = Case("resnet18", "float32", 1)
+    assert suite.limit_of(case) == suite.limit
+    assert suite.limit_of(replace(case, level="cold")) == suite.settings.rounds * suite.limit
+    usual = replace(suite, settings=replace(suite.settings, rounds=None))
+    assert usual.limit_of(replace(case, level="cold")) == 4 * suite.limit
+
+
 def test_a_gpu_that_is_lost_costs_the_guilty_alone(suite: Suite) -> None:
     def losing(case: Case, names: tuple[str, ...]) -> Any:
         if "fused" in names and case.batch == 1:
