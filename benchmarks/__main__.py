@@ -25,7 +25,7 @@ from resnet_fused.bench.results import (
     TRAINING,
     Record,
 )
-from resnet_fused.bench.timing import CACHES
+from resnet_fused.bench.timing import CACHES, FED, HOT
 
 PROGRAM = "python -m benchmarks"
 
@@ -44,6 +44,7 @@ app = typer.Typer(
     "2 cannot be done as asked; 130 interrupted.",
     epilog="[bold]Examples[/bold]\n\n"
     "python -m benchmarks ops -m resnet50 -b 8  [dim]# which layer loses most[/dim]\n\n"
+    "python -m benchmarks all --device cuda  [dim]# the default suite: ten minutes[/dim]\n\n"
     "python -m benchmarks models --device cuda -d tf32,bf16 -b 1,32,256\n\n"
     "python -m benchmarks training --peers inductor-default --minutes 20\n\n"
     "python -m benchmarks training --resume  [dim]# the rest of it[/dim]\n\n"
@@ -94,26 +95,29 @@ def _measuring(*levels: str) -> Callable[..., None]:
         resume: asked.Resume = None,
     ) -> None:
         with terminal.one_line_errors(PROGRAM):
+            usual = suite.usual(levels, options.usable_device("--device", device))
             settings = options.checked(
-                models=model, batches=batch, dtypes=dtype, threads=threads, device=device,
-                backend=backend, rounds=rounds, seed=seed, images=images, peers=None,
+                models=model or usual.models, batches=batch or map(str, usual.batches or ()),
+                dtypes=dtype or usual.dtypes, threads=threads, device=device, backend=backend,
+                rounds=rounds, seed=seed, images=images, peers=None,
                 out=out or Path("out") / str(context.info_name),
             )  # fmt: skip
             if set(levels) - {OP, BLOCK}:  # before the run, not in its first case
                 photos.load(images, 1)
             by_level, absent = suite.peers_by_level(
-                "--peers", options.split(peers), settings.device
+                "--peers", options.split(peers), settings.device, usual
             )
             wanted = Suite(
                 settings=settings,
-                levels=levels,
+                levels=usual.levels,
                 peers=by_level,
                 image_size=options.positive("--image-size", image_size, least=32),
-                caches=_caches(cache),
+                caches=_caches(cache, usual.levels),
                 graphs=_graphs(graphs, settings.device),
                 seconds=_seconds(seconds),
                 limit=_above_zero("--limit", limit),
                 budget=_budget(minutes),
+                layer_batches=None if batch else usual.layer_batches,
             )
             _begin(wanted, resume, {"absent": absent})
 
@@ -128,15 +132,18 @@ for _name, _levels, _help in (
     ("blocks", (BLOCK,), "Every distinct residual block of the models.\n\nWhat a block gains over "
      "the sum of its ops is what fusing across layers, or a cache, gives."),
     ("models", (INFERENCE, COLD), "Whole models: throughput, memory, and what a cold start takes."
-     "\n\nRatios are taken round by round; ≈ marks one whose middle three fifths have 1 in them: "
-     "no difference. Several batch sizes give a picture of throughput."),
+     "\n\nRatios are taken round by round; ≈ marks one that may as well be 1: no difference. "
+     "Several batch sizes give a picture of throughput."),
     ("training", (TRAINING,), "Training steps: throughput, gradients held to float64, memory."
      "\n\nForward, backward and SGD. kept MiB is what forward saves for backward, peak MiB the "
      "highest point of a whole step."),
     ("cold", (COLD,), "What the first image costs, from the import on, in fresh processes.\n\n"
      "Compilers begin with empty caches. --rounds is the number of starts."),
-    ("all", (OP, BLOCK, INFERENCE, COLD, TRAINING), "Ops, blocks, models, cold starts and "
-     "training, in one record.\n\nLong: --minutes stops it in time and --resume goes on."),
+    ("all", suite.ALL, "Ops, blocks, models, cold starts and training, in one record.\n\n"
+     "On a GPU this is the default suite: ResNet-50 in bf16, models at batch 1 and 256, ops, "
+     "blocks and training at 256, without cold starts, planned to end within ten minutes; each "
+     "option changes its part.\n\nElsewhere it is long: --minutes stops it in time and --resume "
+     "goes on."),
 ):  # fmt: skip
     app.command(_name, help=_help)(_measuring(*_levels))
 
@@ -187,14 +194,19 @@ def _bn(
 
 @app.command(
     help="Show what changed between two records, and what is only noise.\n\n"
-    "A difference counts where the middle three fifths of the rounds of A and of B do not overlap. "
-    "Conditions that differ and bear on speed are named."
+    "A difference counts where the rounds of A and of B do not overlap: their middle three fifths, "
+    "or where there are few all of them. "
+    "Memory, rows missing from B and conditions that differ are named; records of another image "
+    "size, of other caches, or with CUDA graphs and without, are refused."
 )
 def compare(
     before: Annotated[Path, typer.Argument(metavar="A", help="A record, as suite.json.")],
     after: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
     threshold: Annotated[
-        float | None, typer.Option(help="Exit 1 if B is slower by more than this share.")
+        float | None,
+        typer.Option(
+            help="Exit 1 if B is slower or larger by more than this share, or lacks a row."
+        ),
     ] = None,
 ) -> None:
     with terminal.one_line_errors(PROGRAM):
@@ -230,10 +242,17 @@ def keep(
     typer.echo(f"kept as {kept}; --save-table README.md --save-table benchmarks/CPU.md is next")
 
 
-def _caches(asked_for: str | None) -> Mapping[str, str]:
+def _caches(asked_for: str | None, levels: tuple[str, ...]) -> Mapping[str, str]:
+    """Return what calls find in the caches: what was asked for, at the levels that can have it."""
     if asked_for is None:
         return suite.CACHES
-    return dict.fromkeys(LEVELS, options.one_of("--cache", asked_for, CACHES))
+    kind = options.one_of("--cache", asked_for, CACHES)
+    # A start finds what it finds, and a step's input comes from nowhere but memory.
+    able = [n for n in LEVELS if n != COLD and (n != TRAINING or kind != FED)]
+    if not set(levels) & set(able):
+        there = f"accepted: {HOT}, cold" if levels == (TRAINING,) else "leave it out"
+        raise UsageError(f"--cache: {kind} is nothing that {levels[0]} can have; {there}")
+    return {**suite.CACHES, **dict.fromkeys(able, kind)}
 
 
 def _graphs(asked_for: bool | None, device: str) -> bool:
@@ -264,6 +283,7 @@ def _begin(wanted: Suite, resume: bool | None, more: dict[str, object]) -> None:
     found = {
         **conditions.of(settings, shlex.join([*PROGRAM.split(), *sys.argv[1:]])),
         "graphs": wanted.graphs, "caches": dict(wanted.caches), "image_size": wanted.image_size,
+        "rounds": settings.rounds, "seconds": dict(wanted.seconds),
         "photographs_from": str(settings.images) if settings.images else "scikit-learn", **more,
     }  # fmt: skip
     _run(wanted, _begun(settings, found, resume))

@@ -41,7 +41,7 @@ Caches: TypeAlias = Annotated[
     str | None,
     typer.Option("--cache", help="What a call finds in the caches. fed: its input, just written, "
                  "and the code, but no weights, as a layer in a model does. cold: nothing. hot: "
-                 "what the call before left.",
+                 "what the call before left. Cold starts have no choice, training not fed.",
                  show_default="fed for ops and blocks, else hot"),
 ]  # fmt: skip
 Graphs: TypeAlias = Annotated[
@@ -58,7 +58,10 @@ Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of weights, crops and i
 Photographs: TypeAlias = Annotated[
     Path | None, typer.Option("--images", help="Your own photographs instead of two samples.")
 ]
-Limit: TypeAlias = Annotated[float, typer.Option(help="Seconds after which a case counts as hung.")]
+Limit: TypeAlias = Annotated[
+    float,
+    typer.Option(help="Seconds after which a case, or a turn of cold starts, counts as hung."),
+]
 Minutes: TypeAlias = Annotated[
     float | None,
     typer.Option(help="Begin no case after so many minutes; --resume does the rest.",

@@ -1,7 +1,7 @@
 """Cold starts: what the first image costs, from the import on, in a process of its own.
 
-``python -m benchmarks.cold FILE CONTENDER`` is that process; nothing but the standard library is
-imported before its clock runs.
+``python -m benchmarks.cold FILE CONTENDER FOLDER``, with an empty folder for exported files, is
+that process; nothing but the standard library is imported before its clock runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 STAGES = ("import", "build", "first image")
 #: Starts per contender, unless rounds were asked for: each takes seconds, a compiled one minutes.
-STARTS = 1
+#: Of fewer in two records even quite apart ones may be chance (`timing.CHANCE`).
+STARTS = 4
 
 
 def run_case(
@@ -42,9 +43,8 @@ def run_case(
     file = setup.scratch / "cold.pt"
     model = network.model.cpu()  # an engine may have moved it to a GPU
     torch.save((replace(network, model=model), replace(setup, model=model), case), file)
-    starts = suite.settings.rounds or STARTS
     rows: dict[str, list[Row]] = {name: [] for name in names}
-    for turn in range(starts):
+    for turn in range(suite.starts):
         for name in rotated(names, turn):
             watch.doing(f"{case}: start {turn + 1} of {name}", contender=name)
             rows[name].append(_started(file, name, network, case, suite.settings.backend))
@@ -58,12 +58,13 @@ def _started(file: Path, name: str, network: Network, case: Case, backend: str) 
 
     row = Row(case, name, OK, network.macs / 1e9, network.params / 1e6)
     with tempfile.TemporaryDirectory() as empty:
-        # Compilers keep what they made for the next process; here each one is the first.
+        # Compilers keep what they made for the next process, and exported files lie about for the
+        # next contender; here each one is the first.
         changed = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
         if backend != "auto":
             changed["RESNET_FUSED_BACKEND"] = backend
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.cold", str(file), name],
+            [sys.executable, "-m", "benchmarks.cold", str(file), name, empty],
             cwd=Path(__file__).parents[1],
             env={**os.environ, **changed},
             capture_output=True,
@@ -97,7 +98,7 @@ def _with_spread(starts: dict[str, list[Row]]) -> list[Row]:
     return [with_speed(row, seconds) for row in rows]
 
 
-def _start(file: str, name: str) -> dict[str, object]:
+def _start(file: str, name: str, scratch: str) -> dict[str, object]:
     """Be the process that starts: import, build, run once, then see whether it was right."""
     begin = time.perf_counter()
     import torch
@@ -110,6 +111,7 @@ def _start(file: str, name: str) -> dict[str, object]:
     from resnet_fused.bench.peers import PEERS
 
     network, setup, case = torch.load(file, weights_only=False)
+    setup = replace(setup, scratch=Path(scratch))
     torch.set_num_threads(setup.threads)
     declined = PEERS[name].declines(setup.dtype, setup.device) if name in PEERS else None
     if declined:

@@ -30,15 +30,16 @@ from resnet_fused.bench.results import (
     Record,
     Row,
     cases_of,
+    paired,
     save,
     save_text,
 )
 from resnet_fused.bench.tables import NONE, Grid, conditions_line, ratio_text
-from resnet_fused.bench.timing import paired_ratio
 
 RECORD = "suite.json"
 CSV_COLUMNS = (
-    "level", "model", "layer", "dtype", "batch", "contender", "verdict", "p20_s", "p50_s", "p80_s",
+    "level", "model", "layer", "uses", "dtype", "batch", "contender", "verdict", "p20_s", "p50_s",
+    "p80_s",
     "img_s", "ratio", "ratio_p20", "ratio_p80", "error", "gmacs", "nbytes", "bound_s", "peak_mib",
     "saved_mib", "note",
 )  # fmt: skip
@@ -90,7 +91,8 @@ def grids(record: Record, most: int | None = limits.MOST) -> list[Grid]:
 def closing_lines(record: Record) -> list[str]:
     """Return what is said under the tables."""
     conditions = record.conditions
-    lines = [*tables.faults(record.rows), *tables.noise(record.rows)]
+    rows = record.rows
+    lines = [*tables.faults(rows), *tables.skipped(rows), *tables.noise(rows)]
     lines += [f"absent: {name} {why}" for name, why in conditions.get("absent", {}).items()]
     if peaks := Peaks.of(conditions):
         products = ", ".join(f"{SHORT_DTYPES[d]} {f / 1e12:.3g}" for d, f in peaks.flops.items())
@@ -147,8 +149,10 @@ def csv_text(record: Record) -> str:
         times = (case.batch / value for value in (speed.p80, speed.median, speed.p20)) if speed \
             else ("", "", "")  # fmt: skip
         writer.writerow([
-            case.level, case.model, case.layer, case.dtype, case.batch, row.contender, row.verdict,
-            *times, speed.median if speed else "",
+            case.level, case.model, case.layer,
+            " ".join(f"{model}:{count}" for model, count in row.uses.items()),
+            case.dtype, case.batch, row.contender, row.verdict, *times,
+            speed.median if speed else "",
             *((ratio.median, ratio.p20, ratio.p80) if ratio else ("", "", "")), row.error,
             row.gmacs, row.nbytes, row.bound_s, row.peak_mib, row.saved_mib, row.note,
         ])  # fmt: skip
@@ -218,7 +222,7 @@ def _against(other: Row | None, own: Row | None) -> str:
     """Return how many times faster the package's own contender is than another."""
     if other is None or own is None or not other.seconds or not own.seconds:
         return NONE if other is None or other.verdict == OK else other.verdict
-    return ratio_text(paired_ratio(other.seconds, own.seconds), spread=other is not own)
+    return ratio_text(paired(other, own), spread=other is not own)
 
 
 def _starts(rows: Sequence[Row]) -> Grid:

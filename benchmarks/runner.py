@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks import levels, peaks
-from benchmarks.suite import Suite, plan
+from benchmarks.suite import Suite, plan, planned
 from benchmarks.worker import Done, Lost, Raised, Step, Worker
+from resnet_fused import env
 from resnet_fused.bench.compare import MATTER
+from resnet_fused.bench.conditions import CLOCKS_AFTER
 from resnet_fused.bench.contenders import REFERENCE
 from resnet_fused.bench.measure import failed
 from resnet_fused.bench.options import UsageError
@@ -33,8 +35,9 @@ from resnet_fused.bench.results import (
 PEAKS_LIMIT_S = 300.0
 UNFINISHED = "unfinished"
 #: Conditions that all parts of one record must share.
-SHARED = (*MATTER, "resnet_fused", "commit", "seed", "backend", "graphs", "caches",
-          "image_size", "photographs_from")  # fmt: skip
+SHARED = (*MATTER, "packages", "cuda", "cudnn", "driver", "resnet_fused", "commit", "seed",
+          "backend", "graphs", "caches", "image_size", "photographs_from", "rounds",
+          "seconds")  # fmt: skip
 
 
 class Caller(Protocol):
@@ -67,7 +70,8 @@ class Runner:
         self._queue = [case for case in plan(suite) if not self._finished(case)]
         #: The smallest batch that a contender had no memory for, by what it ran.
         self._too_large: dict[tuple[Any, ...], int] = {}
-        self._done = 0
+        #: Cases of this run, and the seconds that were planned for them.
+        self._done, self._spent = 0, 0.0
         for row in self._rows:
             self._learn(row)
         for case in cases_of(self._rows):
@@ -86,6 +90,8 @@ class Runner:
                 self._measure_peaks()
                 while self._queue and time.monotonic() < ends:
                     self._one(self._queue.pop(0), Path(scratch))
+                if self._done:  # a GPU slows down as it warms up
+                    self._conditions[CLOCKS_AFTER] = env.clocks()
             finally:
                 self._worker.close()
         return self._kept()
@@ -97,7 +103,9 @@ class Runner:
             self._learn(row)
         self._decay(case)
         self._done += 1
-        self._watch.begin(self._done + len(self._queue))
+        self._spent += planned(self._suite, case)
+        left = sum(planned(self._suite, other) for other in self._queue)
+        self._watch.begin(self._done + len(self._queue), self._spent / (self._spent + left))
         self._watch.case_done(case, rows)
         self._save(self._kept())
 
@@ -133,7 +141,7 @@ class Runner:
         while left := [name for name in names if name not in rows]:
             outcome = self._worker.call(
                 levels.run_case, self._suite, case, tuple(left), self._conditions.get("peaks"),
-                scratch, limit=self._suite.limit, on_step=self._heard,
+                scratch, limit=self._suite.limit_of(case), on_step=self._heard,
             )  # fmt: skip
             if isinstance(outcome, Done):
                 rows.update({row.contender: row for row in outcome.result})

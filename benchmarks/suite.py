@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import bn, subjects, training
+from benchmarks.cold import STARTS
 from benchmarks.graphs import captured
 from resnet_fused.bench import measure, timing
 from resnet_fused.bench.contenders import Build
-from resnet_fused.bench.options import Settings, UsageError, one_of
-from resnet_fused.bench.peers import PEERS, absence, usable_peers
+from resnet_fused.bench.options import BATCHES, Settings, UsageError, default_dtypes, one_of
+from resnet_fused.bench.peers import NO_PEERS, PEERS, absence, usable_peers
 from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, LEVELS, OP, PASS, TRAINING, Case
 from resnet_fused.bench.timing import FED, HOT
 
@@ -38,6 +39,50 @@ SECONDS: Mapping[str, float] = {
 CACHES: Mapping[str, str] = {**dict.fromkeys(LEVELS, HOT), OP: FED, BLOCK: FED}
 
 
+#: What `all` measures.
+ALL = (OP, BLOCK, INFERENCE, COLD, TRAINING)
+#: The default suite, which is `all` on a GPU where nothing else was asked for, is planned to end
+#: within so many seconds; :func:`usual` says what it measures.
+DEFAULT_SUITE_S = 600.0
+#: Seconds that are planned for building and checking a contender in a case, for each compilation by
+#: Inductor (in training forward and backward are one each), for a cold start, and for the peaks.
+#: Allowances of a machine with a data center's GPU and a dozen cores, not yet held to one.
+BUILD_S: Mapping[str, float] = {OP: 1.5, BLOCK: 1.5, INFERENCE: 3.0, TRAINING: 3.0, PASS: 1.5}
+COMPILE_S, START_S, PEAKS_S = 45.0, 12.0, 15.0
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What a command measures unless it is asked for something else; None: as any command does."""
+
+    levels: tuple[str, ...]
+    peers: Mapping[str, tuple[str, ...]]
+    models: tuple[str, ...] | None = None
+    dtypes: tuple[str, ...] | None = None
+    batches: tuple[int, ...] | None = None
+    #: Of ops and blocks.
+    layer_batches: tuple[int, ...] | None = None
+
+
+def usual(levels: tuple[str, ...], device: str) -> Usual:
+    """Return what a command for these levels measures on a device unless asked otherwise."""
+    if levels != ALL or device != "cuda":
+        return Usual(levels, DEFAULT_PEERS[device])
+    return Usual(
+        levels=tuple(level for level in ALL if level != COLD),  # each start takes ten seconds
+        peers={
+            **DEFAULT_PEERS[device],
+            **dict.fromkeys((OP, BLOCK), ("cudnn",)),
+            INFERENCE: ("inductor", "cudnn", "eager-nchw"),
+            TRAINING: ("inductor-default",),
+        },
+        models=("resnet50",),
+        dtypes=default_dtypes(device)[-1:],
+        batches=BATCHES[device],
+        layer_batches=BATCHES[device][-1:],
+    )
+
+
 @dataclass(frozen=True)
 class Suite:
     """Everything a run needs to know, each value already checked."""
@@ -58,6 +103,8 @@ class Suite:
     limit: float
     #: Seconds after which no other case is begun; None for all of them.
     budget: float | None = None
+    #: Batch sizes of ops and blocks, where not those of the settings.
+    layer_batches: tuple[int, ...] | None = None
 
     def contenders(self, case: Case) -> dict[str, Callable[..., Any]]:
         """Return who takes part in a case, the reference first."""
@@ -72,6 +119,15 @@ class Suite:
         """Return a contender as the suite runs it: captured, where graphs were asked for."""
         return captured(build) if self.graphs and case.level != COLD else build
 
+    @property
+    def starts(self) -> int:
+        """Return how often each contender of a cold start is started."""
+        return self.settings.rounds or STARTS
+
+    def limit_of(self, case: Case) -> float:
+        """Return the seconds after which a case is given up: of a cold start, all turns of it."""
+        return self.limit * (self.starts if case.level == COLD else 1)
+
     def rounds(self, case: Case) -> timing.Rounds:
         """Return how many rounds a case has: those asked for, or what fits into its seconds."""
         if asked := self.settings.rounds:
@@ -84,35 +140,69 @@ def plan(suite: Suite) -> list[Case]:
     return [case for level in suite.levels for case in _of_level(level, suite)]
 
 
+def planned_seconds(suite: Suite) -> float:
+    """Return what the cases should take at most: their timing, and the allowances of the rest."""
+    return PEAKS_S + sum(planned(suite, case) for case in plan(suite))
+
+
+def planned(suite: Suite, case: Case) -> float:
+    """Return the seconds that a case should take."""
+    names = list(suite.contenders(case))
+    compiling = COMPILE_S * sum(name.startswith("inductor") for name in names)
+    if case.level == COLD:
+        return suite.starts * (START_S * len(names) + compiling)
+    passes = 2 if case.level == TRAINING else 1
+    each = suite.seconds[case.level] + BUILD_S[case.level]
+    return each * len(names) + passes * compiling
+
+
 def peers_by_level(
-    option: str, asked: list[str], device: str
+    option: str, asked: list[str], device: str, usually: Usual | None = None
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """Return the peers of each level, and why those that might have been there are not.
 
-    `["all"]` and `[]`, for the default ones, take what is installed; a peer asked for by its own
-    name must be.
+    `["all"]`, and `[]` for those that a command usually has or else the default ones, take what is
+    installed; a peer asked for by its own name must be, and must run something of the command's.
 
     Raises:
-        UsageError: a peer that is unknown or, asked for by name, not installed.
+        UsageError: a peer that is unknown or, asked for by name, cannot take part.
     """
     if asked == ["none"]:
         return dict.fromkeys(DEFAULT_PEERS[device], ()), {}
     if asked and asked != ["all"]:
         for name in asked:
+            if name in NO_PEERS:
+                break  # refused with its reason
             one_of(option, name, [*PEERS, "all", "none"])
             if name not in PEERS:
                 raise UsageError(f"{option}: {name!r} stands alone, without other names")
             if device not in PEERS[name].devices:
                 raise UsageError(f"{option}: {name} {_why_not(name, device)}")
-        return dict.fromkeys(DEFAULT_PEERS[device], usable_peers(option, asked)), {}
+            if usually and usually.levels == (TRAINING,) and name not in training.PEERS:
+                able = ", ".join(training.PEERS)
+                raise UsageError(f"{option}: {name} runs inference only; accepted: {able}")
+        usable = dict.fromkeys(DEFAULT_PEERS[device], usable_peers(option, asked))
+        return usable, _inference_only(asked, usually)
     every = dict.fromkeys(DEFAULT_PEERS[device], tuple(PEERS))
-    wanted = every if asked else DEFAULT_PEERS[device]
+    default = usually.peers if usually else DEFAULT_PEERS[device]
+    wanted = every if asked else default
     missing = {name: why for name in PEERS if (why := _why_not(name, device))}
+    if device == "cuda":
+        missing |= NO_PEERS
     usable = {
         level: tuple(name for name in names if name not in missing)
         for level, names in wanted.items()
     }
-    return usable, missing
+    everybody = [name for name in PEERS if asked and name not in missing]
+    return usable, missing | _inference_only(everybody, usually)
+
+
+def _inference_only(names: Sequence[str], usually: Usual | None) -> dict[str, str]:
+    """Return which of the names the training of a command goes without, and why."""
+    if usually is None or TRAINING not in usually.levels:
+        return {}
+    return {name: "in training: runs inference only" for name in names
+            if name not in training.PEERS}  # fmt: skip
 
 
 def _why_not(name: str, device: str) -> str | None:
@@ -138,6 +228,8 @@ def _of_level(level: str, suite: Suite) -> list[Case]:
     found: Mapping[str, object] = (
         bn.layers() if level == PASS else subjects.layers(level, asked.models, suite.image_size)
     )
+    if level != PASS:
+        batches = suite.layer_batches or batches
     return [
         Case("", dtype, batch, level, layer)
         for dtype in asked.dtypes

@@ -17,7 +17,7 @@ import torch
 from benchmarks import bn, levels, suite, training
 from benchmarks.suite import Suite
 from resnet_fused.backends import cpu
-from resnet_fused.bench import measure, options
+from resnet_fused.bench import measure, options, timing
 from resnet_fused.bench.contenders import REFERENCE
 from resnet_fused.bench.progress import Watch
 from resnet_fused.bench.results import (
@@ -78,7 +78,7 @@ def test_case(benchmark: Any, case: Case, name: str, tmp_path: Path) -> None:
                 row, step = training.enter(who, contenders[who], network, case, setup, turn)
                 turn = row.error or 0.0
             assert row.verdict == OK, row.note
-            benchmark(step)
+            benchmark(timing.finished(step, setup.device))
             return
         builds = {REFERENCE: contenders[REFERENCE], name: contenders[name]}
         *_, entry = measure.entered(network, case, setup, builds, Watch())
@@ -86,4 +86,4 @@ def test_case(benchmark: Any, case: Case, name: str, tmp_path: Path) -> None:
             pytest.skip(entry.row.note)
         assert entry.row.verdict == OK, entry.row.note
         with torch.inference_mode():
-            benchmark(entry.call)
+            benchmark(timing.finished(entry.call, setup.device))

@@ -5,12 +5,14 @@ Every backend's answer is held against float64 before it is timed.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 
 import resnet_fused as rf
+from resnet_fused.bench import timing
 from resnet_fused.ops import OPS
 from resnet_fused.testing import to_float64, two_x_rule
 
@@ -19,13 +21,23 @@ DTYPES = (torch.float32, torch.bfloat16)
 BACKENDS = [backend.name for backend in rf.backends() if backend.available]
 
 
+#: Backends that take no CUDA tensors.
+ON_CPUS = ("cpu", "onednn")
+
+
+def device_of(backend: str) -> str:
+    """Return where a backend is measured: on a GPU where there is one, unless it takes none."""
+    return "cuda" if torch.cuda.is_available() and backend not in ON_CPUS else "cpu"
+
+
 def _draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     x = torch.randn(shape).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else x
 
 
 def _measure(benchmark: Any, op: str, args: tuple[Any, ...], backend: str, reduced: int) -> None:
-    call = getattr(torch.ops.resnet_fused, op)
+    call, device = getattr(torch.ops.resnet_fused, op), device_of(backend)
+    args = tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
     with torch.no_grad(), rf.use_backend(backend):
         try:
             result = call(*args)
@@ -33,7 +45,7 @@ def _measure(benchmark: Any, op: str, args: tuple[Any, ...], backend: str, reduc
             pytest.skip(str(error))
         oracle = OPS[op].reference(*map(to_float64, args))
         assert two_x_rule(result, OPS[op].reference(*args), oracle, reduced).ok
-        benchmark(call, *args)
+        benchmark(timing.finished(functools.partial(call, *args), device))
 
 
 MAPS = ((BATCH, 256, 56, 56), (BATCH, 2048, 7, 7))

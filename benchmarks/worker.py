@@ -16,6 +16,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+from resnet_fused.bench.measure import device_lost
+
 #: Seconds that a process whose pipe has closed is given to end.
 GRACE_S = 5.0
 #: See prctl(2).
@@ -45,13 +47,24 @@ class Raised:
 
 
 @dataclass(frozen=True)
+class Broken:
+    """The error that ended the call, and that has left the process without its GPU."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Lost:
-    """The process did not live to return: it hung, or ended by itself with an exit code."""
+    """The process did not live to return, or not to run another call.
+
+    It hung, ended by itself with an exit code, or lost its GPU by an error, whose text this is.
+    """
 
     hung: bool
     exit_code: int | None
     #: The last step that it told of.
     step: Step | None
+    error: str = ""
 
     @property
     def killed(self) -> bool:
@@ -61,6 +74,8 @@ class Lost:
     def __str__(self) -> str:
         """Return what happened, and during what."""
         during = f" while {self.step.text}" if self.step else ""
+        if self.error:
+            return f"{self.error}{during}"
         if self.hung:
             return f"gave no result within its limit{during}"
         if self.exit_code is not None and self.exit_code < 0:
@@ -94,6 +109,9 @@ class Worker:
             self._connection.send((function, arguments))
             while self._connection.poll(max(0.0, ends - time.monotonic())):
                 message = self._connection.recv()
+                if isinstance(message, Broken):
+                    self._end()
+                    return Lost(False, None, step, message.text)
                 if not isinstance(message, Step):
                     return message
                 step = message
@@ -152,10 +170,15 @@ def serve(connection: Connection) -> None:
         while True:
             function, arguments = connection.recv()
             try:
-                answer: Done | Raised = Done(function(*arguments, watch=teller))
+                answer: Done | Raised | Broken = Done(function(*arguments, watch=teller))
             except Exception as error:  # whatever ends a case is told, and the next one may come
-                answer = Raised(_plain(error))
+                answer = Broken(_line(error)) if device_lost(error) else Raised(_plain(error))
             connection.send(answer)
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _plain(error: Exception) -> Exception:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     "numpy", "triton", "torchvision", "timm", "onnxruntime", "openvino", "scikit-learn", "pillow",
-    "matplotlib",
+    "matplotlib", "onnx", "onnxscript", "jax", "jaxlib",
 )  # fmt: skip
 
 
@@ -41,7 +41,8 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "driver": _driver(),
-        "clocks": _clocks(),
+        "cudnn": torch.backends.cudnn.version(),
+        "clocks": clocks(),
         "compiler": _compiler(),
         "packages": {name: found for name in PACKAGES if (found := version(name))},
         "os": platform.platform(),
@@ -171,7 +172,7 @@ def _compiler() -> str | None:
     return text.splitlines()[0] if text else None
 
 
-def _clocks() -> dict[str, str]:
+def clocks() -> dict[str, str]:
     """Return clocks and power as the drivers tell them: what a GPU runs at, or each CPU core."""
     asked = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
     if text := _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"):

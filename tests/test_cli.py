@@ -82,7 +82,7 @@ def test_a_regression_beyond_the_threshold_makes_the_exit_code_1(tmp_path: Path)
 
     for name, seconds in (("a", 0.2), ("b", 0.3)):
         row = Row(Case("resnet50", "float32", 8), "eager", OK, 4.1, 25.6)
-        save(Record({}, [measure.with_speed(row, {"eager": [seconds] * 3})]), tmp_path / name)
+        save(Record({}, [measure.with_speed(row, {"eager": [seconds] * 5})]), tmp_path / name)
     paths = tmp_path / "a", tmp_path / "b"
     assert call("bench", "--compare", *paths).exit_code == 0
     assert call("bench", "--compare", *paths, "--threshold", 0.5).exit_code == 0
@@ -95,7 +95,7 @@ def test_a_regression_beyond_the_threshold_makes_the_exit_code_1(tmp_path: Path)
     ("words", "message"),
     [
         (["bench", "--model", "resnt50"], "did you mean resnet50"),
-        (["bench", "--dtype", "int8"], "accepted: float32, bfloat16, float16"),
+        (["bench", "--dtype", "int8"], "accepted: fp32, bf16, fp16"),
         (["bench", "--batch", "none"], "--batch: 'none' given; accepted: a whole number"),
         (["bench", "--rounds", "0"], "--rounds: 0 given"),
         (["bench", "--threads", "-2"], "--threads: -2 given"),
@@ -125,7 +125,7 @@ def test_a_regression_beyond_the_threshold_makes_the_exit_code_1(tmp_path: Path)
         (["tune", "resnet18", "--device", "tpu"], "--device: unknown value 'tpu'"),
         (["tune", "resnet18", "--device", "cpu", "--batch", "0"], "--batch: 0 given"),
         (["tune", "resnet18", "--device", "cpu", "--image-size", "0"], "--image-size: 0 given"),
-        (["tune", "resnet18", "--device", "cpu", "--dtype", "int8"], "accepted: float32, bfloat16"),
+        (["tune", "resnet18", "--device", "cpu", "--dtype", "int8"], "accepted: fp32, bf16, fp16"),
         (["tune", "vgg16", "--device", "cpu"], "VGG makes no fused call here"),
     ],
 )

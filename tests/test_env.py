@@ -25,6 +25,8 @@ def test_the_conditions_are_json_and_whole() -> None:
     assert found["cores"] >= 1
     assert found["cpu"]
     assert found["packages"]["numpy"]
+    assert found["cudnn"] == torch.backends.cudnn.version()
+    assert {"jax", "jaxlib", "onnx", "onnxscript"} < set(env.PACKAGES)
 
 
 def test_versions_of_what_is_not_installed_are_none() -> None:

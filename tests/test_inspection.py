@@ -168,7 +168,7 @@ def test_the_calls_of_a_resnet50(op, distinct, calls):
         ),
         (("-m", "resnet18", "--arch", "70"), "--arch: unknown value '70'; "),
         (("-m", "resnet18", "-b", "0"), "--batch: '0' given"),
-        (("-m", "resnet18", "-d", "fp8"), "--dtype: unknown value 'fp8'; accepted: float32"),
+        (("-m", "resnet18", "-d", "fp8"), "--dtype: unknown value 'fp8'; accepted: fp32"),
     ],
 )
 def test_errors_are_one_line(words, message):

@@ -8,6 +8,9 @@ from typing import Any
 from resnet_fused import env
 from resnet_fused.bench.options import Settings
 
+#: The clocks when the last case was done, beside "clocks", which are those before the first.
+CLOCKS_AFTER = "clocks_after"
+
 
 def of(settings: Settings, command: str) -> dict[str, Any]:
     """Return this machine and installation, and what was asked for, ready for JSON."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from resnet_fused import env
 from resnet_fused.bench import measure, networks, photos, timing
+from resnet_fused.bench.conditions import CLOCKS_AFTER
 from resnet_fused.bench.contenders import Setup
 from resnet_fused.bench.networks import CALIBRATION_BATCH, CALIBRATION_PASSES, Network
 from resnet_fused.bench.options import PRECISIONS, Settings
 from resnet_fused.bench.progress import Watch
-from resnet_fused.bench.results import Case, Record, Row
+from resnet_fused.bench.results import OK, Case, Record, Row
 
 #: Seconds that all cases together may take per contender, building and checking included. The
 #: cases share what is left, so that what the small ones do not need goes to the large ones.
@@ -61,10 +64,24 @@ def run(settings: Settings, conditions: dict[str, Any], watch: Watch) -> Record:
                 rounds=functools.partial(rounds_for, settings.rounds, share_ends),
                 clock=timing.clock_for(settings.device),
             )
-            done = measure.run_case(network, case, setup, method, watch)
+            done = _measured(network, case, setup, method, watch)
             rows += done
             watch.case_done(case, done)
-    return Record({**conditions, "photographs": names}, rows)
+    after = {CLOCKS_AFTER: env.clocks()}
+    return Record({**conditions, **after, "photographs": names}, rows)
+
+
+def _measured(
+    network: Network, case: Case, setup: Setup, method: measure.Method, watch: Watch
+) -> list[Row]:
+    """Return the case's rows; where the GPU was lost, which is for good here, all have failed."""
+    try:
+        return measure.run_case(network, case, setup, method, watch)
+    except Exception as error:
+        if not measure.device_lost(error):
+            raise
+        blank = Row(case, "", OK, network.macs / 1e9, network.params / 1e6)
+        return [measure.failed(replace(blank, contender=n), error) for n in method.contenders]
 
 
 def rounds_for(asked: int | None, ends: float) -> timing.Rounds:

@@ -57,6 +57,9 @@ class Method:
 #: Seconds that a twin runs before a call whose input alone shall be in the caches: after some
 #: milliseconds of waiting for memory a Zen 5 takes as long to be at full speed again.
 WARM_S = 0.005
+#: On a GPU the twin's calls are launched and not waited for, so that the device is still at work
+#: when the timed call is launched. Counted out beforehand, they are never more than these.
+MOST_WARM = 32
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Entry:
     input: Any = None
     #: A call of another instance, with weights of its own.
     twin: Callable[[], object] = timing.nothing
+    #: How often the twin runs before a call; None: as often as it does in `WARM_S`.
+    warm_calls: int | None = None
 
     def call(self) -> object:
         """Run once on the example: what is timed."""
@@ -76,8 +81,11 @@ class Entry:
 
     def feed(self) -> None:
         """Leave the caches as the layer before would have: code warm, the input just written."""
-        ends = time.perf_counter() + WARM_S
-        while time.perf_counter() < ends:
+        if self.warm_calls is None:
+            ends = time.perf_counter() + WARM_S
+            while time.perf_counter() < ends:
+                self.twin()
+        for _ in range(self.warm_calls or 0):
             self.twin()
         if isinstance(self.input, torch.Tensor | np.ndarray):  # not JAX's, which are read only
             torch.as_tensor(self.input).mul_(1)
@@ -137,6 +145,8 @@ def run_entered(
             rows[name], run = enter(name, build)
         # Whatever a contender dies of is its own result; the others must still be measured.
         except Exception as error:
+            if device_lost(error):
+                raise
             rows[name] = failed(blank(name), error)
             continue
         if rows[name].verdict == OK:
@@ -169,6 +179,21 @@ def failed(row: Row, error: BaseException) -> Row:
     reason = (str(error).strip().splitlines() or [""])[0]
     verdict = OUT_OF_MEMORY if _is_out_of_memory(error) else FAILED
     return replace(row, verdict=verdict, note=f"{type(error).__name__}: {reason}")
+
+
+def device_lost(error: BaseException) -> bool:
+    """Whether an error has cost this process its GPU: all that comes after would fail as well."""
+    if _is_out_of_memory(error):
+        return False
+    if isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error):
+        return True
+    if not torch.cuda.is_initialized():
+        return False
+    try:  # what a compiler, a library or a kernel of ours raises has words of its own
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -250,10 +275,22 @@ def _enter(
             runner.run(example)
         peak = memory.growth_mib(before, meter.peak())
         twin = _call(build(setup), setup) if twins else timing.nothing
+        warm_calls = _warm_calls(twin, setup.device)
     # Whatever a contender dies of is its own result; the others must still be measured.
     except Exception as error:
+        if device_lost(error):
+            raise
         return Entry(failed(row, error))
-    return Entry(replace(row, peak_mib=peak), runner, example, twin)
+    return Entry(replace(row, peak_mib=peak), runner, example, twin, warm_calls)
+
+
+def _warm_calls(twin: Callable[[], object], device: str) -> int | None:
+    """Return how many calls of a twin keep a GPU busy for `WARM_S`, but not too many."""
+    if device != "cuda" or twin is timing.nothing:
+        return None
+    with torch.inference_mode():
+        seconds = timing.elapsed_cuda(twin, 1)
+    return min(MOST_WARM, max(1, math.ceil(WARM_S / max(seconds, 1e-9))))
 
 
 def _call(runner: Runner, setup: Setup) -> Callable[[], object]:

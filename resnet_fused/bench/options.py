@@ -90,8 +90,9 @@ def input_size(option: str, value: str) -> tuple[int, ...]:
 
 def dtype_name(option: str, value: str, accepted: Iterable[str] = DTYPES) -> str:
     """Return torch's name of a dtype given by that name or its short one (`bf16`)."""
-    long_names = {short: name for name, short in SHORT_DTYPES.items()}
-    return one_of(option, long_names.get(value, value), accepted)
+    names = {SHORT_DTYPES[name]: name for name in accepted}
+    names |= {name: name for name in names.values()}
+    return names[one_of(option, value, names)]
 
 
 def precision_name(option: str, value: str, device: str) -> str:
@@ -100,7 +101,7 @@ def precision_name(option: str, value: str, device: str) -> str:
         return TF32
     if value == TF32:
         raise UsageError(f"{option}: tf32 is a precision of NVIDIA GPUs from sm_80; accepted: fp32")
-    return dtype_name(option, value)
+    return dtype_name(option, value, PRECISIONS)
 
 
 def default_dtypes(device: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Other ways to run the same network, for comparison: Inductor, ONNX Runtime, OpenVINO, JAX.
+"""Other ways to run the same network: Inductor, ONNX Runtime, OpenVINO, JAX, cuDNN's fused calls.
 
 Imported only when asked for; they come with the extra `bench-peers`. All are held to the same
 number of threads and checked against the same float64 answers.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.bench.contenders import Build, Runner, Setup, own_copy, torch_runner
+from resnet_fused.bench.cudnn import cudnn_peer
 from resnet_fused.bench.options import UsageError, one_of
 from resnet_fused.bench.xla import jax_peer
 
@@ -71,21 +72,6 @@ def inductor(mode: str | None = None, *, freezing: bool = False) -> Build:
     return build
 
 
-def cudnn(setup: Setup) -> Runner:
-    """`rf.fuse` on cuDNN alone: its fused calls where `tune` chose them."""
-    import resnet_fused as rf
-
-    model = rf.fuse(own_copy(setup), inplace=True)
-    chosen = rf.use_backend("cudnn")
-
-    def run(x: Tensor) -> Tensor:
-        with chosen:
-            y: Tensor = model(x)
-        return y
-
-    return torch_runner(run, setup)
-
-
 def onnxruntime(setup: Setup) -> Runner:
     """ONNX Runtime's CPU provider with all of its graph optimisations."""
     import onnxruntime as ort
@@ -136,14 +122,24 @@ PEERS = {
     # Without CUDA graphs of its own: either all contenders are captured or none.
     "inductor-max-autotune": Peer(inductor("max-autotune-no-cudagraphs"), (), _FLOATS, _ANYWHERE),
     "eager-nchw": Peer(eager_nchw, (), _FLOATS, _ANYWHERE),
-    "cudnn": Peer(cudnn, (), _FLOATS, ("cuda",)),
+    "cudnn": Peer(cudnn_peer, (), _FLOATS, ("cuda",)),
     "jax": Peer(jax_peer, ("jax",), (torch.float32, torch.bfloat16), ("cpu",), "jax"),
+}
+
+
+#: What might be expected among the peers on a GPU, and why it is not.
+NO_PEERS = {
+    "apex": "its Bottleneck freezes BatchNorm without its epsilon and strides in the first 1x1: "
+    "another function than a ResNet's strided blocks",
+    "cudnn-frontend": "what it would call of cuDNN, the peer cudnn calls through torch",
 }
 
 
 def usable_peers(option: str, names: Sequence[str]) -> tuple[str, ...]:
     """Return the names if each is a peer and installed, or raise `UsageError`."""
     for name in names:
+        if name in NO_PEERS:
+            raise UsageError(f"{option}: {name} is no peer: {NO_PEERS[name]}")
         if reason := absence(one_of(option, name, PEERS)):
             raise UsageError(f"{option}: {name} {reason}")
     return tuple(names)

@@ -117,6 +117,18 @@ def cases_of(rows: Sequence[Row]) -> list[Case]:
     return list(dict.fromkeys(row.case for row in rows))
 
 
+def paired(reference: Row, other: Row) -> Spread:
+    """Return how many times faster `other` is than `reference`, round by round.
+
+    In a record of before, whose spreads do not say of how many rounds they are, the middle three
+    fifths decide alone, as they did when it was made.
+    """
+    ratio = paired_ratio(reference.seconds, other.seconds)
+    if other.img_s is not None and other.img_s.rounds is None:
+        return dataclasses.replace(ratio, rounds=None, least=None, most=None)
+    return ratio
+
+
 def against_peers(rows: Sequence[Row], contender: str = FROZEN) -> list[PeerCell]:
     """Return one cell per case that a peer ran rightly, with one of the package's own."""
     cells = []
@@ -134,7 +146,7 @@ def against_peers(rows: Sequence[Row], contender: str = FROZEN) -> list[PeerCell
                 best.contender,
                 best.img_s.median,
                 own.img_s.median if own and own.img_s else None,
-                paired_ratio(best.seconds, own.seconds) if own else None,
+                paired(best, own) if own else None,
             )
         )
     return cells

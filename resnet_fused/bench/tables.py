@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +25,15 @@ from resnet_fused.bench.results import (
     cases_of,
     geometric_means,
 )
-from resnet_fused.bench.timing import Spread
+from resnet_fused.bench.timing import CHANCE, FEW, Spread
 
 NONE = "-"
 #: Before a ratio that may as well be 1.
 SAME = "≈"
+RULE = (
+    f"as its p20-p80 has 1 in it, of fewer than {FEW} rounds their whole range, or there are too "
+    f"few to tell; two equal contenders would differ in {CHANCE:.0%} of cases at most"
+)
 #: From this width on, the columns of the widest table can stand apart.
 ROOMY = 96
 #: p80 over p20 of a speed above which something else was using the machine.
@@ -89,7 +94,13 @@ def closing_lines(record: Record) -> list[str]:
         right = sum(row.contender == name and row.ratio is not None for row in record.rows)
         lines.append(f"{name}: {mean:.2f}x {REFERENCE}, geometric mean of {right} cases of {total}")
     device = record.conditions.get("device_kind", "cpu")
-    return [*lines, *faults(record.rows), *noise(record.rows), *notes(device)]
+    return [
+        *lines,
+        *faults(record.rows),
+        *skipped(record.rows),
+        *noise(record.rows),
+        *notes(device),
+    ]
 
 
 def faults(rows: Sequence[Row]) -> list[str]:
@@ -98,6 +109,14 @@ def faults(rows: Sequence[Row]) -> list[str]:
         f"{row.verdict}: {row.case} {row.contender}: {row.note}"
         for row in rows
         if row.verdict not in (OK, SKIPPED)
+    ]
+
+
+def skipped(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each reason why a contender did not run, with the number of cases."""
+    reasons = Counter((row.contender, row.note) for row in rows if row.verdict == SKIPPED)
+    return [
+        f"{SKIPPED}: {name} in {count} cases: {note}" for (name, note), count in reasons.items()
     ]
 
 
@@ -116,17 +135,23 @@ def notes(device: str) -> list[str]:
     """Return what the columns mean."""
     return [
         f"{REFERENCE}: the model in plain torch, channels_last. ratio: against {REFERENCE}, paired "
-        f"round by round, median. {SAME}: no difference, as its p20-p80 has 1 in it.",
+        f"round by round, median. {SAME}: no difference, {RULE}.",
         "GFLOP/s: two operations per multiply-add. error: max|y - y64| / max|y64| against float64; "
         "right is up to twice eager's (the weights are random, so only that comparison counts).",
         memory.NOTES[device] + ".",
     ]
 
 
+#: Images of this height and width are not mentioned.
+USUAL_IMAGE = 224
+
+
 def conditions_line(conditions: dict[str, Any]) -> str:
     """Return the conditions that a number cannot do without, in one line."""
+    size = conditions.get("image_size", USUAL_IMAGE)
     parts = [
         conditions.get("device", ""),
+        f"images of {size}x{size}" if size != USUAL_IMAGE else "",
         f"{conditions.get('threads')} threads",
         f"torch {conditions.get('torch')}",
         f"resnet_fused {conditions.get('resnet_fused')}",
@@ -171,7 +196,8 @@ def ratio_text(ratio: Spread | None, *, spread: bool = False) -> str:
     """Return a ratio as the tables show it, marked where its range has 1 in it."""
     if ratio is None:
         return NONE
-    same = SAME if ratio.covers(1) and ratio.p20 != ratio.p80 else ""
+    itself = ratio.p20 == ratio.p80 == 1
+    same = SAME if ratio.covers(1) and not itself else ""
     around = f" ({ratio.p20:.2f}-{ratio.p80:.2f})" if spread else ""
     return f"{same}{ratio.median:.2f}x{around}"
 

@@ -28,8 +28,16 @@ CACHES = HOT, FED, COLD = ("hot", "fed", "cold")
 SHORTEST_SAMPLE_S = 0.04
 #: Bytes of a last-level cache where the system does not tell: more than most.
 LARGE_CACHE = 2**27
-MIN_ROUNDS = 3
-MAX_ROUNDS = 30
+#: The rule of what is a difference is here alone: `Spread.covers` for ratios within rounds,
+#: `Spread.overlaps` for two runs. Each takes two equal contenders for different in at most so many
+#: cases of a hundred. From `FEW` rounds on the middle three fifths decide, below it every round
+#: must say the same, and where even that is likely by chance nothing is a difference.
+CHANCE = 0.07
+FEW = 11
+#: Rounds that are made unless that takes `PATIENCE` times the seconds there are, those that are
+#: made in any case, and the most.
+MIN_ROUNDS, LEAST_ROUNDS, MAX_ROUNDS = FEW, 5, 30
+PATIENCE = 4.0
 
 
 class Clock(Protocol):
@@ -48,19 +56,41 @@ class Spread:
     median: float
     p20: float
     p80: float
+    #: Of how many values, the least and the most of them. Not said in records of before, of which
+    #: the middle three fifths decide, however few.
+    rounds: int | None = None
+    least: float | None = None
+    most: float | None = None
 
     def covers(self, value: float) -> bool:
-        """Whether the value lies in the range, so that a difference from it may be noise."""
-        return self.p20 <= value <= self.p80
+        """Whether a difference of this ratio, taken round by round, from a value may be noise."""
+        if self.rounds is not None and 2 * 0.5**self.rounds > CHANCE:
+            return True
+        low, high = self._range
+        return low <= value <= high
 
     def overlaps(self, other: Spread) -> bool:
-        """Whether the two ranges share a value, so that a difference may be noise."""
-        return self.p20 <= other.p80 and other.p20 <= self.p80
+        """Whether a difference from what another run saw may be noise."""
+        if self.rounds is not None and other.rounds is not None:
+            orders = math.comb(self.rounds + other.rounds, self.rounds)
+            if 2 / orders > CHANCE:
+                return True
+        (low, high), (other_low, other_high) = self._range, other._range
+        return low <= other_high and other_low <= high
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        if self.rounds is None or self.least is None or self.most is None or self.rounds >= FEW:
+            return self.p20, self.p80
+        return self.least, self.most
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """How many rounds: between `least` and `most`, as many as fit into `seconds`."""
+    """How many rounds: between `least` and `most`, as many as fit into `seconds`.
+
+    Short of `least` and long past the seconds there are fewer, but for the first few.
+    """
 
     least: int = MIN_ROUNDS
     most: int = MAX_ROUNDS
@@ -68,15 +98,19 @@ class Rounds:
 
     def goes_on(self, done: int, elapsed: float) -> bool:
         """Whether another round is due, taking it to last as long as those done did."""
-        if done < self.least:
+        if done < min(self.least, LEAST_ROUNDS):
             return True
-        return done < self.most and elapsed * (done + 1) / done <= self.seconds
+        ends = elapsed * (done + 1) / done if done else 0.0
+        limit = PATIENCE * self.seconds if done < self.least else self.seconds
+        return done < self.most and ends <= limit
 
 
 def spread(values: Sequence[float]) -> Spread:
     """Return median, p20 and p80 of at least one value, interpolated linearly."""
     p20, median, p80 = np.percentile(values, (20, 50, 80))
-    return Spread(float(median), float(p20), float(p80))
+    return Spread(
+        float(median), float(p20), float(p80), len(values), float(min(values)), float(max(values))
+    )
 
 
 def paired_ratio(reference: Sequence[float], other: Sequence[float]) -> Spread:
@@ -116,6 +150,19 @@ def elapsed_cuda(
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3 / calls
+
+
+def finished(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """Return the run for a clock that knows nothing of GPUs: it ends when its work there has."""
+    if device != "cuda":
+        return run
+
+    def whole() -> object:
+        result = run()
+        torch.cuda.synchronize()
+        return result
+
+    return whole
 
 
 def clock_for(device: str, *, emptied: bool = False) -> Clock:

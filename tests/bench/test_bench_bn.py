@@ -120,7 +120,9 @@ def test_the_table_marks_what_is_only_noise_and_names_who_failed() -> None:
         made = Row(case, name, verdict, 0, 0, nbytes=100, bound_s=0.5)
         return measure.with_speed(made, {name: list(seconds)}) if seconds else made
 
-    rows = [row("eager", 2.0, 2.0), row(bn.KERNEL, 1.0, 1.0), row(bn.COPY, 0.9, 1.1),
+    few = 5
+    rows = [row("eager", *[2.0] * few), row(bn.KERNEL, *[1.0] * few),
+            row(bn.COPY, 0.9, 1.1, 1.1, 1.0, 1.0),
             row(bn.INDUCTOR, verdict=WRONG)]  # fmt: skip
     grid: Grid = report.grids(Record({}, rows))[0]
     (line,) = [dict(zip(grid.columns, found, strict=True)) for found in grid.rows]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from resnet_fused.bench import accuracy, contenders, job, measure, memory, networks, progress
 from resnet_fused.bench.contenders import Runner, Setup
 from resnet_fused.bench.options import Settings
-from resnet_fused.bench.results import FAILED, OK, WRONG, Row
+from resnet_fused.bench.results import FAILED, OK, WRONG, Case, Row
 
 WATCH = progress.Watch()
 
@@ -114,6 +114,25 @@ def test_a_contender_that_dies_does_not_take_the_others_along(
 
 
 @pytest.mark.usefixtures("tiny")
+def test_a_gpu_that_is_lost_ends_the_case_at_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is built after it would fail for no fault of its own; here no process takes over."""
+    built = []
+
+    def breaks(setup: Setup) -> Runner:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def after(setup: Setup) -> Runner:
+        built.append(setup)
+        return contenders.eager(setup)
+
+    rows = runs(settings, monkeypatch, breaks=breaks, after=after)
+    assert {row.verdict for row in rows.values()} == {FAILED}
+    assert not built
+
+
+@pytest.mark.usefixtures("tiny")
 def test_speed_follows_from_seconds(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     row = replace(runs(settings, monkeypatch)["eager"], seconds=[])
     timed = measure.with_speed(row, {"eager": [0.3, 0.3]})
@@ -188,12 +207,47 @@ def test_an_unknown_peak_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: obje
     assert memory.growth_mib(1, None) is None
 
 
+@pytest.mark.parametrize("each", [5, 120])
+def test_the_time_left_is_known_however_long_a_case_takes(each: int) -> None:
+    now = [0.0]
+    pace = progress.Pace(lambda: now[0])
+    pace.begin(4, None)
+    assert str(pace) == "-:--:--"
+    now[0] += each
+    pace.step()
+    assert pace.left == 3 * each
+    now[0] += each / 2
+    assert pace.left == 2.5 * each
+    now[0] += each / 2
+    pace.step()
+    pace.begin(4, 0.1)  # the two to come are large ones
+    assert pace.left == 18 * each
+    assert str(pace) == ("0:01:30" if each == 5 else "0:36:00")
+
+
+def test_a_long_step_leaves_count_and_time_on_the_line() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    bar = progress.BarWatch(console)
+    bar.begin(228)
+    bar.case_done(Case("resnet50", "float32", 8), [])
+    bar.doing("1024x14x14 1x1 to 256 relu bf16 batch 256: building inductor-max-autotune")
+    console.print(bar.progress.get_renderable())
+    (line,) = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(line) <= 80
+    for words in ("1/228", "0:00:00 left", "1024x14x14 1x1 to", "…"):
+        assert words in line, line
+
+
 def test_progress_lines_and_bar(record: object) -> None:
     rows = record.rows  # type: ignore[attr-defined]
     out = io.StringIO()
     progress.LineWatch(Console(file=out, width=60)).case_done(rows[0].case, rows[:3])
     assert out.getvalue().startswith("resnet50 fp32 batch 8: eager 20.0 img/s (1.00x), fused")
     assert len(out.getvalue().splitlines()) == 1
+    counted = progress.LineWatch(Console(file=(out := io.StringIO()), width=60))
+    counted.begin(2)
+    counted.case_done(rows[0].case, rows[:3])
+    assert out.getvalue().startswith("[1/2, 0:00:00 left] resnet50 fp32 batch 8: eager")
     with progress.BarWatch(Console(file=io.StringIO(), force_terminal=True)) as bar:
         bar.begin(2)
         bar.doing("resnet50: round 3")

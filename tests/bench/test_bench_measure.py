@@ -57,6 +57,29 @@ def test_running_out_of_memory_is_told_from_failing(error: Exception, verdict: s
     assert "\n" not in row.note
 
 
+@pytest.mark.parametrize(
+    ("error", "synchronized", "lost"),
+    [
+        (torch.AcceleratorError("an illegal memory access"), True, True),
+        (RuntimeError("CUDA error: misaligned address"), True, True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access"), False, True),
+        (RuntimeError("no such kernel"), True, False),
+        (torch.OutOfMemoryError("CUDA out of memory"), True, False),
+        (RuntimeError("CUDA error: out of memory"), True, False),
+    ],
+)
+def test_what_costs_a_process_its_gpu(
+    error: Exception, synchronized: bool, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize() -> None:
+        if not synchronized:
+            raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert measure.device_lost(error) is lost
+
+
 def test_a_cold_sample_is_one_call() -> None:
     calls: list[str] = []
     interleave(
@@ -77,6 +100,22 @@ def test_feeding_writes_the_same_input_where_it_lies(given: torch.Tensor | np.nd
     assert calls
     assert entry.input is given
     assert list(given) == [1.0, -2.0]
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(1e-6, 32), (1e-3, 5), (0.5, 1)])
+def test_a_gpu_is_fed_by_a_counted_number_of_calls(
+    seconds: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the host's time alone it could be given a thousand calls of a millisecond in 5 ms."""
+    monkeypatch.setattr("resnet_fused.bench.timing.elapsed_cuda", lambda run, number: seconds)
+    ran: list[int] = []
+    warm_calls = measure._warm_calls(lambda: ran.append(1), "cuda")
+    assert warm_calls == calls
+    row = Row(Case("m", "float32", 1), "fused", OK, 1.0, 1.0)
+    given = torch.ones(2)
+    measure.Entry(row, input=given, twin=lambda: ran.append(1), warm_calls=warm_calls).feed()
+    assert len(ran) == calls
+    assert measure._warm_calls(lambda: None, "cpu") is None
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,10 @@ def test_numbers_must_be_whole_and_positive(value: str) -> None:
 
 def test_dtypes_by_either_name() -> None:
     assert options.dtype_name("--dtype", "bf16") == options.dtype_name("--dtype", "bfloat16")
-    with pytest.raises(UsageError, match="accepted: float32, bfloat16, float16"):
+    with pytest.raises(UsageError, match="accepted: fp32, bf16, fp16, float32, bfloat16, float16"):
         options.dtype_name("--dtype", "int8")
+    with pytest.raises(UsageError, match="'fp8'; accepted: fp32, bf16, fp16, tf32, float32"):
+        options.precision_name("--dtype", "fp8", "cuda")
 
 
 def test_default_dtypes_begin_with_fp32() -> None:

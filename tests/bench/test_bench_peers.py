@@ -75,3 +75,59 @@ def test_exported_peers_agree_with_torch(name: str, tmp_path: Path) -> None:
     runner = peer.build(Setup("m", model, x, torch.float32, "cpu", threads, tmp_path))
     answer = runner.read(runner.run(runner.prepare(x)))
     torch.testing.assert_close(answer, model(x).detach())
+
+
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> list[str]:
+    """Let cuDNN's calls be torch's own on the CPU, each as long as is said; return their names."""
+    from resnet_fused.backends import cudnn
+
+    calls: list[str] = []
+
+    def plain(*args: object) -> torch.Tensor:
+        calls.append("plain")
+        return torch.conv2d(*args)
+
+    def relu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *geometry: object):  # type: ignore[no-untyped-def]
+        calls.append("relu")
+        return torch.conv2d(x, weight, bias, *geometry).relu()
+
+    def add_relu(x, weight, z, alpha, bias, *geometry):  # type: ignore[no-untyped-def]
+        calls.append("add relu")
+        return (torch.conv2d(x, weight, bias, *geometry) + alpha * z).relu()
+
+    def clock(run, number, feed=None):  # type: ignore[no-untyped-def]
+        run()
+        return seconds[calls[-1]]
+
+    monkeypatch.setattr(cudnn, "available", lambda: None)
+    monkeypatch.setattr(cudnn, "supports", lambda op, *args: None)
+    monkeypatch.setattr(cudnn.F, "conv2d", plain)
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    monkeypatch.setattr("resnet_fused.bench.timing.clock_for", lambda device: clock)
+    return calls
+
+
+@pytest.mark.parametrize(("fused_s", "stem"), [(1.0, "relu"), (17.0, "plain")])
+def test_cudnn_runs_its_fused_calls_and_the_stem_as_it_is_quicker(
+    fused_s: float, stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resnet_fused.backends import cudnn, requested
+    from resnet_fused.models import create_model
+
+    before = cudnn.conv_bn_act
+    calls = on_the_cpu(monkeypatch, {"relu": fused_s, "plain": 2.0})
+    model = create_model("resnet18").eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model(x)
+        runner = peers.PEERS["cudnn"].build(Setup("m", model, x, torch.float32, "cpu", 1, tmp_path))
+        calls.clear()
+        answer = runner.run(runner.prepare(x))
+        assert calls.count("add relu") == 8  # one per block
+        assert calls[0] == stem
+        assert calls[1:].count("relu") == 8
+        assert calls[1:].count("plain") == 3  # shortcuts, which no ReLU follows
+    torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-4)
+    assert cudnn.conv_bn_act is before
+    assert requested() == "auto"

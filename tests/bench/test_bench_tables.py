@@ -38,6 +38,10 @@ def test_wrong_and_failed_runs_show_no_speed(record: Record) -> None:
     )
 
 
+def test_who_was_skipped_is_named_with_the_reason(record: Record) -> None:
+    assert "skipped: onnxruntime in 1 cases: runs float32 only" in shown(record, 120)
+
+
 def test_a_noisy_machine_is_pointed_out(record: Record, row: Callable[..., Row]) -> None:
     assert "NOISY" not in shown(record, 120)
     noisy = measure.with_speed(row("eager"), {"eager": [0.1, 0.1, 0.2, 0.2]})

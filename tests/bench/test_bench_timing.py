@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from resnet_fused.bench.timing import (
+    CHANCE,
+    LEAST_ROUNDS,
+    MIN_ROUNDS,
     Rounds,
     Spread,
     clock_for,
     elapsed_cpu,
+    finished,
     interleave,
     paired_ratio,
     rotated,
@@ -15,13 +21,13 @@ from resnet_fused.bench.timing import (
 
 
 def test_spread_interpolates() -> None:
-    assert spread([5, 1, 2, 4, 3, 6]) == Spread(3.5, 2.0, 5.0)
-    assert spread([7.0]) == Spread(7.0, 7.0, 7.0)
+    assert spread([5, 1, 2, 4, 3, 6]) == Spread(3.5, 2.0, 5.0, 6, 1.0, 6.0)
+    assert spread([7.0]) == Spread(7.0, 7.0, 7.0, 1, 7.0, 7.0)
 
 
 def test_ratio_is_paired_round_by_round() -> None:
     """A machine twice as slow in the second round leaves the ratios alone."""
-    assert paired_ratio([1.0, 2.0], [0.5, 1.0]) == Spread(2.0, 2.0, 2.0)
+    assert paired_ratio([1.0, 2.0], [0.5, 1.0]) == Spread(2.0, 2.0, 2.0, 2, 2.0, 2.0)
     with pytest.raises(ValueError):
         paired_ratio([1.0], [1.0, 2.0])
 
@@ -36,6 +42,26 @@ def test_overlap_is_mutual(other: Spread, overlap: bool) -> None:
     assert other.overlaps(here) is overlap
 
 
+@pytest.mark.parametrize("rounds", [1, 3, 4, 5, 6, 8, 10, 11, 12, 20])
+def test_equal_contenders_are_told_apart_by_chance_alone(rounds: int) -> None:
+    """With noise of 5 %: within rounds, and between two runs."""
+    draws = 1 + 0.05 * np.random.default_rng(0).standard_normal((2, 2000, rounds))
+    pairs = list(zip(*draws, strict=True))
+    differ = sum(not paired_ratio(a, b).covers(1) for a, b in pairs)
+    apart = sum(not spread(a).overlaps(spread(b)) for a, b in pairs)
+    assert max(differ, apart) <= CHANCE * len(pairs)
+
+
+def test_few_rounds_must_all_say_the_same_and_too_few_say_nothing() -> None:
+    assert not spread([1.1, 1.2, 1.3, 1.2, 1.1]).covers(1)
+    assert spread([1.1, 1.2, 1.3, 1.2, 0.99]).covers(1)
+    assert spread([2.0, 2.1, 2.0, 2.1]).covers(1)
+    assert not spread([1.2] * 10 + [0.9] * 2).covers(1)  # many may have strays
+    assert spread([5.0]).overlaps(spread([9.0]))
+    assert spread([5.0] * 3).overlaps(spread([9.0] * 3))
+    assert not spread([5.0] * 4).overlaps(spread([9.0] * 4))
+
+
 def test_rotation_lets_everyone_begin() -> None:
     turns = [rotated("abc", turn) for turn in range(4)]
     assert ["".join(turn) for turn in turns] == ["abc", "bca", "cab", "abc"]
@@ -45,6 +71,10 @@ def test_rounds_stop_at_the_budget_but_not_before_the_least() -> None:
     rounds = Rounds(least=2, most=5, seconds=10)
     assert rounds.goes_on(0, 0)
     assert rounds.goes_on(1, 100)  # over the budget, but too few to say anything
+    usual = Rounds(seconds=10)
+    assert usual.goes_on(MIN_ROUNDS - 1, 35)
+    assert not usual.goes_on(MIN_ROUNDS - 1, 40)
+    assert usual.goes_on(LEAST_ROUNDS - 1, 1000)
     assert rounds.goes_on(4, 8)
     assert not rounds.goes_on(4, 9)  # a fifth would end at 11.25 s
     assert not rounds.goes_on(5, 1)
@@ -94,3 +124,12 @@ def test_the_wall_clock_counts_per_call() -> None:
     calls: list[int] = []
     assert elapsed_cpu(lambda: calls.append(1), 5) >= 0
     assert len(calls) == 5
+
+
+def test_a_clock_that_knows_nothing_of_gpus_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("done"))
+    finished(lambda: order.append("launched"), "cuda")()
+    assert order == ["launched", "done"]
+    finished(lambda: order.append("run"), "cpu")()
+    assert order == ["launched", "done", "run"]

@@ -7,13 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from benchmarks import __main__ as command
-from benchmarks import documents, runner
+from benchmarks import documents, runner, suite
+from benchmarks.suite import Suite
 from resnet_fused.bench import measure
 from resnet_fused.bench.options import UsageError
-from resnet_fused.bench.results import OK, TRAINING, Case, Record, Row, load, save
+from resnet_fused.bench.results import (
+    BLOCK,
+    INFERENCE,
+    OK,
+    OP,
+    TRAINING,
+    Case,
+    Record,
+    Row,
+    load,
+    save,
+)
 
 
 def call(*words: object) -> Result:
@@ -29,7 +42,7 @@ def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "message"),
     [
         (["ops", "-m", "resnt50"], "--model: unknown value 'resnt50'; did you mean resnet50"),
-        (["ops", "-d", "int8"], "--dtype: unknown value 'int8'; accepted: float32"),
+        (["ops", "-d", "int8"], "--dtype: unknown value 'int8'; accepted: fp32, bf16"),
         (["ops", "-d", "tf32"], "--dtype: tf32 is a precision of NVIDIA GPUs"),
         (["ops", "-b", "0"], "--batch: '0' given"),
         (["models", "--peers", "tvm"], "--peers: unknown value 'tvm'"),
@@ -42,12 +55,19 @@ def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         (["models", "--graphs"], "--graphs: CUDA graphs need --device cuda"),
         (["blocks", "--cache", "warm"], "--cache: unknown value 'warm'; accepted: hot, fed, cold"),
         (["blocks", "--image-size", "8"], "--image-size: 8 given"),
+        (
+            ["training", "--peers", "inductor-default,onnxruntime"],
+            "--peers: onnxruntime runs inference only; accepted: inductor-default, induc",
+        ),
+        (["models", "--peers", "apex"], "--peers: apex is no peer: its Bottleneck freezes"),
+        (["training", "--cache", "fed"], "--cache: fed is nothing that training can have; accep"),
+        (["cold", "--cache", "hot"], "--cache: hot is nothing that cold can have; leave it out"),
         (["training", "--limit", "0"], "--limit: 0 given; accepted: a number above 0"),
         (["training", "--minutes", "-1"], "--minutes: -1 given"),
         (["ops", "--seconds", "0"], "--seconds: 0 given"),
         (["bn", "--seconds", "0"], "--seconds: 0 given"),
         (["bn", "-b", "0"], "--batch: '0' given"),
-        (["bn", "-d", "fp16"], "--dtype: unknown value 'float16'; did you mean bfloat16 or"),
+        (["bn", "-d", "fp16"], "--dtype: unknown value 'fp16'; did you mean"),
         (["all", "--backend", "ondnn"], "did you mean onednn"),
         (["compare", "/no/a", "/no/b"], "/no/a: No such file or directory"),
         (["report", "/no/a"], "/no/a: No such file or directory"),
@@ -83,7 +103,7 @@ def test_an_unfinished_run_is_not_written_over_unasked(record: Record, tmp_path:
 
 def test_a_regression_beyond_the_threshold_exits_with_1(record: Record, tmp_path: Path) -> None:
     slower = [
-        replace(row, img_s=replace(row.img_s, median=1.0, p20=1.0, p80=1.0)) if row.img_s else row
+        measure.with_speed(row, {row.contender: [9.0] * 5}) if row.img_s else row
         for row in record.rows
     ]
     a, b = tmp_path / "a.json", tmp_path / "b.json"
@@ -128,8 +148,9 @@ def test_a_kept_record_makes_the_table(
 def trained(record: Record) -> Record:
     """A training record: fused is faster than eager, and as fast as the peer."""
     case = Case("resnet50", "float32", 8, TRAINING)
-    seconds = {"eager": [2.0, 2.0, 2.1], "fused": [1.0, 1.1, 1.0], "fused-low": [2.0, 2.1, 2.0],
-               "inductor-default": [1.1, 1.0, 1.05]}  # fmt: skip
+    seconds = {"eager": [2.0, 2.0, 2.1, 2.0, 2.1], "fused": [1.0, 1.1, 1.0, 1.0, 1.1],
+               "fused-low": [2.0, 2.1, 2.0, 2.0, 2.1],
+               "inductor-default": [1.1, 1.0, 1.05, 1.1, 1.0]}  # fmt: skip
     memory = {"saved_mib": 651.0, "peak_mib": 1177.0}
     rows = [
         measure.with_speed(Row(case, name, OK, 12.3, 25.6, **memory), seconds) for name in seconds
@@ -200,5 +221,49 @@ def test_the_documents_name_commands_that_are_there() -> None:
     text = (root / "README.md").read_text() + (root / "CONTRIBUTING.md").read_text()
     lines = re.findall(r"python -m benchmarks ((?:\w+(?: \| )?)+)", text)
     named = {name for line in lines for name in line.split(" | ")}
-    assert named == {"ops", "blocks", "models", "training", "cold", "bn", "keep"}
+    assert named == {"ops", "blocks", "models", "training", "cold", "bn", "keep", "all"}
     assert named < known
+
+
+def begun(monkeypatch: pytest.MonkeyPatch, *words: object) -> Suite:
+    """Return what a command would run on a GPU, which is not there."""
+    found: list[Suite] = []
+    monkeypatch.setattr("resnet_fused.bench.options.usable_device", lambda option, value: value)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    monkeypatch.setattr(command, "_begin", lambda wanted, resume, more: found.append(wanted))
+    result = call(*words, "--device", "cuda")
+    assert result.exit_code == 0, result.output
+    return found[0]
+
+
+def test_the_default_suite_is_planned_to_end_within_ten_minutes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    default = begun(monkeypatch, "all", "--out", tmp_path)
+    cases = suite.plan(default)
+    assert {case.level for case in cases} == {OP, BLOCK, INFERENCE, TRAINING}
+    assert {case.batch for case in cases if case.level == INFERENCE} == {1, 256}
+    assert {case.batch for case in cases if case.level != INFERENCE} == {256}
+    assert all("cudnn" in default.contenders(c) for c in cases if c.level != TRAINING)
+    assert all(any("inductor" in n for n in default.contenders(c)) for c in cases if c.model)
+    assert 300 < suite.planned_seconds(default) < suite.DEFAULT_SUITE_S == 600
+    every = begun(monkeypatch, "all", "-m", "resnet50,resnet152", "-b", "8", "--out", tmp_path)
+    assert {case.batch for case in suite.plan(every)} == {8}
+    assert suite.planned_seconds(every) > suite.planned_seconds(default)
+
+
+def test_caches_are_those_that_a_level_can_have(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    every = begun(monkeypatch, "all", "--cache", "fed", "--out", tmp_path)
+    assert every.caches == {**suite.CACHES, INFERENCE: "fed", "pass": "fed"}
+    steps = begun(monkeypatch, "training", "--cache", "cold", "--out", tmp_path)
+    assert steps.caches[TRAINING] == "cold"
+
+
+def test_single_commands_on_a_gpu_measure_all_models(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ops = begun(monkeypatch, "ops", "--out", tmp_path)
+    assert ops.settings.models == ("resnet34", "resnet50", "resnet152")
+    assert {case.batch for case in suite.plan(ops)} == {1, 256}

@@ -106,6 +106,11 @@ def test_default_peers_are_those_installed_and_the_others_are_named(
     peers, absent = suite.peers_by_level("--peers", [], "cpu")
     assert peers[INFERENCE] == ("inductor", "onnxruntime", "eager-nchw")
     assert absent == {"openvino": "is away", "cudnn": "runs on cuda only"}
+    _, absent = suite.peers_by_level("--peers", [], "cuda")
+    assert {"apex", "cudnn-frontend"} < set(absent)
+    usual = suite.usual(suite.ALL, "cpu")
+    _, absent = suite.peers_by_level("--peers", ["inductor", "eager-nchw"], "cpu", usual)
+    assert absent == {"inductor": "in training: runs inference only"}
     every, _ = suite.peers_by_level("--peers", ["all"], "cpu")
     assert set(every[OP]) >= {"inductor-max-autotune", "onnxruntime"}
     assert set(suite.peers_by_level("--peers", ["none"], "cpu")[0].values()) == {()}
@@ -204,23 +209,53 @@ def test_a_cold_start_tells_its_stages(small: Suite, tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """With the new process's work done in this one: the first import of torch is not repeated."""
     commands: list[list[str]] = []
+    folders: list[list[Path]] = []
 
     class Finished:
         returncode, stderr = 0, ""
 
         def __init__(self, command: list[str], **options: object) -> None:
             commands.append(command)
+            folders.append(list(Path(command[-1]).iterdir()))
             self.stdout = "a word from a library\n" + json.dumps(cold._start(*command[3:]))
 
     monkeypatch.setattr(cold.subprocess, "run", Finished)
     case = Case(NAME, "float32", 1, COLD)
     rows = levels.run_case(small, case, ("eager", "frozen"), None, tmp_path, watch=Watch())
     assert [command[1:3] for command in commands] == [["-m", "benchmarks.cold"]] * 4
+    assert folders == [[]] * 4
+    assert len({command[-1] for command in commands}) == 4
     for row in rows:
         assert row.verdict == OK
         assert list(row.stages) == list(cold.STAGES)
         assert len(row.seconds) == 2
         assert row.img_s is not None
+
+
+def test_each_cold_start_exports_for_itself(small: Suite, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Or the second of two contenders that read ONNX files would find the first one's."""
+    scratches: list[Path] = []
+
+    def exporting(setup: contenders.Setup) -> contenders.Runner:
+        assert not list(setup.scratch.iterdir())
+        scratches.append(setup.scratch)
+        (setup.scratch / "model.onnx").write_text("")
+        return contenders.eager(setup)
+
+    class Finished:
+        returncode, stderr = 0, ""
+
+        def __init__(self, command: list[str], **options: object) -> None:
+            self.stdout = json.dumps(cold._start(*command[3:]))
+
+    monkeypatch.setattr(cold.subprocess, "run", Finished)
+    monkeypatch.setattr("resnet_fused.bench.measure.OWN",
+                        {"eager": contenders.eager, "a": exporting, "b": exporting})  # fmt: skip
+    case = Case(NAME, "float32", 1, COLD)
+    rows = levels.run_case(small, case, ("a", "b"), None, tmp_path, watch=Watch())
+    assert [row.verdict for row in rows] == [OK, OK], rows
+    assert len(set(scratches)) == 4
 
 
 @pytest.mark.parametrize(
@@ -248,3 +283,13 @@ def test_the_exact_gradient_is_that_of_the_repeated_images(small: Suite) -> None
     repeated, alone = training._exact(network, 4), training._exact(network, 2)
     assert float((repeated - alone).norm() / alone.norm()) < 1e-10
     assert math.isfinite(float(alone.norm()))
+
+
+def test_pytest_benchmarks_draw_where_the_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import test_ops
+
+    names = ("cpu", "onednn", "cuda", "triton", "cudnn", "reference")
+    assert {test_ops.device_of(name) for name in names} == {"cpu"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = [test_ops.device_of(name) for name in names]
+    assert found == ["cpu", "cpu", "cuda", "cuda", "cuda", "cuda"]

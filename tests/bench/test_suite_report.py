@@ -104,6 +104,16 @@ def test_the_csv_has_every_row_in_plain_units(whole: Record) -> None:
     assert float(op["p50_s"]) == pytest.approx(0.02)
     assert float(op["img_s"]) == pytest.approx(100)
     assert op["layer"] == "64x56x56 3x3 to 64 relu"
+    assert op["uses"] == "resnet50:3"
+    assert rows[0]["uses"] == ""
+
+
+def test_an_image_size_that_is_not_the_usual_one_is_said(whole: Record) -> None:
+    small = replace(whole, conditions={**whole.conditions, "image_size": 64})
+    assert "images of 64x64" in page.html(small, [], [], [])
+    assert "images of 64x64" in report.markdown(small)
+    usual = replace(whole, conditions={**whole.conditions, "image_size": 224})
+    assert "images of" not in report.markdown(usual)
 
 
 def test_the_terminal_shows_every_level_and_what_is_absent(whole: Record) -> None:

@@ -83,13 +83,15 @@ def verdicts(record: Record, case: Case) -> dict[str, str]:
     return {row.contender: row.verdict for row in record.rows if row.case == case}
 
 
-def test_every_case_is_saved_when_it_is_done(suite: Suite) -> None:
+def test_every_case_is_saved_when_it_is_done(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resnet_fused.env.clocks", lambda: {"clocks.sm": "1980 MHz"})
     saved: list[Record] = []
     worker = Scripted()
     record = run(suite, worker, saved=saved)
     assert [len(r.rows) for r in saved] == [3, 6, 9, 12]
     assert [r.conditions.get(runner.UNFINISHED) for r in saved] == [3, 2, 1, None]
     assert record.conditions["peaks"] == PEAKS.to_dict()
+    assert record.conditions["clocks_after"] == {"clocks.sm": "1980 MHz"}
     assert worker.closed
 
 
@@ -135,6 +137,28 @@ def test_a_contender_that_crashes_costs_nobody_else_the_case(suite: Suite) -> No
     lost = next(row for row in record.rows if row.verdict == CRASHED)
     assert lost.note == "ended by SIGSEGV while building fused"
     assert lost.gmacs == 1.0
+
+
+def test_each_turn_of_cold_starts_has_the_limit(suite: Suite) -> None:
+    """Four starts of a contender that compiles last longer than any other case."""
+    case = Case("resnet18", "float32", 1)
+    assert suite.limit_of(case) == suite.limit
+    assert suite.limit_of(replace(case, level="cold")) == suite.settings.rounds * suite.limit
+    usual = replace(suite, settings=replace(suite.settings, rounds=None))
+    assert usual.limit_of(replace(case, level="cold")) == 4 * suite.limit
+
+
+def test_a_gpu_that_is_lost_costs_the_guilty_alone(suite: Suite) -> None:
+    def losing(case: Case, names: tuple[str, ...]) -> Any:
+        if "fused" in names and case.batch == 1:
+            return Lost(False, None, Step("building fused", "fused"), "CUDA error: illegal access")
+        return fine(case, names)
+
+    record = run(suite, Scripted(losing))
+    found = verdicts(record, Case("resnet18", "float32", 1))
+    assert found == {"eager": OK, "fused": CRASHED, "frozen": OK}
+    lost = next(row for row in record.rows if row.verdict == CRASHED)
+    assert lost.note == "CUDA error: illegal access while building fused"
 
 
 def test_a_hang_in_the_rounds_costs_its_case_and_the_run_goes_on(suite: Suite) -> None:
@@ -202,6 +226,18 @@ def test_peaks_that_cannot_be_measured_end_the_run(suite: Suite) -> None:
     worker.call = lambda *args, **options: Lost(False, 1, None)  # type: ignore[method-assign]
     with pytest.raises(UsageError, match="peaks could not be measured: ended with exit code 1"):
         run(suite, worker)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("packages", {"jax": "2"}), ("driver", "2"), ("cuda", "14"), ("cudnn", 9), ("rounds", 3),
+     ("seconds", {"op": 9.0})],
+)  # fmt: skip
+def test_another_library_or_another_effort_is_another_run(name: str, other: object) -> None:
+    said = {"packages": {"jax": "1"}, "driver": "1", "cuda": "13", "cudnn": 8, "rounds": None,
+            "seconds": {"op": 0.5}}  # fmt: skip
+    with pytest.raises(UsageError, match=f"another {name}"):
+        runner.resumed(Record(said, []), {**said, name: other}, Path("x.json"))
 
 
 def test_a_run_goes_on_under_the_same_conditions_only() -> None:

@@ -31,6 +31,15 @@ def hang(*, watch: Teller) -> None:
     time.sleep(600)
 
 
+def lose_the_gpu(*, watch: Teller) -> None:
+    watch.doing("building fused", contender="fused")
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\nand a long tail")
+
+
+def process(*, watch: Teller) -> int:
+    return os.getpid()
+
+
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Worker]:
     made = Worker()
@@ -73,3 +82,19 @@ def test_a_hang_is_ended_at_its_limit(worker: Worker) -> None:
     assert time.monotonic() - begin < 30
     assert isinstance(lost, Lost)
     assert str(lost) == "gave no result within its limit while building frozen"
+
+
+def test_a_process_without_its_gpu_is_replaced(worker: Worker) -> None:
+    """It would live and answer, and fail in every case from then on."""
+    before = worker.call(process, limit=60)
+    lost = worker.call(lose_the_gpu, limit=60)
+    assert isinstance(lost, Lost)
+    assert not lost.killed
+    assert lost.step is not None
+    assert lost.step.contender == "fused"
+    assert str(lost) == (
+        "RuntimeError: CUDA error: an illegal memory access was encountered while building fused"
+    )
+    after = worker.call(process, limit=60)
+    assert isinstance(after, Done)
+    assert after != before

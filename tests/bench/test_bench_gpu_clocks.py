@@ -1,0 +1,111 @@
+"""What the suite does with torch.cuda, on stand-ins on the CPU: graphs of contenders, clocks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1] / "engine"))
+
+from fake_cuda import Graph, Recording
+
+from benchmarks import graphs
+from resnet_fused.bench import contenders, timing
+from resnet_fused.bench.contenders import Setup
+from resnet_fused.tuning.measure import CudaClock
+
+
+class Stream:
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+
+@contextmanager
+def on(stream: Stream) -> Iterator[None]:
+    yield
+
+
+@pytest.fixture
+def graphed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, stand_in in (
+        ("Stream", Stream), ("current_stream", Stream), ("stream", on), ("CUDAGraph", Graph),
+        ("graph", Recording),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+@pytest.mark.usefixtures("graphed")
+def test_a_captured_contender_replays_what_it_recorded_on_each_new_input(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    x, other = torch.randn(2, 2, 3, 8, 8)
+    calls: list[int] = []
+
+    def counted(setup: Setup) -> contenders.Runner:
+        right = contenders.eager(setup)
+
+        def run(given: torch.Tensor) -> object:
+            calls.append(1)
+            return right.run(given)
+
+        return right._replace(run=run)
+
+    setup = Setup("m", model, x, torch.float32, "cpu", 1, tmp_path)
+    with torch.inference_mode():
+        runner = graphs.captured(counted)(setup)
+        assert len(calls) == graphs.WARM_UP + 1
+        for images in (x, other):
+            answer = runner.read(runner.run(runner.prepare(images)))
+            torch.testing.assert_close(answer, model(images))
+        first = runner.prepare(x)
+        assert runner.prepare(other) is first  # the one that the graph reads
+    assert len(calls) == graphs.WARM_UP + 1
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens on the device, in order; two events are always six milliseconds apart."""
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("event")
+
+        def synchronize(self) -> None:
+            happened.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 6.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
+    return happened
+
+
+def test_events_stand_around_the_calls_alone(order: list[str]) -> None:
+    assert timing.elapsed_cuda(lambda: order.append("call"), 3) == pytest.approx(0.002)
+    assert order == ["wait", "event", "call", "call", "call", "event", "wait"]
+
+
+def test_emptied_caches_are_fed_before_the_clock_runs(
+    order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = SimpleNamespace(L2_cache_size=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
+    clock = CudaClock(torch.device("cpu"))
+    assert clock._flush.nbytes == 2**28  # a smaller one would be filled before the call came
+    clock._flush = SimpleNamespace(zero_=lambda: order.append("flush"))
+    monkeypatch.setattr(timing, "CudaClock", lambda device: clock)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    emptied = timing.clock_for("cuda", emptied=True)
+    assert emptied(lambda: order.append("call"), 1, lambda: order.append("feed")) == 0.006
+    assert order == ["flush", "feed", "event", "call", "event", "wait"]
