@@ -73,9 +73,9 @@ def test_case(benchmark: Any, case: Case, name: str, tmp_path: Path) -> None:
     network, setup, contenders, _ = levels.prepare(_suite(), case, tmp_path)
     with measure.precision(case.dtype):
         if case.level == TRAINING:
-            turn = 0.0
+            turn, exact = 0.0, training.exact_gradient(network, case.batch)
             for who in dict.fromkeys((REFERENCE, name)):
-                row, step = training.enter(who, contenders[who], network, case, setup, turn)
+                row, step = training.enter(who, contenders[who], network, case, setup, exact, turn)
                 turn = row.error or 0.0
             assert row.verdict == OK, row.note
             benchmark(timing.finished(step, setup.device))

@@ -4,10 +4,13 @@ All train the same network by SGD with momentum; bfloat16 and float16 are under 
 with a scaled loss. Before anything is timed, each gradient is held against float64: it may turn
 from it twice as far as eager's. (Gradients of a deep network with random weights turn far from it
 in 16 bits, in any framework.)
+
+On a CPU each trains in a process of its own, and they take turns step by step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +36,14 @@ HALVINGS = 17
 
 #: Makes ready to train a network that is the caller's own, so that its parameters stay the same.
 Prepare = Callable[[nn.Module], Callable[[Tensor], Tensor]]
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
 OWN: Mapping[str, Prepare] = {
-    REFERENCE: lambda model: model,
+    REFERENCE: _as_it_is,
     FUSED: functools.partial(rf.fuse, inplace=True),
     FUSED_LOW: functools.partial(rf.fuse, inplace=True, memory="low"),
 }
@@ -43,7 +52,7 @@ PEERS: Mapping[str, Prepare] = {
     "inductor-max-autotune": functools.partial(
         torch.compile, dynamic=False, mode="max-autotune-no-cudagraphs"
     ),
-    "eager-nchw": lambda model: model,  # in its layout by `_trainer`
+    "eager-nchw": _as_it_is,  # in its layout by `_trainer`
 }
 
 
@@ -123,16 +132,23 @@ def run_case(
     network: Network, case: Case, setup: Setup, method: measure.Method, watch: Watch
 ) -> list[Row]:
     """Return a row per contender: images a second, memory at its highest, bytes kept."""
-    eager_turn = 0.0
+    from benchmarks.apart import Apart
 
-    def entered(name: str, prepare: Prepare) -> tuple[Row, Trainer]:
+    eager_turn, exact = 0.0, exact_gradient(network, case.batch)
+
+    def entered(name: str, prepare: Prepare) -> tuple[Row, Callable[[], None]]:
         nonlocal eager_turn
-        row, trainer = enter(name, prepare, network, case, setup, eager_turn)
+        asked = (name, prepare, network, case, setup, exact, eager_turn)
+        if setup.device == "cpu":
+            step: Callable[[], None] = (apart := processes.enter_context(Apart()))
+            row = apart.enter(*asked)
+        else:
+            row, step = enter(*asked)
         if name == REFERENCE:
             eager_turn = row.error or 0.0
-        return row, trainer
+        return row, step
 
-    with measure.precision(case.dtype):
+    with measure.precision(case.dtype), contextlib.ExitStack() as processes:
         return measure.run_entered(
             case, method, entered, functools.partial(_row, network, case), watch
         )
@@ -144,7 +160,13 @@ def _row(network: Network, case: Case, name: str) -> Row:
 
 
 def enter(
-    name: str, prepare: Prepare, network: Network, case: Case, setup: Setup, eager_turn: float
+    name: str,
+    prepare: Prepare,
+    network: Network,
+    case: Case,
+    setup: Setup,
+    exact: Tensor,
+    eager_turn: float,
 ) -> tuple[Row, Trainer]:
     """Check the gradient, then take a step for its memory."""
     meter = memory.meter_for(setup.device)
@@ -154,7 +176,6 @@ def enter(
     meter.restart()
     trainer()
     peak, saved = memory.growth_mib(before, meter.peak()), trainer.saved_mib()
-    exact = _exact(network, CHECKED if case.batch % CHECKED == 0 else case.batch)
     check = check_batch(network.checked, case.batch)
     checked = _trainer(name, prepare, network.model, setup, check)
     turn = 1 - gradient_metrics(checked.gradient(), exact).cosine
@@ -178,12 +199,16 @@ def _targets(size: int) -> Tensor:
     return check_batch(torch.tensor([2, 7]), size)
 
 
-@functools.lru_cache(maxsize=1)
-def _exact(network: Network, size: int) -> Tensor:
-    """Return the float64 gradient on the images whose answers are known, repeated to `size`.
+def exact_gradient(network: Network, batch: int) -> Tensor:
+    """Return the float64 gradient on the images whose answers are known, repeated to `batch`.
 
     A batch that repeats them evenly has the same statistics and the same gradient as they alone.
     """
+    return _exact(network, CHECKED if batch % CHECKED == 0 else batch)
+
+
+@functools.lru_cache(maxsize=1)
+def _exact(network: Network, size: int) -> Tensor:
     twin = copy.deepcopy(network.model).cpu().double().train()
     x = check_batch(network.checked, size).double()
     return Trainer(twin, x, _targets(size), torch.float64).gradient()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -157,7 +158,9 @@ def test_a_model_is_right_and_has_a_bound(small: Suite, tmp_path: Path) -> None:
 
 def test_training_is_held_to_the_gradient_and_keeps_less(small: Suite, tmp_path: Path) -> None:
     case = Case(NAME, "float32", 2, TRAINING)
-    rows = levels.run_case(small, case, ("eager", "fused"), None, tmp_path, watch=Watch())
+    # By name, as maps this small are left to torch.
+    asked = replace(small, settings=replace(small.settings, backend="reference"))
+    rows = levels.run_case(asked, case, ("eager", "fused"), None, tmp_path, watch=Watch())
     eager, fused = rows
     assert [eager.verdict, fused.verdict] == [OK, OK], (eager.note, fused.note)
     assert eager.saved_mib is not None
@@ -182,10 +185,33 @@ def test_a_float16_gradient_that_overflows_is_computed_again_with_less_scale() -
     assert float((low - exact).norm() / exact.norm()) < 0.05
 
 
+def not_a_number(model: torch.nn.Module) -> object:
+    return lambda x: torch.nan * model(x)
+
+
+def turned(model: torch.nn.Module) -> object:
+    return lambda x: -model(x)
+
+
+def ending(model: torch.nn.Module) -> object:
+    os._exit(3)
+
+
+def test_each_trains_in_a_process_of_its_own(
+    small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that one that ends it costs no other its rows."""
+    monkeypatch.setattr(training, "OWN", {**training.OWN, "fused": ending})
+    case = Case(NAME, "float32", 2, TRAINING)
+    eager, fused = levels.run_case(small, case, ("eager", "fused"), None, tmp_path, watch=Watch())
+    assert eager.verdict == OK
+    assert (fused.verdict, fused.note) == (FAILED, "RuntimeError: ended with exit code 3")
+
+
 def test_a_gradient_that_is_not_finite_is_recorded(
     small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "OWN", {"eager": lambda model: lambda x: torch.nan * model(x)})
+    monkeypatch.setattr(training, "OWN", {"eager": not_a_number})
     case = Case(NAME, "float32", 2, TRAINING)
     (row,) = levels.run_case(small, case, ("eager",), None, tmp_path, watch=Watch())
     assert row.verdict == "WRONG"
@@ -195,9 +221,6 @@ def test_a_gradient_that_is_not_finite_is_recorded(
 def test_a_wrong_gradient_has_no_speed(
     small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def turned(model: torch.nn.Module) -> object:
-        return lambda x: -model(x)
-
     monkeypatch.setattr(training, "OWN", {**training.OWN, "fused": turned})
     case = Case(NAME, "float32", 2, TRAINING)
     _, fused = levels.run_case(small, case, ("eager", "fused"), None, tmp_path, watch=Watch())
