@@ -235,6 +235,10 @@ def bn_update_stats(
         v.dtype == torch.float32 and v.is_cpu and v.shape == shape and v.is_contiguous()
         for v in vectors
     )
+    if tracked is not None:
+        # The kernel adds to 8 bytes; of another dtype, torch counts.
+        counts = tracked.dtype == torch.int64 and tracked.is_cpu and tracked.numel() == 1
+        plain = plain and counts
     if momentum is None or not plain:
         _bn_math.bn_update_stats(running_mean, running_var, tracked, mean, var, count, momentum)
         return
