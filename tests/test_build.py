@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def setup(*command: str, **environment: str) -> subprocess.CompletedProcess:
+def setup(*command: str, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     pytest.importorskip("setuptools")
     return subprocess.run(
         [sys.executable, "setup.py", *command],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+        cwd=root, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
@@ -39,6 +40,24 @@ def test_without_a_compiler_it_is_pure_python(compiler, tmp_path):
     assert "pure Python, no native kernels" in done.stdout
     assert list(tmp_path.rglob("resnet_fused/__init__.py"))
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_source_distribution_made_without_a_compiler_builds(tmp_path):
+    """It holds what a machine with a compiler needs, and what setup.py itself reads."""
+    command = ["--quiet", "egg_info", "--egg-base", str(tmp_path), "sdist"]
+    done = setup(*command, "--dist-dir", str(tmp_path), CXX="false")
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (source,) = (path.parent for path in tmp_path.glob("*/setup.py"))
+    needed = [p.relative_to(ROOT) for p in ROOT.glob("csrc/**/*.*") if p.suffix != ".pyc"]
+    assert len(needed) > 50
+    assert not [path for path in needed if not (source / path).is_file()]
+    assert not list(source.rglob("*.pyc"))
+    done = setup("--quiet", "build", CXX="false", root=source)
+    assert done.returncode == 0, done.stderr
+    assert list(source.glob("build/lib*/resnet_fused/__init__.py"))
 
 
 def test_the_build_never_asks_for_torch():
