@@ -30,7 +30,7 @@ from resnet_fused.backends._training_ops import (
 from resnet_fused.backends._training_ops import max_pool_backward as max_pool_backward
 from resnet_fused.backends.native import DTYPE_NAMES, as_vector
 
-ADVICE = "Build the extension with a C++17 compiler: `pip install .` in the source of resnet_fused"
+ADVICE = "Build the extension with GCC from 10 on: `pip install .` in the source of resnet_fused"
 
 #: Dtypes in which a fused training step is no slower than torch's, for convolutions with at least
 #: so many values in their result: each costs some 0.2 ms more in Python than torch's own layers.
