@@ -77,7 +77,8 @@ void register_pool_head(py::module_& m) {
         py::arg("scratch"), py::arg("scratch_bytes"), py::arg("dtype"), py::arg("n"), py::arg("hw"),
         py::arg("c"), py::arg("classes"),
         "y = mean(x over hw) weight^T + bias. x (n, hw, c), weight (classes, c), bias (classes) or 0,\n"
-        "y (n, classes), all in dtype; scratch takes 4 * n * c bytes. Sums in float32.\n"
+        "y (n, classes), all in dtype; scratch takes 4 * n * c bytes. Sums in float32, the\n"
+        "means between them in dtype.\n"
         "y and scratch lie apart from all else.");
 }
 

