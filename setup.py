@@ -39,14 +39,15 @@ def sources(plan: Plan, root: Path = ROOT) -> list[Path]:
     return found
 
 
-def ninja_file(plan: Plan, cxx: list[str], linker: list[str], target: Path, root: Path) -> str:
+def ninja_file(
+    plan: Plan, cxx: list[str], includes: list[str], linker: list[str], target: Path, root: Path
+) -> str:
     """Return the build as ninja reads it: one edge per source, its headers known by a depfile."""
-    rules = {"cxx": [*cxx, *CXX_FLAGS, *build_plan.includes(), "-MMD", "-MF"]}
+    rules = {"cxx": [*cxx, *CXX_FLAGS, *includes, "-MMD", "-MF"]}
     if plan.nvcc:
         nvcc = [plan.nvcc.path, *build_plan.host_compiler()]
         rules["nvcc"] = [*nvcc, *NVCC_FLAGS, "-MD", "-MF"]
-        static = ["-shared", "-cudart", "static", "-forward-unknown-to-host-compiler"]
-        linker = [*nvcc, *static, *(word for word in linker if word.startswith("-"))]
+        linker = [*nvcc, *build_plan.NVCC_LINK, *(word for word in linker if word.startswith("-"))]
     lines = []
     for name, command in rules.items():
         lines += [f"rule {name}", "  deps = gcc", "  depfile = $out.d"]
@@ -100,8 +101,10 @@ class BuildExt(build_ext):
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name))
-        compilers = self.compiler.compiler_so_cxx, self.compiler.linker_so_cxx
-        (folder / "build.ninja").write_text(ninja_file(self.plan, *compilers, target, ROOT))
+        compiler, linker = self.compiler.compiler_so_cxx, self.compiler.linker_so_cxx
+        includes = build_plan.lasting_includes(folder)
+        text = ninja_file(self.plan, compiler, includes, linker, target, ROOT)
+        (folder / "build.ninja").write_text(text)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "--quiet", *jobs]
         if subprocess.run(command).returncode:
@@ -115,8 +118,7 @@ if __name__ == "__main__":
         print(f"resnet_fused: pure Python, no native kernels: {fault}")
         setup()
     else:
-        # All files, whatever the plan compiles: a source distribution holds them too.
-        files = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*.*"))]
-        files = [name for name in files if "__pycache__" not in name]
-        extension = Extension("resnet_fused._C", files)
+        # What it is made of is for the plan to say, and what a source distribution holds for
+        # MANIFEST.in, which is read without a compiler too.
+        extension = Extension("resnet_fused._C", [])
         setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})

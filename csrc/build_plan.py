@@ -20,14 +20,54 @@ LEAST_CUTLASS = (4, 2)  # the one the kernels were written for
 LEAST_ARCH = 80
 #: Ampere, Hopper with its wgmma, Blackwell; PTX of the newest for what comes after.
 DEFAULT_ARCHS = "8.0;9.0a;10.0+PTX"
+#: What torch.utils.cpp_extension reads names in TORCH_CUDA_ARCH_LIST as.
+NAMED_ARCHS = {
+    "Kepler": "3.5+PTX",
+    "Kepler+Tesla": "3.7",
+    "Maxwell": "5.0 5.2+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Pascal": "6.0 6.1+PTX",
+    "Volta": "7.0+PTX",
+    "Volta+Tegra": "7.2",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0 8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0 10.3 12.0 12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}
+#: What a C++ compiler is tried with: OpenMP, and for each instruction set the pragma and one
+#: intrinsic of its kernels. Clang ignores the pragmas, GCC before 10 does not know the last.
+CXX_PROBE = """
+#include <Python.h>
+#include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC target("avx2,fma")
+__m256 avx2(__m256 v) { return _mm256_fmadd_ps(v, v, v); }
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
+__m512 avx512(__m512 v) { return _mm512_maskz_mov_ps(1, v); }
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+__m512 bf16(__m512 v, __m512bh w) { return _mm512_dpbf16_ps(v, w, w); }
+#endif
+int threads() { return omp_get_max_threads(); }
+"""
+#: What nvcc is tried with, linked as the extension is.
+NVCC_PROBE = """
+#include <cuda_bf16.h>
+__global__ void kernel() {}
+int run() { kernel<<<1, 1>>>(); return cudaGetLastError(); }
+"""
+NVCC_LINK = ["-shared", "-cudart", "static", "-forward-unknown-to-host-compiler"]
 
 
 class Nvcc(NamedTuple):
-    """A CUDA compiler: its path, its version, and the architectures it knows."""
+    """A CUDA compiler: its path, its version, and the architectures it knows, such as "90a"."""
 
     path: str
     version: tuple[int, int]
-    archs: frozenset[int]
+    archs: frozenset[str]
 
     def __str__(self) -> str:
         return f"nvcc {self.version[0]}.{self.version[1]}"
@@ -102,32 +142,54 @@ def architectures(asked: str | None, nvcc: Nvcc) -> tuple[tuple[str, ...], tuple
     """Return the architectures to build for, and notes on those left out.
 
     What these kernels cannot run on is left out. What nvcc does not know is an error if it was
-    asked for, in the syntax of TORCH_CUDA_ARCH_LIST: 8.0, 9.0a, 10.0+PTX, between spaces or
-    semicolons.
+    asked for by number, in the syntax of TORCH_CUDA_ARCH_LIST: 8.0, 9.0a, 10.0+PTX or a name of
+    NAMED_ARCHS, between spaces or semicolons.
     """
     archs, notes = [], []
-    for entry in re.split(r"[;\s]+", (asked or DEFAULT_ARCHS).strip("; \t\n")):
+    entries = re.split(r"[;\s]+", (asked or DEFAULT_ARCHS).strip("; \t\n"))
+    if entries == [""]:
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST={asked!r} names no architecture; unset it to build for "
+            f"{DEFAULT_ARCHS!r}, or write such numbers"
+        )
+    by_number = asked and {entry for entry in entries if entry not in NAMED_ARCHS}
+    for entry in " ".join(NAMED_ARCHS.get(entry, entry) for entry in entries).split():
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if entry == "native":
+            raise SystemExit(
+                "TORCH_CUDA_ARCH_LIST: 'native' would ask a GPU, which a build here never does; "
+                "write its compute capability, such as 9.0a for an H100 "
+                "(nvidia-smi --query-gpu=compute_cap --format=csv)"
+            )
         if not match:
             raise SystemExit(
                 f"TORCH_CUDA_ARCH_LIST: {entry!r} is not an architecture; expected numbers such as "
-                f"{DEFAULT_ARCHS!r}, between spaces or semicolons"
+                f"{DEFAULT_ARCHS!r} or names such as Ampere, between spaces or semicolons"
             )
-        number = int(match[1] + match[2])
+        number, arch = int(match[1] + match[2]), match[1] + match[2] + match[3]
         if number < LEAST_ARCH:
             notes.append(f"no kernels for {entry}, as they need 8.0")
-        elif number in nvcc.archs:
-            archs.append(f"{number}{match[3]}{match[4] or ''}")
-        elif asked:
-            known = " ".join(f"{n / 10:.1f}" for n in sorted(nvcc.archs) if n >= LEAST_ARCH)
+        elif arch in nvcc.archs:
+            archs.append(arch + (match[4] or ""))
+        elif by_number and entry in by_number:
             raise SystemExit(
-                f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {entry!r}; it knows {known}"
+                f"TORCH_CUDA_ARCH_LIST: {nvcc} does not know {entry!r}; it knows {known(nvcc)}"
             )
         else:
             notes.append(f"no kernels for {entry}, which {nvcc} does not know")
     if not archs:
         raise SystemExit(f"TORCH_CUDA_ARCH_LIST={asked!r}: {'; '.join(notes)}; add one from 8.0 on")
     return tuple(dict.fromkeys(archs)), tuple(notes)
+
+
+def known(nvcc: Nvcc) -> str:
+    """Return the architectures that the kernels run on and ``nvcc`` knows, as one asks for them."""
+    numbers = sorted((int(arch.rstrip("af")), arch) for arch in nvcc.archs)
+    return " ".join(
+        f"{number // 10}.{number % 10}{arch.lstrip('0123456789')}"
+        for number, arch in numbers
+        if number >= LEAST_ARCH
+    )
 
 
 def gencode(archs: tuple[str, ...]) -> list[str]:
@@ -156,24 +218,28 @@ def find_nvcc(environment: Mapping[str, str]) -> Nvcc | str:
     if path is None:
         return "no nvcc in CUDA_HOME/bin, on PATH or in /usr/local/cuda/bin"
     try:
-        version, archs = (
+        # The list has no suffixes; the help names every value of its options.
+        version, archs, values = (
             subprocess.run([path, option], capture_output=True, text=True, check=True).stdout
-            for option in ("--version", "--list-gpu-arch")
+            for option in ("--version", "--list-gpu-arch", "--help")
         )
     except (OSError, subprocess.CalledProcessError) as error:
         return f"{path} does not run: {error}"
     release = re.search(r"release (\d+)\.(\d+)", version)
     if release is None:
         return f"{path} --version names no release"
-    known = frozenset(int(number) for number in re.findall(r"compute_(\d+)", archs))
-    return Nvcc(path, (int(release[1]), int(release[2])), known)
+    found = re.findall(r"compute_(\d+)", archs) + re.findall(r"compute_(\d+[af])\b", values)
+    return Nvcc(path, (int(release[1]), int(release[2])), frozenset(found))
 
 
 def find_cutlass(environment: Mapping[str, str]) -> Path | str:
     """Return the folder that holds CUTLASS's ``include``, or why there is none."""
     roots = [Path(environment["CUTLASS_PATH"])] if environment.get("CUTLASS_PATH") else []
     spec = importlib.util.find_spec("cutlass_library")  # found, not imported
-    roots += [Path(p, "source") for p in (spec and spec.submodule_search_locations) or ()]
+    packages = list((spec and spec.submodule_search_locations) or ())
+    # pip's isolated builds run the interpreter that is installed into, with its packages hidden.
+    packages += [f"{sysconfig.get_path(p)}/cutlass_library" for p in ("purelib", "platlib")]
+    roots += [Path(p, "source") for p in packages]
     root = next((r for r in roots if (r / "include/cutlass/version.h").is_file()), None)
     if root is None:
         return "no CUTLASS headers in CUTLASS_PATH or the package nvidia-cutlass"
@@ -192,24 +258,30 @@ def cxx_fault() -> str | None:
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
     cxx = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
-    program = "#include <Python.h>\n#include <omp.h>\nint f() { return omp_get_max_threads(); }\n"
-    fault = probe([*cxx, "-std=c++17", "-fopenmp", *includes()], ".cpp", program)
-    return f"{cxx[0]} cannot compile C++17 with OpenMP ({fault})" if fault else None
+    command = [*cxx, "-std=c++17", "-fopenmp", "-shared", "-fPIC", *includes()]
+    fault = probe(command, ".cpp", CXX_PROBE)
+    if not fault:
+        return None
+    return f"{cxx[0]} cannot compile C++17 with OpenMP and GCC's target pragmas ({fault})"
 
 
 def nvcc_fault(nvcc: Nvcc) -> str | None:
-    """Return why ``nvcc`` compiles nothing here, or None."""
-    fault = probe([nvcc.path, *host_compiler()], ".cu", "#include <cuda_bf16.h>\n")
-    advice = "set CXX to a C++ compiler it accepts, and see that the CUDA headers are installed"
-    return f"{nvcc} cannot compile here ({fault}); {advice}" if fault else None
+    """Return why ``nvcc`` compiles or links nothing here, or None."""
+    command = [nvcc.path, *host_compiler(), *NVCC_LINK, "-Xcompiler", "-fPIC"]
+    fault = probe(command, ".cu", NVCC_PROBE)
+    advice = (
+        "set CXX to a C++ compiler it accepts, and see that the CUDA headers and the static "
+        "runtime are installed"
+    )
+    return f"{nvcc} cannot build here ({fault}); {advice}" if fault else None
 
 
 def probe(compiler: list[str], suffix: str, program: str) -> str | None:
-    """Return the first error that the compiler finds in ``program``, or None."""
+    """Return the first error of the compiler, or of its linker, with ``program``, or None."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe" + suffix)
         source.write_text(program)
-        command = [*compiler, "-c", str(source), "-o", str(source) + ".o"]
+        command = [*compiler, str(source), "-o", str(source) + ".so"]
         try:
             done = subprocess.run(command, capture_output=True, text=True)
         except OSError as error:
@@ -217,7 +289,7 @@ def probe(compiler: list[str], suffix: str, program: str) -> str | None:
     if done.returncode == 0:
         return None
     said = (done.stderr + done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-    return next((line for line in said if "error" in line), said[0]).strip()
+    return next((x for x in said if "error" in x or "cannot find" in x), said[0]).strip()
 
 
 def host_compiler() -> list[str]:
@@ -231,3 +303,19 @@ def includes() -> list[str]:
     import pybind11
 
     return [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
+
+
+def lasting_includes(folder: Path) -> list[str]:
+    """Return :func:`includes` by paths that are the same in the next build.
+
+    An isolated build has pybind11 in an environment of its own, whose path would be in each
+    command and whose files are new each time. So it is reached by a link with the version in its
+    name, as a system's headers, of which no command is compiled again.
+    """
+    import pybind11
+
+    python, _ = includes()
+    link = folder / f"pybind11-{pybind11.__version__}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(pybind11.get_include())
+    return [python, f"-isystem{link}"]

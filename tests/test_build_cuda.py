@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,8 @@ sys.path.append(str(ROOT / "csrc"))
 import build_plan
 from build_plan import Nvcc, Tools, decide
 
-NEW = Nvcc("/opt/cuda/bin/nvcc", (13, 0), frozenset({75, 80, 86, 89, 90, 100, 120}))
+KNOWN = "75 80 86 89 90 90a 100 100a 100f 103 120 121"
+NEW = Nvcc("/opt/cuda/bin/nvcc", (13, 0), frozenset(KNOWN.split()))
 NO_NVCC = "no nvcc anywhere"
 CUTLASS = Path("/opt/cutlass")
 NO_CUTLASS = "no headers anywhere"
@@ -73,6 +73,10 @@ def test_switched_off(nvcc):
         (" 8.9+PTX; ", ("89+PTX",)),
         ("7.5 8.0 12.0+PTX", ("80", "120+PTX")),
         ("10.0f", ("100f",)),
+        ("Ampere", ("80", "86+PTX")),
+        ("Ada;Hopper 9.0a", ("89+PTX", "90+PTX", "90a")),
+        ("Turing Blackwell", ("100", "103", "120", "121+PTX")),
+        ("Ampere+Tegra Ada", ("89+PTX",)),  # what nvcc does not know of a name is left out
     ],
 )
 def test_architectures(text, archs):
@@ -82,11 +86,18 @@ def test_architectures(text, archs):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("Hopper", "'Hopper' is not an architecture; expected numbers such as '8.0;9.0a;10.0"),
+        ("hopper", "'hopper' is not an architecture; expected numbers such as '8.0;9.0a;10.0"),
+        ("native", "'native' would ask a GPU, which a build here never does; write its compute"),
+        (" ", "' ' names no architecture; unset it to build for '8.0;9.0a;10.0+PTX'"),
+        (";", "';' names no architecture"),
+        ("8.0a", "nvcc 13.0 does not know '8.0a'"),
+        ("8.0 8.6f", "nvcc 13.0 does not know '8.6f'"),
+        ("9.0f", "does not know '9.0f'; it knows 8.0 8.6 8.9 9.0 9.0a 10.0 10.0a 10.0f 10.3"),
+        ("Volta", "no kernels for 7.0+PTX, as they need 8.0; add one from 8.0 on"),
         ("8.0,9.0", "'8.0,9.0' is not an architecture"),
         ("8.0 sm_90", "'sm_90' is not an architecture"),
         ("8.0;9.0b", "'9.0b' is not an architecture"),
-        ("8.0 14.0", "nvcc 13.0 does not know '14.0'; it knows 8.0 8.6 8.9 9.0 10.0 12.0"),
+        ("8.0 14.0", "nvcc 13.0 does not know '14.0'; it knows 8.0 8.6 8.9 9.0 9.0a"),
         ("7.0 7.5", "no kernels for 7.5, as they need 8.0; add one from 8.0 on"),
     ],
 )
@@ -104,7 +115,7 @@ def test_the_hopper_convolution_needs_its_architecture():
 
 
 def test_an_older_nvcc_leaves_out_what_it_does_not_know():
-    found = plan(Nvcc("nvcc", (12, 4), frozenset({80, 90})))
+    found = plan(Nvcc("nvcc", (12, 4), frozenset({"80", "90", "90a"})))
     assert found.archs == ("80", "90a")
     assert "no kernels for 10.0+PTX, which nvcc 12.4 does not know" in str(found)
 
@@ -127,6 +138,7 @@ def fake_nvcc(folder: Path, version: str, fault: str = "") -> dict[str, str]:
         '#!/bin/sh\ncase "$1" in\n'
         f'--version) echo "Cuda compilation tools, release {version}, V{version}.0";;\n'
         "--list-gpu-arch) echo compute_80; echo compute_90;;\n"
+        "--help) echo \"Allowed values: 'compute_80','compute_90','compute_90a','sm_90a'.\";;\n"
         f'*) echo "{fault}" >&2; exit 1;;\nesac\n'
     )
     program.chmod(0o755)
@@ -145,9 +157,9 @@ def test_an_nvcc_that_is_too_old(tmp_path):
 
 
 def test_a_wrong_architecture_is_refused_by_setup(tmp_path):
-    done = setup("--version", TORCH_CUDA_ARCH_LIST="Volta", **fake_nvcc(tmp_path, "13.0"))
+    done = setup("--version", TORCH_CUDA_ARCH_LIST="volta", **fake_nvcc(tmp_path, "13.0"))
     assert done.returncode != 0
-    assert done.stderr.startswith("TORCH_CUDA_ARCH_LIST: 'Volta' is not an architecture")
+    assert done.stderr.startswith("TORCH_CUDA_ARCH_LIST: 'volta' is not an architecture")
 
 
 def test_cuda_asked_for_without_a_compiler(tmp_path):
@@ -167,7 +179,7 @@ def test_nvcc_is_looked_for_on_the_path(tmp_path):
         assert found == "no nvcc in CUDA_HOME/bin, on PATH or in /usr/local/cuda/bin"
     fake_nvcc(tmp_path, "12.6")
     found = build_plan.find_nvcc({"PATH": str(tmp_path / "bin")})
-    assert found == Nvcc(str(tmp_path / "bin" / "nvcc"), (12, 6), frozenset({80, 90}))
+    assert found == Nvcc(str(tmp_path / "bin" / "nvcc"), (12, 6), frozenset({"80", "90", "90a"}))
 
 
 def test_an_nvcc_that_cannot_compile(tmp_path):
@@ -177,6 +189,25 @@ def test_an_nvcc_that_cannot_compile(tmp_path):
     assert fault is not None
     assert words in fault
     assert "set CXX to a C++ compiler it accepts" in fault
+
+
+def test_an_nvcc_that_cannot_link(tmp_path):
+    """Without the static runtime all sources compile, and the last command fails."""
+    words = "/usr/bin/ld: cannot find -lcudart_static: No such file or directory"
+    found = fake_nvcc(tmp_path, "13.0", f"{words}\ncollect2: error: ld returned 1 exit status")
+    program = tmp_path / "bin" / "nvcc"
+    compiles = '*) case " $* " in *" -c "*) exit 0;; esac;'
+    program.write_text(program.read_text().replace("*) echo", f"{compiles} echo", 1))
+    assert f"({words})" in str(build_plan.nvcc_fault(build_plan.find_nvcc(found)))
+
+
+def test_this_nvcc_knows_what_it_lists_and_links():
+    nvcc = build_plan.find_nvcc(os.environ)
+    if isinstance(nvcc, str):
+        pytest.skip(nvcc)
+    assert build_plan.nvcc_fault(nvcc) is None
+    assert {"80", "90", "90a"} <= nvcc.archs
+    assert not {"80a", "86f", "90f"} & nvcc.archs
 
 
 @pytest.mark.parametrize(("version", "good"), [((4, 2), True), ((5, 0), True), ((3, 9), False)])
@@ -191,6 +222,16 @@ def test_cutlass_is_found_by_its_header(tmp_path, version, good):
     )
     found = build_plan.find_cutlass({"CUTLASS_PATH": str(tmp_path)})
     assert found == (tmp_path if good else expected)
+
+
+def test_cutlass_is_found_where_an_isolated_build_does_not_see_it(tmp_path, monkeypatch):
+    """Among the packages of the interpreter that is installed into, hidden from its imports."""
+    header = tmp_path / "cutlass_library/source/include/cutlass/version.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n")
+    monkeypatch.setattr(build_plan.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(build_plan.importlib.util, "find_spec", lambda name: None)
+    assert build_plan.find_cutlass({}) == tmp_path / "cutlass_library/source"
 
 
 # --- what is compiled ----------------------------------------------------------------------------
@@ -219,7 +260,7 @@ def test_sources_of_a_plan(script, tmp_path):
     assert names(plan(cutlass=NO_CUTLASS)) == ["a.cpp", "b.cpp", "b.cu", "d.cpp"]
     assert names(plan(TORCH_CUDA_ARCH_LIST="8.0")) == ["a.cpp", "b.cpp", "b.cu", "d.cpp"]
     assert names(plan()) == ["a.cpp", "b.cpp", "b.cu", "c_sm90.cpp", "c_sm90.cu", "d.cpp"]
-    text = script.ninja_file(plan(), ["c++"], ["c++"], tmp_path / "out.so", tmp_path)
+    text = script.ninja_file(plan(), ["c++"], [], ["c++"], tmp_path / "out.so", tmp_path)
     hopper = text.partition("c_sm90.cu\n")[2].splitlines()[0]
     assert "code=sm_90a" in hopper
     assert "sm_80" not in hopper
@@ -241,17 +282,6 @@ def test_a_kernel_compiles(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr + done.stdout
-
-
-def test_a_source_distribution_holds_all_sources(tmp_path):
-    command = ["--quiet", "egg_info", "--egg-base", str(tmp_path)]
-    done = setup(*command, "sdist", "--dist-dir", str(tmp_path), RESNET_FUSED_CUDA="0")
-    assert done.returncode == 0, done.stderr
-    (archive,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        held = {name.partition("/")[2] for name in tar.getnames()}
-    needed = {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*") if p.suffix != ".pyc"}
-    assert needed | {"setup.py", "pyproject.toml", "resnet_fused/__init__.py"} <= held
 
 
 # --- the extension -------------------------------------------------------------------------------

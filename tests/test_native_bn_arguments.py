@@ -208,6 +208,15 @@ def test_sizes_and_overlaps(function, good, changes):
             getattr(_C, function)(**good | {name: value})
 
 
+def test_a_masked_gradient_may_replace_what_is_not_read_behind_it():
+    """Behind it, grad_x is made of x."""
+    for over in ("grad", "y"):
+        _C.bn_act_backward(**BACKWARD | {"grad_residual": BACKWARD[over]})
+    _C.bn_act_backward(**BACKWARD | {"grad_residual": BACKWARD["x"], "grad_x": 0})
+    with pytest.raises(ValueError, match=r"^grad_residual: must not overlap x"):
+        _C.bn_act_backward(**BACKWARD | {"grad_residual": BACKWARD["x"]})
+
+
 def test_no_instruction_set():
     _C.set_cpu_isa("none")
     with pytest.raises(ValueError, match=r"^dtype: no kernels for it on none"):

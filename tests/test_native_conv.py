@@ -303,32 +303,82 @@ def test_arguments_are_checked():
     shape = [v for k, v in ok.items() if k != "dtype"]
     with pytest.raises(ValueError, match=r"algorithm: "):
         _C.conv_bn_act_scratch_bytes("float32", "nonesuch", *shape, 1)
-    x, y, buffer = torch.zeros(256), torch.zeros(256), aligned(1 << 20)
+    x, y, _keep, buffer = torch.zeros(257), torch.zeros(256), *aligned(1 << 20)
     size = _C.conv_bn_act_scratch_bytes("float32", "direct", *shape, 1)
+    packed_bytes = _C.conv_bn_act_packed_bytes("float32", "direct", 4, 4, 3, 3, 1)
     good = dict(
         x=x.data_ptr(),
-        packed=buffer[1],
-        scale=0,
-        shift=0,
-        residual=0,
+        packed=buffer,
+        scale=buffer + (1 << 18),
+        shift=buffer + (1 << 18) + 64,
+        residual=buffer + (1 << 17),
         y=y.data_ptr(),
-        scratch=buffer[1] + (1 << 19),
+        scratch=buffer + (1 << 19),
         scratch_bytes=size,
+        packed_bytes=packed_bytes,
         algorithm="direct",
         relu=True,
         **ok,
     )
+    # Not more than an element's alignment is asked of maps and vectors.
+    _C.conv_bn_act(**good | {"x": x[1:].data_ptr(), "residual": good["residual"] + 4})
+    _C.conv_bn_act(**good | {"scale": good["scale"] + 4, "shift": 0, "residual": good["y"]})
     for name, value in [
         ("x", 0),
+        ("x", good["x"] + 1),
         ("y", 0),
+        ("y", good["y"] + 1),
         ("y", good["x"]),
+        ("y", good["x"] + 4),
+        ("y", good["residual"] - 4),
+        ("y", good["scale"] - 4 * 255),
+        ("y", good["packed"]),
+        ("residual", good["residual"] + 1),
+        ("scale", good["scale"] + 3),
+        ("shift", good["shift"] + 2),
         ("packed", 0),
-        ("packed", buffer[1] + 4),
-        ("scratch", buffer[1] + 4),
+        ("packed", buffer + 4),
+        ("packed_bytes", packed_bytes - 1),
+        ("scratch", 0),
+        ("scratch", buffer + 4),
+        ("scratch", good["packed"]),
+        ("scratch", good["residual"]),
+        ("scratch", good["shift"]),
         ("scratch_bytes", size - 1),
     ]:
         with pytest.raises(ValueError, match=rf"^{name}: "):
             _C.conv_bn_act(**good | {name: value})
+
+
+def test_packing_arguments_are_checked():
+    _keep, buffer = aligned(1 << 16)
+    weight = {"dtype": "float32", "algorithm": "direct"}
+    weight |= {"o": 4, "c_per_group": 4, "kh": 3, "kw": 3, "groups": 1}
+    good = weight | {
+        "weight": buffer + (1 << 15) + 4,
+        "packed": buffer,
+        "along_o": 36,
+        "along_c": 9,
+        "along_tap": 1,
+        "packed_bytes": _C.conv_bn_act_packed_bytes(**weight),
+    }
+    _C.conv_bn_act_pack(**good)
+    for name, value in [
+        ("weight", 0),
+        ("weight", good["weight"] + 1),
+        ("packed", 0),
+        ("packed", buffer + 4),
+        ("packed", buffer + (1 << 15)),
+        ("packed_bytes", good["packed_bytes"] - 1),
+        ("along_o", -1),
+    ]:
+        with pytest.raises(ValueError, match=rf"^{name}: "):
+            _C.conv_bn_act_pack(**good | {name: value})
+    # The last of the weight alone lies in the buffer.
+    with pytest.raises(ValueError, match=r"^packed: must not overlap weight"):
+        _C.conv_bn_act_pack(**good | {"weight": buffer - 4 * 143})
+    with pytest.raises(ValueError, match=r"^weight: the tensors are too large"):
+        _C.conv_bn_act_pack(**good | {"along_o": 1 << 40, "o": 1 << 20})
 
 
 def test_isa_names():
@@ -353,15 +403,29 @@ def test_pool_and_head_arguments_are_checked():
         "s": 2,
         "p": 1,
     }
-    for name, value in [("x", 0), ("y", 0), ("y", pool["x"]), ("k", 9), ("s", 0), ("p", 2)]:
+    _C.max_pool(**pool)
+    for name, value in [
+        ("x", 0),
+        ("x", pool["x"] + 2),
+        ("y", 0),
+        ("y", pool["y"] + 1),
+        ("y", pool["x"]),
+        ("y", pool["x"] + 4 * 127),
+        ("k", 9),
+        ("s", 0),
+        ("p", 2),
+        ("n", 1 << 31),
+    ]:
+        large = {"h": 1 << 20, "w": 1 << 20} if name == "n" else {}
         with pytest.raises(ValueError, match=rf"^{name}: "):
-            _C.max_pool(**pool | {name: value})
+            _C.max_pool(**pool | {name: value} | large)
+    weight, bias, scratch = torch.zeros(40), torch.zeros(5), torch.zeros(8)
     head = {
         "x": x.data_ptr(),
-        "weight": x.data_ptr(),
-        "bias": 0,
+        "weight": weight.data_ptr(),
+        "bias": bias.data_ptr(),
         "y": y.data_ptr(),
-        "scratch": y.data_ptr(),
+        "scratch": scratch.data_ptr(),
         "scratch_bytes": 32,
         "dtype": "float32",
         "n": 1,
@@ -369,9 +433,33 @@ def test_pool_and_head_arguments_are_checked():
         "c": 8,
         "classes": 5,
     }
-    for name, value in [("weight", 0), ("scratch", 0), ("scratch_bytes", 31), ("hw", 0)]:
+    _C.head(**head)
+    _C.head(**head | {"bias": 0})
+    for name, value in [
+        ("x", 0),
+        ("x", head["x"] + 1),
+        ("weight", 0),
+        ("weight", head["weight"] + 2),
+        ("bias", head["bias"] + 1),
+        ("y", 0),
+        ("y", head["y"] + 1),
+        ("y", head["x"] + 4 * 31),
+        ("y", head["weight"]),
+        ("y", head["bias"] - 4),
+        ("y", head["scratch"] + 4),
+        ("scratch", 0),
+        ("scratch", head["scratch"] + 1),
+        ("scratch", head["x"]),
+        ("scratch", head["weight"] + 4),
+        ("scratch", head["bias"]),
+        ("scratch_bytes", 31),
+        ("hw", 0),
+    ]:
         with pytest.raises(ValueError, match=rf"^{name}: "):
             _C.head(**head | {name: value})
+    # 4 * n * c is 0 in 64 bits.
+    with pytest.raises(ValueError, match=r"^n: the tensors are too large"):
+        _C.head(**head | {"n": 1 << 31, "c": 1 << 31})
 
 
 @pytest.mark.parametrize(("isa", "dtype"), RUNS, ids=str)

@@ -115,7 +115,10 @@ void bn_act_backward(uintptr_t grad, uintptr_t x, uintptr_t mean, uintptr_t var,
   const std::initializer_list<Block> read = {
       {"grad", grad, 0}, {"x", x, 0}, {"y", relu ? y : 0, 0}};
   if (grad_residual && !relu) fail("grad_residual: without relu it would be grad itself");
-  if (grad_residual) reduce.masked = on.output("grad_residual", grad_residual, read);
+  if (grad_residual) {  // apart from x, which grad_x is made of behind it
+    const Block x_too{"x", grad_x ? x : 0, 0};
+    reduce.masked = on.output("grad_residual", grad_residual, read, {x_too});
+  }
   reduce.scratch = base + Vectors::bytes(c, kBackwardVectors);
   const BnGradientVectorsArgs vectors{
       affine.mean, affine.var, affine.weight,
@@ -166,7 +169,7 @@ void register_bn_ops(py::module_& m, const QueueName&... queue) {
         arg("grad_bias"), arg("grad_residual"), arg("scratch"), arg("scratch_bytes"), arg("dtype"),
         arg("rows"), arg("c"), arg("eps"), arg("relu"), queue...,
         "bn_act_backward_reduce, bn_gradient_vectors and bn_act_backward_apply; 0 for a gradient\n"
-        "that is not wanted. grad_residual is the masked gradient.");
+        "that is not wanted. grad_residual is the masked gradient; it may be grad, not x with grad_x.");
 }
 
 }  // namespace rf

@@ -44,6 +44,12 @@ inline void need_apart(const Block& out, const Block& other) {
     fail(std::string(out.name) + ": must not overlap " + other.name);
 }
 
+// The bytes of `elements` of `itemsize` each, counted in double as a product of sizes may wrap.
+inline size_t need_bytes(const char* name, double elements, size_t itemsize) {
+  if (elements > 1e15) fail(std::string(name) + ": the tensors are too large");
+  return size_t(elements) * itemsize;
+}
+
 template <class P>
 P* pointer(uintptr_t address) {
   return reinterpret_cast<P*>(address);

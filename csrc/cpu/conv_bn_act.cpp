@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -50,6 +51,16 @@ ConvShape weight_shape(const std::string& dtype, int64_t o, int64_t cg, int64_t 
   return checked({parse_dtype(dtype), 1, kh, kw, cg * groups, o, kh, kw, 1, 1, 0, 0, 1, 1, groups});
 }
 
+// The buffer of packed weights; its size is checked where it is said.
+Block packed_block(const cpu::ConvAlgorithm& a, const ConvShape& s, uintptr_t address,
+                   const std::optional<size_t>& size) {
+  const Block packed{"packed", address, a.packed_bytes(s)};
+  need_block(packed, 64);
+  if (size && *size < packed.bytes)
+    fail("packed_bytes: expected at least " + std::to_string(packed.bytes));
+  return packed;
+}
+
 std::vector<std::string> algorithms(const std::string& dtype, int64_t n, int64_t h, int64_t w,
                                     int64_t c, int64_t o, int64_t kh, int64_t kw, int64_t sh,
                                     int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw,
@@ -73,19 +84,23 @@ size_t packed_bytes(const std::string& dtype, const std::string& algorithm, int6
 
 void pack(uintptr_t weight, uintptr_t packed, const std::string& dtype, const std::string& algorithm,
           int64_t o, int64_t cg, int64_t kh, int64_t kw, int64_t groups, int64_t along_o,
-          int64_t along_c, int64_t along_tap, bool turned) {
+          int64_t along_c, int64_t along_tap, bool turned,
+          const std::optional<size_t>& packed_size) {
   const ConvShape s = weight_shape(dtype, o, cg, kh, kw, groups);
   const cpu::ConvAlgorithm& a = find(s, algorithm);
-  need_pointer("weight", weight);
   need("along_o", along_o, 0, int64_t(1) << 40);
   need("along_c", along_c, 0, int64_t(1) << 40);
   need("along_tap", along_tap, 0, int64_t(1) << 40);
+  const double last = double(o - 1) * along_o + double(cg - 1) * along_c +
+                      double(kh * kw - 1) * along_tap;
+  const Block from{"weight", weight, need_bytes("weight", last + 1, itemsize(s.dtype))};
+  need_block(from, itemsize(s.dtype));
+  need_apart(packed_block(a, s, packed, packed_size), from);
   const char* data = pointer<const char>(weight);
   if (turned) {
     data += (kh * kw - 1) * along_tap * int64_t(itemsize(s.dtype));
     along_tap = -along_tap;
   }
-  if (!packed || packed % 64) fail("packed: must be 64-byte aligned");
   py::gil_scoped_release release;
   a.pack(s, {data, along_o, along_c, along_tap}, pointer<void>(packed));
 }
@@ -104,16 +119,32 @@ void conv_bn_act(uintptr_t x, uintptr_t packed, uintptr_t scale, uintptr_t shift
                  uintptr_t y, uintptr_t scratch, size_t scratch_size, const std::string& dtype,
                  const std::string& algorithm, int64_t n, int64_t h, int64_t w, int64_t c, int64_t o,
                  int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw, int64_t dh,
-                 int64_t dw, int64_t groups, bool relu) {
+                 int64_t dw, int64_t groups, bool relu, const std::optional<size_t>& packed_size) {
   const ConvShape s = checked(
       {parse_dtype(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups});
   const cpu::ConvAlgorithm& a = find(s, algorithm);
   if (n == 0) return;
-  need_pointer("x", x);
-  need_pointer("y", y);
-  if (x == y) fail("y: must not alias x");
-  if (!packed || packed % 64) fail("packed: must be 64-byte aligned");
-  if (scratch % 64 || (!scratch && scratch_size)) fail("scratch: must be 64-byte aligned");
+  const size_t item = itemsize(s.dtype), vector_bytes = o * sizeof(float);
+  const Block in{"x", x, size_t(n * h * w * c) * item};
+  const Block out{"y", y, size_t(n * s.oh() * s.ow() * o) * item};
+  const Block added{"residual", residual, residual ? out.bytes : 0};
+  const Block scales{"scale", scale, scale ? vector_bytes : 0};
+  const Block shifts{"shift", shift, shift ? vector_bytes : 0};
+  const Block work{"scratch", scratch, scratch_size};
+  need_block(in, item);
+  need_block(out, item);
+  if (residual) need_block(added, item);
+  if (scale) need_block(scales, alignof(float));
+  if (shift) need_block(shifts, alignof(float));
+  if (scratch || scratch_size) need_block(work, 64);
+  const Block weights = packed_block(a, s, packed, packed_size);
+  if (residual) need_same_or_apart(out, added);
+  for (const Block* read : {&in, &weights, &scales, &shifts}) {
+    need_apart(out, *read);
+    need_apart(work, *read);
+  }
+  need_apart(work, added);
+  need_apart(work, out);
   const int threads = threads_for(a, s, scratch_size);
   py::gil_scoped_release release;
   a.run({s, pointer<const void>(x), pointer<const void>(packed), pointer<const float>(scale),
@@ -134,19 +165,22 @@ void register_conv_bn_act(py::module_& m) {
         "Bytes of the packed weights. They depend on the algorithm and the instruction set too.");
   m.def("conv_bn_act_pack", &pack, py::arg("weight"), py::arg("packed"), py::arg("dtype"),
         py::arg("algorithm"), RF_WEIGHT, py::arg("along_o"), py::arg("along_c"),
-        py::arg("along_tap"), py::arg("turned") = false,
+        py::arg("along_tap"), py::arg("turned") = false, py::arg("packed_bytes") = py::none(),
         "Packs a weight into a 64-byte aligned buffer. along_* are the elements from one output\n"
         "channel, input channel or tap to the next. turned: each kernel is read from its last tap to\n"
-        "its first; with along_o and along_c exchanged the convolution gives an input's gradient.");
+        "its first; with along_o and along_c exchanged the convolution gives an input's gradient.\n"
+        "packed_bytes is the size of the buffer, checked where it is given.");
   m.def("conv_bn_act_scratch_bytes", &scratch_bytes, py::arg("dtype"), py::arg("algorithm"), RF_SHAPE,
         py::arg("threads"), "Bytes of scratch a call wants to run on that many threads.");
   m.def("conv_bn_act", &conv_bn_act, py::arg("x"), py::arg("packed"), py::arg("scale"),
         py::arg("shift"), py::arg("residual"), py::arg("y"), py::arg("scratch"),
         py::arg("scratch_bytes"), py::arg("dtype"), py::arg("algorithm"), RF_SHAPE, py::arg("relu"),
+        py::arg("packed_bytes") = py::none(),
         "y = act(conv(x, weight) * scale + shift + residual), act = ReLU or nothing.\n\n"
         "x, residual and y are dense NHWC in dtype; scale and shift float32. 0 leaves out scale,\n"
-        "shift or residual. y may be the residual itself, never x. packed and scratch are 64-byte\n"
-        "aligned. Runs on omp_get_max_threads() threads, or as many as the scratch is enough for;\n"
+        "shift or residual. y may be the residual itself; else what is written, y and scratch, lies\n"
+        "apart from all else. packed and scratch are 64-byte aligned, the rest as their elements;\n"
+        "packed_bytes is the size of packed, checked where it is given. Runs on omp_get_max_threads() threads, or as many as the scratch is enough for;\n"
         "the result does not depend on their number. Allocates nothing.");
 }
 

@@ -104,7 +104,8 @@ def bn_update_stats(
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         if momentum is None:
-            share = num_batches_tracked.reciprocal()
+            # As torch: a scalar in double, of any dtype and shape that holds one number.
+            share = num_batches_tracked.reshape(()).double().reciprocal()
     for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
         if running.dtype == batch.dtype and isinstance(share, float):
             running.mul_(1 - share).add_(batch, alpha=share)

@@ -23,8 +23,9 @@ from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_vector
 
 CAPABILITY = (9, 0)
 ADVICE = (
-    "pip install --no-deps nvidia-cutlass, or set CUTLASS_PATH, with 9.0a in TORCH_CUDA_ARCH_LIST, "
-    "and build the extension again; other backends convolve without it"
+    "pip install --no-deps nvidia-cutlass, or set CUTLASS_PATH, and build the extension again with "
+    "9.0a in TORCH_CUDA_ARCH_LIST, with other installers than pip without build isolation; other "
+    "backends convolve without it"
 )
 _DTYPES = (torch.bfloat16, torch.float16)
 _ALIGNMENT = 16

@@ -30,7 +30,7 @@ from resnet_fused.backends._training_ops import (
 from resnet_fused.backends._training_ops import max_pool_backward as max_pool_backward
 from resnet_fused.backends.native import DTYPE_NAMES, as_vector
 
-ADVICE = "Build the extension with a C++17 compiler: pip install --no-binary :all: resnet_fused"
+ADVICE = "Build the extension with GCC from 10 on: `pip install .` in the source of resnet_fused"
 
 #: Dtypes in which a fused training step is no slower than torch's, for convolutions with at least
 #: so many values in their result: each costs some 0.2 ms more in Python than torch's own layers.
@@ -140,7 +140,13 @@ def conv_bn_act_max_pool(
 
 
 def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Run the op; the means stay in float32."""
+    """Run the op; in bfloat16 the means are rounded to it, as torch's.
+
+    On a Zen 5, 7x7 maps to 1000 classes at batch 1, 8 and 32, in CPU time against torch's mean and
+    linear: one thread bfloat16, 2048 channels 3.0x, 1.9x, 2.2x, 512 channels 2.4x, 1.9x, 1.5x;
+    float32 1.1x, 2.3x, 1.6x and 0.9x, 2.0x, 1.7x; two threads, the caller's time, bfloat16 1.7x and
+    more.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
     n, c = x.shape[:2]
     y = torch.empty(n, len(weight), dtype=x.dtype)
@@ -233,6 +239,10 @@ def bn_update_stats(
         v.dtype == torch.float32 and v.is_cpu and v.shape == shape and v.is_contiguous()
         for v in vectors
     )
+    if tracked is not None:
+        # The kernel adds to 8 bytes; of another dtype, torch counts.
+        counts = tracked.dtype == torch.int64 and tracked.is_cpu and tracked.numel() == 1
+        plain = plain and counts
     if momentum is None or not plain:
         _bn_math.bn_update_stats(running_mean, running_var, tracked, mean, var, count, momentum)
         return

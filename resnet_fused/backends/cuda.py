@@ -41,7 +41,7 @@ from resnet_fused.backends.native import CUDA_DTYPE_NAMES
 
 ADVICE = (
     "Use an NVIDIA GPU from Ampere on (sm_80) with a CUDA build of torch, and build the extension "
-    "with nvcc: RESNET_FUSED_CUDA=1 pip install --no-binary :all: resnet_fused"
+    "with nvcc: `RESNET_FUSED_CUDA=1 pip install .` in the source of resnet_fused"
 )
 
 #: Dtypes in which a fused training step was measured to be no slower than torch's: none so far.

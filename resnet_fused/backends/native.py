@@ -14,14 +14,23 @@ from torch import Tensor
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 #: The dtypes with CUDA kernels.
 CUDA_DTYPE_NAMES = {**DTYPE_NAMES, torch.float16: "float16"}
+#: What the functions of the extension take and do, by the number in ``csrc/bindings.cpp``.
+INTERFACE = 1
 
 
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("resnet_fused._C"), None
+        extension = importlib.import_module("resnet_fused._C")
     except ImportError as error:
         return None, str(error)
+    except Exception as error:  # whatever a broken one raises, all works without it
+        return None, f"its import raised {type(error).__name__}: {error}; rebuild it"
+    if (found := getattr(extension, "interface", None)) != INTERFACE:
+        return None, (
+            f"it was built from other sources (interface {found}, needed {INTERFACE}): rebuild it"
+        )
+    return extension, None
 
 
 def extension() -> ModuleType | None:

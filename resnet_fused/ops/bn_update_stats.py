@@ -40,6 +40,22 @@ def check(
         raise ValueError(f"{NAME}: count must be at least 2 values per channel, got {count}")
     if momentum is None and num_batches_tracked is None:
         raise ValueError(f"{NAME}: num_batches_tracked must be given for momentum=None, got None")
+    if num_batches_tracked is not None:
+        _check_tracked(num_batches_tracked, momentum)
+
+
+def _check_tracked(tracked: Tensor, momentum: float | None) -> None:
+    """Accept what BatchNorm's own ``num_batches_tracked.add_(1)`` and ``1 / float(...)`` do."""
+    if tracked.dtype == torch.bool or tracked.dtype.is_complex:
+        raise TypeError(
+            f"{NAME}: num_batches_tracked must be an integer or floating point tensor, "
+            f"got {tracked.dtype}"
+        )
+    if momentum is None and tracked.numel() != 1:
+        raise ValueError(
+            f"{NAME}: num_batches_tracked must hold one number for momentum=None, "
+            f"got {tuple(tracked.shape)}"
+        )
 
 
 def reference(

@@ -261,6 +261,39 @@ def test_running_statistics_are_torchs(momentum, dtype):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.int32, torch.uint8, torch.float16, torch.float32, torch.float64]
+)
+@pytest.mark.parametrize("backend", TRAINING_BACKENDS)
+def test_any_number_counts_batches(backend, dtype, shape, momentum):
+    """As torch's BatchNorm has it, and nothing beside the counter is written."""
+    memory = torch.full((8,), 3, dtype=dtype, device=device_of(backend))
+    tracked = memory[2:3].view(shape)
+    bn = nn.BatchNorm2d(5, momentum=momentum)
+    bn.num_batches_tracked = tracked.clone().cpu()
+    running = [b.clone().to(tracked.device) for b in (bn.running_mean, bn.running_var)]
+    x = torch.randn(3, 5, 4, 2)
+    bn(x)
+    var, mean = (v.to(tracked.device) for v in torch.var_mean(x, (0, 2, 3), correction=0))
+    version = tracked._version
+    with rf.use_backend(backend):
+        torch.ops.resnet_fused.bn_update_stats(*running, tracked, mean, var, 24, momentum)
+    torch.testing.assert_close(running[0].cpu(), bn.running_mean)
+    torch.testing.assert_close(running[1].cpu(), bn.running_var)
+    assert memory.tolist() == [3, 3, 4, 3, 3, 3, 3, 3]
+    assert tracked._version > version
+
+
+def test_a_count_of_four_bytes_is_not_written_past():
+    """In eight bytes, one more than -1 would be carried into the next value."""
+    memory, vector = torch.tensor([-1, 0], dtype=torch.int32), torch.ones(5)
+    running = vector.clone(), vector.clone(), memory[:1]
+    torch.ops.resnet_fused.bn_update_stats(*running, vector, vector, 24, 0.1)
+    assert memory.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("backend", TRAINING_BACKENDS)
 def test_statistics_far_from_zero(offset, backend):
@@ -295,6 +328,10 @@ BAD = {
     "x's shape": ("conv_backward_weight", (X, X[..., :2], [3, 3, 3, 3], *SAME, False), "belong"),
     "one value": ("bn_update_stats", (VECTOR, VECTOR, None, VECTOR, VECTOR, 1, 0.1), "count must"),
     "no count": ("bn_update_stats", (VECTOR, VECTOR, None, VECTOR, VECTOR, 2, None), "batches"),
+    "count's dtype": ("bn_update_stats", (VECTOR, VECTOR, VECTOR > 0, VECTOR, VECTOR, 2, 0.1),
+                      "num_batches_tracked must be an integer"),
+    "two counts": ("bn_update_stats", (VECTOR, VECTOR, VECTOR, VECTOR, VECTOR, 2, None),
+                   "num_batches_tracked must hold one number"),
     "window": ("bn_act_max_pool", (X, VECTOR, VECTOR, None, None, 0.1, None, *LARGE),
                "smaller than pool_size"),
     "index": ("max_pool_backward", (X, X, [2, 3, 8, 8], [2, 2], [2, 2], [0, 0]), "torch.uint8"),
