@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.backends import _derived
 from resnet_fused.convert import fuse
 from resnet_fused.engine.capture import capture
 from resnet_fused.engine.graph import graphs_on
@@ -150,7 +151,8 @@ class FrozenModule(nn.Module):
     def _run(self, x: Tensor) -> Any:
         with torch.autocast(self._device.type, enabled=False):
             if self._graphs is not None and self._graphs.capturing():
-                return self._plan_for_a_graph(x).run_steps(x)
+                with _derived.constant():  # the graph needs the engine to live on
+                    return self._plan_for_a_graph(x).run_steps(x)
             return self.plan(x).run(x)
 
     def _check(self, x: Tensor) -> None:

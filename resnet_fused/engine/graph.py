@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resnet_fused.backends import _derived
+
 #: A pass: from an input, which it may overwrite, to tensors by name.
 Compute = Callable[[Tensor], dict[int, Tensor]]
 
@@ -93,7 +95,8 @@ class Graphs:
         recording = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
-        with no_garbage_collection(), recording:
+        # The engine's parameters are its own, and the warm-up has been waited for.
+        with no_garbage_collection(), recording, _derived.constant():
             # Inside, so that it lies in the pool: freed, it is not given to another stream.
             memory = torch.empty_like(example)
             outputs = compute(memory)
