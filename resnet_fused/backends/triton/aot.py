@@ -167,7 +167,7 @@ def built(step: Launch, capability: int) -> Any:
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
-    given = {"num_warps": step.num_warps, "num_stages": step.num_stages}
+    given = step.options()
     bind = create_function_from_signature(step.kernel.signature, step.kernel.params, backend)
     bound, specialization, rest = bind(**step.arguments, **given)
     options, signature, constants, attributes = step.kernel._pack_args(

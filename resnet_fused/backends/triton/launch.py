@@ -48,12 +48,17 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    #: Registers of a thread at most; None leaves it to the compiler.
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """Return what the compiler is told beside the arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
     def run(self) -> None:
         """Launch on the current device and stream."""
-        self.kernel[self.grid](
-            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[self.grid](**self.arguments, **self.options())
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -144,16 +149,18 @@ def conv(
         "WIDE": is_wide(*elements, rows * config.block_m),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     }  # fmt: skip
+    most = tiles.register_limit(problem, kind, config, capability)
     if problem.depthwise:
         grid = (rows * math.ceil(problem.o * problem.groups / config.block_n), 1, 1)
-        return [Launch(depthwise_fwd_kernel, grid, {**tensors, **common}, config.num_warps)]
+        both = {**tensors, **common}
+        return [Launch(depthwise_fwd_kernel, grid, both, config.num_warps, maxnreg=most)]
     arguments = {
         **tensors, **common, "partial_ptr": None, "IN": problem.c, "PITCH": packed.shape[1],
         "PRECISION": dot_precision(kind), "FLAT": problem.flat, "SPLIT_K": config.split_k,
         "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
     }  # fmt: skip
     grid = (rows * math.ceil(problem.o / config.block_n), config.split_k, problem.groups)
-    launch = Launch(conv_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
+    launch = Launch(conv_fwd_kernel, grid, arguments, config.num_warps, config.num_stages, most)
     if config.split_k == 1:
         return [launch]
     partial = torch.empty((config.split_k, y.numel()), dtype=torch.float32, device=y.device)
