@@ -1,7 +1,7 @@
 # make bench   the main job: ResNet-34, -50 and -152, reference against fused and frozen
 # make test    lint, format and type checks, then the tests
 # make gpu-test       correctness on an NVIDIA GPU; fails where there is none
-# make gpu-sanitize   the Triton kernels under compute-sanitizer: memcheck, racecheck, initcheck
+# make gpu-sanitize   our GPU kernels under compute-sanitizer: memcheck, racecheck, initcheck
 # make sanitize  the native kernels' tests under AddressSanitizer and UBSan; builds them anew
 # VENV=0       use the current interpreter as it is and install nothing (torch 2.10 or later there)
 
@@ -78,14 +78,20 @@ gpu-test: gpu $(HEADERS) build
 
 SANITIZER = $(shell PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
 
-# Every path of the kernels; each tensor in an allocation of its own, or what is past its end is
-# another's. Graphs are left out: torch cannot record any without its caching allocator.
+# Every path of the Triton kernels, the CUDA kernels of BatchNorm and the Hopper convolution, and the
+# contract of the ops on Triton; each tensor in an allocation of its own, or what is past its end is
+# another's. Left out are graphs, as torch cannot record any without its caching allocator, tensors
+# of more than 2^31 elements and whole ResNets, which would take hours, and others' kernels.
+SANITIZED = tests/backends/triton/test_triton_gpu.py tests/gpu/test_gpu_bn.py \
+    tests/gpu/test_gpu_hopper_conv.py tests/ops/test_contract.py
+NOT_SANITIZED = graph or beyond_32_bits or of_a_resnet or cudnn
 gpu-sanitize: gpu build
 	@test -n "$(SANITIZER)" || { echo 'nothing was tested: compute-sanitizer is neither on PATH nor' \
 	    'in $$CUDA_HOME/bin; it comes with the CUDA toolkit' >&2; exit 1; }
 	for tool in memcheck racecheck initcheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
-	        $(PY) -m pytest tests/backends/triton/test_triton_gpu.py $(ARGS) || exit 1; \
+	        $(PY) -m pytest $(SANITIZED) -k '(gpu or triton) and not ($(NOT_SANITIZED))' $(ARGS) \
+	        || exit 1; \
 	done
 
 sanitize: $(READY)

@@ -43,6 +43,10 @@ def fuse(
     Parameters may be changed in place at any time under ``torch.no_grad()``; writes through
     ``parameter.data`` are not seen by the caches of packed weights.
 
+    A CUDA graph of one's own of a fused model derives scale, shift and packed weights anew at every
+    replay, as it must see weights that changed; :func:`freeze` and :func:`capture_step` are made
+    for graphs, and faster.
+
     Args:
         model: any module with a Conv2d in it, on any device, in training or eval mode.
         inplace: change ``model`` itself instead of a deep copy.

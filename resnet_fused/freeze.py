@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.backends import _derived
 from resnet_fused.convert import fuse
 from resnet_fused.engine.capture import capture
 from resnet_fused.engine.graph import graphs_on
@@ -54,7 +55,7 @@ def freeze(
         example_input: floating point, as the model will see it; its layout does not matter.
         dtype: compute in this dtype instead of the example's: float32, bfloat16, float16 or
             float64. The engine then takes inputs of either dtype and returns this one.
-        graphs: record CUDA graphs, on a CUDA GPU; False: call by call there too.
+        graphs: record CUDA graphs, on a CUDA GPU; False: call by call there, on any stream.
 
     Returns:
         A module without parameters. It cannot be trained or moved; it can be copied and pickled.
@@ -125,7 +126,7 @@ class FrozenModule(nn.Module):
 
     def _reset(self) -> None:
         self._plans: dict[tuple[int, ...], Plan] = {}
-        self._graphs = graphs_on(self._device) if self._records else None
+        self._graphs = graphs_on(self._device, self._records)
         # Not where the function stands: it loads the compiler, and importing is free.
         self._run_uncompiled = torch.compiler.disable(self._run)
 
@@ -150,7 +151,8 @@ class FrozenModule(nn.Module):
     def _run(self, x: Tensor) -> Any:
         with torch.autocast(self._device.type, enabled=False):
             if self._graphs is not None and self._graphs.capturing():
-                return self._plan_for_a_graph(x).run_steps(x)
+                with _derived.constant():  # the graph needs the engine to live on
+                    return self._plan_for_a_graph(x).run_steps(x)
             return self.plan(x).run(x)
 
     def _check(self, x: Tensor) -> None:
@@ -216,7 +218,7 @@ class FrozenModule(nn.Module):
         shapes = ", ".join(map(str, plans))
         kept = sum(plan.nbytes for plan in plans.values()) / 2**20
         text = f"{self._dtypes[0]}, planned for {shapes}: {kept:.1f} MiB of buffers"
-        if self._graphs is None:
+        if self._graphs is None or not self._graphs.records:
             return text
         reasons = [f"{shape}: {p.ungraphed}" for shape, p in plans.items() if p.ungraphed]
         text += f", CUDA graphs: {len(plans) - len(reasons)}"

@@ -75,7 +75,7 @@ def capture_step(
         except BaseException:
             state.put_back()
             raise
-    # What was derived from a parameter meanwhile lies in the graph's memory.
+    # A recording changes no parameter: what the steps before it derived is out of date.
     torch.autograd.graph.increment_version(state.tensors)
     return CapturedStep(graph, inputs, outputs, state.tensors)
 

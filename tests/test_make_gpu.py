@@ -1,6 +1,7 @@
 """`make gpu-test` and `make gpu-sanitize`: what they run, and that no GPU is no success."""
 
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -62,6 +63,22 @@ def test_the_sanitizer_s_tools(tmp_path, fails):
     tools = ["memcheck", "racecheck", "initcheck"][: 2 if fails else 3]
     assert [call.split()[:3] for call in calls] == [["1", "--tool", tool] for tool in tools]
     assert all(f"--error-exitcode 1 {python} -m pytest tests/" in call for call in calls)
+
+
+def test_what_is_sanitized():
+    """Kernels of ours, without graphs and whole networks; some files need a GPU to have tests."""
+    text = make("gpu-sanitize", "true", MAKEFLAGS="-n").stdout
+    selection = text.partition("-m pytest ")[2].partition("||")[0].replace("\\\n", " ")
+    arguments = shlex.split(selection)
+    files = [argument for argument in arguments if argument.startswith("tests/")]
+    assert len(files) == 4
+    assert all((ROOT / file).is_file() for file in files)
+    command = [sys.executable, "-m", "pytest", "--collect-only", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    assert any("test_gpu_hopper_conv.py::test_edges" in test for test in tests), done.stdout
+    assert all("triton" in test for test in tests if "test_contract.py" in test)
+    assert not [t for t in tests if "graph" in t or "32_bits" in t or "of_a_resnet" in t]
 
 
 def test_a_test_that_fails_is_a_failure(tmp_path):

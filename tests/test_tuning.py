@@ -5,6 +5,7 @@ backends are the candidates where the whole is.
 """
 
 import json
+import sys
 import types
 
 import pytest
@@ -18,7 +19,7 @@ from resnet_fused.backends._tuned_file import Choice
 from resnet_fused.models import create_model
 from resnet_fused.ops import INFERENCE, OPS
 from resnet_fused.tuning import tune_calls
-from resnet_fused.tuning.calls import draw, harvest
+from resnet_fused.tuning.calls import draw, harvest, harvest_merged
 from resnet_fused.tuning.measure import (
     FINALISTS,
     ROUNDS,
@@ -413,6 +414,38 @@ def test_a_call_that_nobody_answers_rightly_has_no_choice(cache, backend, monkey
     assert held() == {}
     assert "none was right" in str(report)
     assert choose("conv_bn_act", *draw(calls[0].args, CPU)) is in_float64
+
+
+@pytest.mark.parametrize("where", ["draw", "to_float64"])
+def test_a_call_whose_check_needs_too_much_memory_is_that_row_s_fault(where, cache, monkeypatch):
+    """The larger ones of the calls: their own tensors, or what they are held against."""
+    module = sys.modules["resnet_fused.tuning" + (".measure" if where == "to_float64" else "")]
+    real = getattr(module, where)
+
+    def short_of_memory(args, *rest):
+        if args[0].shape[1] == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return real(args, *rest)
+
+    monkeypatch.setattr(module, where, short_of_memory)
+    calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
+    report = tune_calls(calls, CPU, clock=lambda run: 1.0)
+    assert [row.choice is None for row in report.rows] == [True, False]
+    assert not report.ok
+    assert not report.rows[0].known
+    said = "all in 1 of 2 calls: 2x3x8x8 3x3 to 8 relu: OutOfMemoryError: CUDA out of memory."
+    assert said in str(report)
+    assert len(held()) == 1
+
+
+def test_merged_calls_are_found_without_memory_for_them(monkeypatch):
+    def short_of_memory(args, device):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model, x = create_model("resnet18").eval(), torch.randn(1, 3, 32, 32)
+    before = harvest_merged(model, x, CPU)
+    monkeypatch.setattr(sys.modules["resnet_fused.tuning.calls"], "draw", short_of_memory)
+    assert set(map(str, before)) <= set(map(str, harvest_merged(model, x, CPU)))
 
 
 def test_without_a_cache_file_the_choices_hold_in_the_process(cache, backend, monkeypatch):

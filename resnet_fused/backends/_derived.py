@@ -1,9 +1,18 @@
-"""Values derived from parameters, kept until a parameter changes. They never enter a state_dict."""
+"""Values derived from parameters, kept until a parameter changes. They never enter a state_dict.
+
+On a GPU they may be asked for on another stream than the one that made them, which then waits. A
+recording of a CUDA graph neither leaves values behind, as they would be there only after a replay,
+nor reads those that are kept: it may not wait for what is outside of it, and they may be gone when
+it is replayed. It derives its own at every replay, and so follows the parameters. Whoever knows
+better says so: :func:`constant`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,14 +23,75 @@ T = TypeVar("T")
 #: By the id of the first source: its values, by key. Gone with that tensor.
 _cache: dict[int, dict[Hashable, _Kept]] = {}
 
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def constant() -> Iterator[None]:
+    """Let recordings in this thread read what is kept.
+
+    For parameters that never change and outlive the graph, whose values are there already.
+    """
+    before, _thread.constant = _recordings_read(), True
+    try:
+        yield
+    finally:
+        _thread.constant = before
+
+
+def _recordings_read() -> bool:
+    return getattr(_thread, "constant", False)
+
+
+class _Made:
+    """Where on a GPU a value was made: what other streams wait for."""
+
+    def __init__(self, device: torch.device, value: Any) -> None:
+        self._device, self._tensors = device, tensors(value)
+        stream = torch.cuda.current_stream(device)
+        self._event = torch.cuda.Event()
+        self._event.record(stream)
+        #: The streams whose work from now on comes behind it.
+        self._ordered = {stream}
+
+    def readable(self) -> bool:
+        """Return whether what follows on the current stream may read it, which waits if it must."""
+        if torch.cuda.is_current_stream_capturing():
+            return _recordings_read()
+        stream = torch.cuda.current_stream(self._device)
+        if stream not in self._ordered:
+            stream.wait_event(self._event)
+            for tensor in self._tensors:
+                hold(tensor, stream)
+            self._ordered.add(stream)
+        return True
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Return the tensors among a value or a tuple of them."""
+    values = value if isinstance(value, tuple) else (value,)
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def hold(tensor: Tensor, stream: Any) -> None:
+    """Have the allocator wait for a stream's work before it gives the tensor's memory away."""
+    tensor.record_stream(stream)
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Return whether work on a tensor is put on streams."""
+    return tensor.is_cuda
+
 
 class _Kept:
     """A value and the state of its sources when it was made."""
 
-    def __init__(self, sources: tuple[Tensor | None, ...], value: Any) -> None:
+    def __init__(self, sources: tuple[Tensor | None, ...], value: Any, made: _Made | None) -> None:
         # None answers "is it the same tensor" like any other source that has gone.
         self._sources = [(_nothing if s is None else weakref.ref(s), _stamp(s)) for s in sources]
         self.value = value
+        #: None on the CPU, where a value is there once it is returned.
+        self.made = made
 
     def holds(self, sources: tuple[Tensor | None, ...]) -> bool:
         """Return whether the sources are the same tensors, not written since."""
@@ -49,14 +119,19 @@ def derived(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[]
     first = sources[0]
     values = _cache.get(id(first))
     kept = values.get(key) if values is not None else None
-    if kept is not None and kept.holds(sources):
+    if kept is not None and kept.holds(sources) and (kept.made is None or kept.made.readable()):
         return kept.value
     value = make()
     if first is not None and all(s is None or _countable(s) for s in sources):
+        made = None
+        if on_gpu(first):
+            if torch.cuda.is_current_stream_capturing():
+                return value
+            made = _Made(first.device, value)
         if values is None:
             values = _cache.setdefault(id(first), {})
             weakref.finalize(first, _cache.pop, id(first), None)
-        values[key] = _Kept(sources, value)
+        values[key] = _Kept(sources, value, made)
     return value
 
 

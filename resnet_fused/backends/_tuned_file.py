@@ -120,13 +120,15 @@ def read(file: Path, expected: dict[str, Any]) -> dict[Signature, Choice]:
         return {}
     except ValueError as error:
         raise Unusable(f"it is not JSON ({error})") from None
+    except RecursionError:
+        raise Unusable("it is not JSON of ours: it is nested too deeply") from None
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise Unusable(f"its schema is {schema!r}, this version reads {SCHEMA}")
     try:
         found = {name: content["conditions"][name] for name in expected}
         choices = {_signature(call): _choice(*choice) for call, *choice in content["choices"]}
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
         raise Unusable(f"it is not a whole table ({error!r})") from None
     if found != expected:
         raise Unusable(f"it was measured under {found}, not {expected}")
@@ -145,8 +147,7 @@ def load(device: torch.device) -> dict[Signature, Choice]:
 
     A file that cannot be used gives one warning and no choices.
     """
-    shipped = SHIPPED / f"{_slug(_device.name(device))}.json"
-    choices = read(shipped, {"device": _device.name(device)})
+    choices = _shipped(device)
     file = path(device)
     try:
         return {**choices, **read(file, conditions(device))}
@@ -160,6 +161,18 @@ def load(device: torch.device) -> dict[Signature, Choice]:
         except OSError:
             _warn(f"{file} is not used: {error}")
     return choices
+
+
+def _shipped(device: torch.device) -> dict[Signature, Choice]:
+    """Return the choices that came with the package, which is not ours to write to."""
+    file = SHIPPED / f"{_slug(_device.name(device))}.json"
+    try:
+        return read(file, {"device": _device.name(device)})
+    except OSError as error:
+        _warn(f"{file} cannot be read: {error.strerror}; nothing that was shipped is in force")
+    except Unusable as error:
+        _warn(f"{file} is not used: {error}; nothing that was shipped is in force")
+    return {}
 
 
 def merge(device: torch.device, choices: dict[Signature, Choice]) -> Path | None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resnet_fused.backends import _derived
+
 #: A pass: from an input, which it may overwrite, to tensors by name.
 Compute = Callable[[Tensor], dict[int, Tensor]]
 
@@ -23,9 +25,9 @@ Compute = Callable[[Tensor], dict[int, Tensor]]
 _READ_MASKS = ("aten::index", "aten::index_put", "aten::index_put_")
 
 
-def graphs_on(device: torch.device) -> Graphs | None:
-    """Return what an engine on ``device`` records its graphs with; None where there are none."""
-    return Graphs(device) if device.type == "cuda" else None
+def graphs_on(device: torch.device, records: bool = True) -> Graphs | None:
+    """Return what an engine on ``device`` has for streams and graphs; None where there are none."""
+    return Graphs(device, records) if device.type == "cuda" else None
 
 
 class Graphs:
@@ -36,10 +38,14 @@ class Graphs:
     them ever run at once: every use waits, on the device, until the one before it has copied its
     outputs out, whatever the two streams are. Nothing but inputs and outputs, which each graph
     keeps from reuse, is in the pool between two replays.
+
+    Args:
+        device: a GPU.
+        records: whether the engine wants graphs; if not, its calls run one by one, on any stream.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, records: bool = True) -> None:
+        self.device, self.records = device, records
         #: Held while a use is put on a stream.
         self.lock = threading.Lock()
         with torch.cuda.device(device):
@@ -60,11 +66,16 @@ class Graphs:
         draw its random numbers meanwhile: CUDA and torch forbid both beside a recording.
 
         Returns:
-            The graph, or None and the reason why it cannot be recorded. Reasons are looked for in
+            The graph, or None and the reason why it cannot be recorded, which is empty where none
+            is wanted. Reasons are looked for in
             the warm-up: a recording that fails leaves torch's allocator less able to give memory
             back.
         """
         with torch.cuda.device(self.device):
+            if not self.records:
+                # What the plan was made of may now be read on any stream.
+                torch.cuda.current_stream().synchronize()
+                return None, ""
             self._stream.wait_stream(torch.cuda.current_stream())
             # Entered by hand too, as a recording that fails does not return to the old stream.
             with torch.cuda.stream(self._stream):
@@ -84,7 +95,8 @@ class Graphs:
         recording = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
-        with no_garbage_collection(), recording:
+        # The engine's parameters are its own, and the warm-up has been waited for.
+        with no_garbage_collection(), recording, _derived.constant():
             # Inside, so that it lies in the pool: freed, it is not given to another stream.
             memory = torch.empty_like(example)
             outputs = compute(memory)

@@ -31,8 +31,8 @@ class Plan:
     thread waits.
 
     With ``graphs``, on a GPU, the steps are recorded and replayed as one CUDA graph. Where that
-    cannot be, and while the caller records a graph of his own, they run one by one on memory that
-    is new for every call, so that calls on several streams never meet.
+    cannot or is not to be, and while the caller records a graph of his own, they run one by one on
+    memory that is new for every call, so that calls on several streams never meet.
     """
 
     def __init__(self, captured: Captured, x: Tensor, graphs: Graphs | None = None) -> None:

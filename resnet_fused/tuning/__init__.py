@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from resnet_fused.backends import _tuned, _tuned_file
 from resnet_fused.backends._tuned_file import Choice
 from resnet_fused.tuning.calls import Call, draw, harvest, harvest_merged
-from resnet_fused.tuning.measure import Clock, CudaClock, Outcome, measure, wall_clock
+from resnet_fused.tuning.measure import Clock, CudaClock, Outcome, in_short, measure, wall_clock
 from resnet_fused.tuning.report import Row, TuneReport
 
 
@@ -28,6 +28,7 @@ def tune(model: nn.Module, example_input: Tensor, *, force: bool = False) -> Tun
 
     On a GPU every later process reads the choices by itself. On the CPU they hold only in
     processes that call ``tune``, which then measures nothing again: the fixed order is good there.
+    A call whose check needs more memory than there is has no choice; the table says so.
     A frozen engine keeps what was chosen when it was made, so tune before ``freeze``. Calls that an
     engine could make as one (a stem, a head, a bottleneck's 3x3 and 1x1) are timed as one, too,
     after their parts: two convolutions are merged only where that was faster than the fastest of
@@ -79,17 +80,22 @@ def tune_calls(
         _tuned.remember(device, known)
         clock = clock or (CudaClock(device) if cuda else wall_clock)
         for call in calls:
-            args = draw(call.args, device)
-            key = _tuned.signature(call.op, args)
-            if key in known and not force:
-                row = Row(call, known[key], {}, 0)
-            else:
-                outcome = measure(call.op, args, clock)
-                choice = _choice(outcome)
-                if choice is not None:
-                    _tuned.remember(device, {key: choice})
-                    cache = _tuned_file.merge(device, {key: choice}) and cache
-                row = Row(call, choice, _named(outcome), outcome.tried)
+            try:
+                args = draw(call.args, device)
+                key = _tuned.signature(call.op, args)
+                if key in known and not force:
+                    row = Row(call, known[key], {}, 0)
+                else:
+                    outcome = measure(call.op, args, clock)
+                    choice = _choice(outcome)
+                    if choice is not None:
+                        _tuned.remember(device, {key: choice})
+                        cache = _tuned_file.merge(device, {key: choice}) and cache
+                    row = Row(call, choice, _named(outcome), outcome.tried)
+            except torch.OutOfMemoryError as error:
+                # For the call's own tensors, or what its answers are held against; float64 takes
+                # up to four times as much. The next calls may be smaller.
+                row = Row(call, None, {"all": f"{call}: {in_short(error)}"}, 1)
             rows.append(row)
             on_row(row)
     return TuneReport(rows, cache)

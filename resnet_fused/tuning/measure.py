@@ -73,7 +73,7 @@ def fastest(
         try:
             return [] if name in errors else [clock(runs[name]) for _ in range(calls)]
         except Exception as error:  # whatever one dies of, the others are still measured
-            errors[name] = _in_short(error)
+            errors[name] = in_short(error)
             return []
 
     short = {name: min(times) for name in runs if (times := sample(name, SHORT_SAMPLE))}
@@ -131,10 +131,11 @@ class _Answers:
             nan = run(self._spoiled, *self._args[1:])[:1].isnan()
             return None if torch.equal(nan, self._nan) else "wrong: does not keep NaN"
         except Exception as error:  # a candidate may die in any way, a compiler's among them
-            return _in_short(error)
+            return in_short(error)
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
+    """Return an error's kind and its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

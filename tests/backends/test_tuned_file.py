@@ -95,6 +95,23 @@ def test_a_shipped_table_stands_behind_what_was_measured(cache, monkeypatch):
     assert held() == {KEY: measured}
 
 
+@pytest.mark.parametrize("text", ["garbage", "[" * 200_000, None])
+def test_a_damaged_shipped_table_is_one_warning_and_stays(text, cache, monkeypatch):
+    monkeypatch.setattr(_tuned_file, "SHIPPED", cache / "shipped")
+    device = _tuned_file.conditions(CPU)["device"]
+    file = cache / "shipped" / f"{_tuned_file._slug(device)}.json"
+    _tuned_file.merge(CPU, {KEY: CHOICE})
+    if text is None:
+        file.mkdir(parents=True)
+    else:
+        file.parent.mkdir()
+        file.write_text(text)
+    with pytest.warns(RuntimeWarning, match="nothing that was shipped is in force") as caught:
+        assert _tuned_file.load(CPU) == _tuned_file.load(CPU) == {KEY: CHOICE}
+    assert len(caught) == 1
+    assert file.exists()
+
+
 # --- several processes ---------------------------------------------------------------------------
 
 WRITES = """
@@ -163,6 +180,11 @@ SPOILED = {
     "no names": {"choices": [[["add_relu"], 1, 2, 3.0, None]]},
     "no signature": {"choices": [[{"op": "add_relu"}, "cpu", "default", 3.0, None]]},
     "no choices": {"choices": None},
+    "nested too deeply": lambda text: "[" * 200_000,
+    "nested too deeply, to its end": lambda text: text.replace(
+        '"choices": [', f'"choices": [{"[" * 100_000}{"]" * 100_000},'
+    ),
+    "no time": {"choices": [[["add_relu"], "cpu", "default", 10**400, None]]},
 }
 
 

@@ -16,6 +16,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resnet_fused.backends import _derived
+
 #: What gives memory and leaves in it what was there.
 EMPTY = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
 
@@ -123,6 +125,8 @@ class FakeCuda:
         self.recordings: list[dict] = []
         #: Raised inside the next recordings.
         self.fault: Exception | None = None
+        #: Tensors whose memory the allocator would keep for a stream, with that stream.
+        self.held: list[tuple[torch.Tensor, Stream]] = []
         self._engine_device = device
         self._local = threading.local()
         self._default = Stream(self)
@@ -136,8 +140,9 @@ class FakeCuda:
         assert self._local.guarded, "a stream is made on the current device"
         return Stream(self)
 
-    def current_stream(self) -> Stream:
-        assert self._local.guarded, "the current stream is that of the current device"
+    def current_stream(self, device: torch.device | None = None) -> Stream:
+        asked = device is not None or self._local.guarded
+        assert asked, "the current stream is that of the current device"
         return self._current()
 
     @contextlib.contextmanager
@@ -160,7 +165,7 @@ class FakeCuda:
             self._local.guarded = before
 
     def is_current_stream_capturing(self) -> bool:
-        return self.current_stream().capturing
+        return self._current().capturing
 
     def graph_pool_handle(self) -> object:
         return object()
@@ -228,4 +233,6 @@ def install(monkeypatch, device: torch.device) -> FakeCuda:
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(_derived, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(_derived, "hold", lambda tensor, stream: cuda.held.append((tensor, stream)))
     return cuda

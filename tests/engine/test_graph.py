@@ -88,6 +88,27 @@ def test_without_graphs_nothing_is_recorded(cuda):
     assert not cuda.recordings
 
 
+def test_without_graphs_streams_do_not_meet(cuda, model):
+    """Neither in the input's memory nor in constants of a plan that another stream made."""
+    frozen = rf.freeze(model, image(2), graphs=False)
+    alternating(cuda, frozen)
+    assert cuda.races == []
+
+
+def test_without_graphs_inside_a_graph_of_the_caller_s(cuda, model, monkeypatch):
+    monkeypatch.setattr(FREEZE, "MAX_PLANS", 1)
+    frozen, x = rf.freeze(model, image(2), graphs=False), image(2)
+    with pytest.raises(RuntimeError, match=r"no plan for x of shape \(5, 3, 6, 6\).*warm-up"):
+        inside_a_graph(cuda, frozen, image(5))
+    outer, y = inside_a_graph(cuda, frozen, x)
+    for n in (3, 4):
+        x.normal_()
+        frozen(image(n))
+        outer.replay()
+        assert_same(y, expected(model, x))
+    assert {shape[0] for shape in frozen._plans} == {2, 4}, "what a graph reads stays"
+
+
 def test_it_is_recorded_for_one_thread_in_one_pool_on_one_stream(cuda):
     frozen = rf.freeze(Net().eval(), image(1))
     frozen(image(2))

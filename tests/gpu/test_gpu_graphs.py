@@ -35,6 +35,31 @@ def test_replays_are_the_steps_bit_for_bit(net, device):
         assert torch.equal(frozen(x), stepwise(frozen, x))
 
 
+def test_a_fused_model_s_streams_and_graphs_follow_the_weights(net, device):
+    fused, x = rf.fuse(net), draw(device, 4)
+    streams = [torch.cuda.Stream(device) for _ in range(3)]
+    with torch.no_grad():
+        for round_ in range(3):
+            for parameter in fused.parameters():
+                parameter.mul_(1.01)
+            torch.cuda._sleep(10_000_000)
+            results = []
+            for stream in streams:
+                stream.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(stream):
+                    results.append(fused(x))
+            torch.cuda.synchronize(device)
+            assert all(torch.equal(y, fused(x)) for y in results), round_
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = fused(x)
+        for _ in range(2):
+            for parameter in fused.parameters():
+                parameter.mul_(1.01)
+            graph.replay()
+            torch.testing.assert_close(y, fused(x))
+
+
 def test_results_are_the_caller_s_own(net, device):
     frozen, inputs = rf.freeze(net, draw(device, 2)), [draw(device, 2) for _ in range(5)]
     results = [frozen(x) for x in inputs]

@@ -19,6 +19,7 @@ from torch import Tensor
 from resnet_fused.backends import _requested
 from resnet_fused.backends._bn_math import bn_update_stats as bn_update_stats
 from resnet_fused.backends.triton import pair_tiles, training
+from resnet_fused.backends.triton.stem import Stem
 
 # Ops of training, run as they stand there.
 from resnet_fused.backends.triton.training import bn_act as bn_act
@@ -44,8 +45,8 @@ ADVICE = (
     "or set TRITON_INTERPRET=1 before the first call to try the kernels on CPU tensors."
 )
 LEAST_CAPABILITY = (8, 0)
-#: What CUDA takes as the third side of a grid.
-MOST_GROUPS = 65535
+#: What CUDA takes as the second and third side of a grid.
+MOST_BLOCKS = 65535
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -113,17 +114,33 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
         return f"needs a GPU of sm_80 or later, {_name(x.device.index)}"
     elif hasattr(training, op) and x.dtype not in FASTER_IN_TRAINING and not by_name:
         return "its kernels of training are not measured: by name only"
-    if op == "conv_bn_act_max_pool" and (groups := args[6]) != 1:
-        return f"takes this op with groups of 1, got {groups}"
-    if op == "conv_bn_act_conv_bn_act":
-        return _declines_pair(x, *args)
-    return _declines_groups(*args) if op == "conv_bn_act" else None
+    return _DECLINES[op](x, *args) if op in _DECLINES else None
 
 
-def _declines_groups(weight: Tensor, *args: Any) -> str | None:
+def _declines_groups(x: Tensor, weight: Tensor, *args: Any) -> str | None:
     groups = args[-2]
-    if groups > MOST_GROUPS and weight.shape[1] > 1:  # depthwise kernels have one grid for all
-        return f"takes {MOST_GROUPS} groups at most, groups={groups}"
+    if groups > MOST_BLOCKS and weight.shape[1] > 1:  # depthwise kernels have one grid for all
+        return f"takes {MOST_BLOCKS} groups at most, groups={groups}"
+    return None
+
+
+def _declines_stem(x: Tensor, weight: Tensor, *args: Any) -> str | None:
+    _, _, stride, padding, dilation, groups, _, *pool = args
+    if groups != 1:
+        return f"takes this op with groups of 1, got {groups}"
+    # Blocks are of one row and 16 channels at least.
+    rows = Stem.of(x.shape, weight.shape, stride, padding, dilation, *pool).out_size[0]
+    if rows > MOST_BLOCKS:
+        return f"takes outputs of {MOST_BLOCKS} rows at most, got {rows}"
+    if weight.shape[0] > (most := 16 * MOST_BLOCKS):
+        return f"takes {most} output channels at most, weight has {weight.shape[0]}"
+    return None
+
+
+def _declines_head(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    most = 64 * MOST_BLOCKS  # blocks are of 64 images, and of 64 channels
+    if max(x.shape[:2]) > most:
+        return f"takes {most} images and channels at most, x is {tuple(x.shape)}"
     return None
 
 
@@ -148,6 +165,13 @@ def _declines_pair(
     return pair_tiles.declines(
         pair_tiles.Pair.of(*shapes, stride, padding, dilation, residual is not None)
     )
+
+
+#: Why the kernel of an op does not take a call, or None, by the op's name.
+_DECLINES: Mapping[str, Callable[..., str | None]] = {
+    "avg_pool_linear": _declines_head, "conv_bn_act": _declines_groups,
+    "conv_bn_act_conv_bn_act": _declines_pair, "conv_bn_act_max_pool": _declines_stem,
+}  # fmt: skip
 
 
 def conv_bn_act(

@@ -142,18 +142,7 @@ def compile_launch(step: Launch, capability: int) -> Compiled:
     Raises:
         RuntimeError: kernels are interpreted in this process.
     """
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
-    target = GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    given = {"num_warps": step.num_warps, "num_stages": step.num_stages}
-    bind = create_function_from_signature(step.kernel.signature, step.kernel.params, backend)
-    bound, specialization, rest = bind(**step.arguments, **given)
-    options, signature, constants, attributes = step.kernel._pack_args(
-        backend, given, bound, specialization, rest
-    )
-    source = _source(step.kernel)(step.kernel, signature, constants, attributes)
-    kernel = triton.compile(source, target=target, options=options.__dict__)
+    kernel = built(step, capability)
     registers, spilled = _usage(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
     instruction = ", ".join(name for name, text in _MMA.items() if text in ptx) or "fma"
@@ -166,6 +155,26 @@ def compile_launch(step: Launch, capability: int) -> Compiled:
         _loads(ptx),
         "cvt.rna.tf32" in ptx or step.arguments.get("ROUNDED", False),
     )
+
+
+def built(step: Launch, capability: int) -> Any:
+    """Return what Triton makes of one launch for an architecture, with the text of every stage.
+
+    Raises:
+        RuntimeError: kernels are interpreted in this process.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    given = step.options()
+    bind = create_function_from_signature(step.kernel.signature, step.kernel.params, backend)
+    bound, specialization, rest = bind(**step.arguments, **given)
+    options, signature, constants, attributes = step.kernel._pack_args(
+        backend, given, bound, specialization, rest
+    )
+    source = _source(step.kernel)(step.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
 
 
 def _source(kernel: Any) -> type[ASTSource]:

@@ -30,7 +30,7 @@ from resnet_fused.backends.triton.kernels.pool import (
     bn_act_max_pool_fwd_kernel,
     max_pool_bwd_kernel,
 )
-from resnet_fused.backends.triton.launch import WIDE_FROM, Launch, channels_last
+from resnet_fused.backends.triton.launch import Launch, channels_last, is_wide
 
 
 class BatchNorm(NamedTuple):
@@ -67,8 +67,9 @@ def _map(t: Tensor | None) -> Tensor | None:
 
 def _over(x: Tensor, cut: passes.Cut) -> dict[str, Any]:
     n, c, h, w = x.shape
+    rows = n * h * w + cut.block_m * cut.steps
     return {
-        "m": n * h * w, "CHANNELS": c, "WIDE": x.numel() >= WIDE_FROM,
+        "m": n * h * w, "CHANNELS": c, "WIDE": is_wide(x.numel(), rows),
         "BLOCK_M": cut.block_m, "BLOCK_C": cut.block_c,
     }  # fmt: skip
 
@@ -223,10 +224,12 @@ def _pool(
     n, c, h, w = over.shape
     cut = passes.passing(n * h * w, c)._replace(steps=1)
     (kh, kw), (stride_h, stride_w), (pad_h, pad_w) = pool
+    over_rows = _over(over, cut)
+    wide = over_rows["WIDE"] or is_wide(math.prod(x_size), math.prod(y_size))
     arguments = {
-        **arguments, **_over(over, cut), "h": x_size[2], "w": x_size[3], "oh": y_size[2],
+        **arguments, **over_rows, "h": x_size[2], "w": x_size[3], "oh": y_size[2],
         "ow": y_size[3], "KH": kh, "KW": kw, "STRIDE_H": stride_h, "STRIDE_W": stride_w,
-        "PAD_H": pad_h, "PAD_W": pad_w, "WIDE": max(map(math.prod, (x_size, y_size))) >= WIDE_FROM,
+        "PAD_H": pad_h, "PAD_W": pad_w, "WIDE": wide,
     }  # fmt: skip
     return Launch(kernel, cut.grid(n * h * w, c), arguments)
 

@@ -18,7 +18,7 @@ from resnet_fused.backends.triton.kernels.conv_backward import (
     conv_bwd_data_kernel,
     conv_bwd_weight_kernel,
 )
-from resnet_fused.backends.triton.launch import WIDE_FROM, Launch, channels_last
+from resnet_fused.backends.triton.launch import Launch, channels_last, is_wide
 from resnet_fused.backends.triton.shapes import Config, Problem
 
 
@@ -150,7 +150,7 @@ def _phase(
         "IN": problem.c, "OUT": problem.o, "GROUPS": problem.groups, **strides,
         "KW": problem.kernel[1], "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
         "LEAVES": vertical.leaves(gh) or horizontal.leaves(gw),
-        "WIDE": max(grad.numel(), grad_x.numel()) >= WIDE_FROM,
+        "WIDE": is_wide(grad.numel(), grad_x.numel(), packed.numel(), m + config.block_m),
         "PRECISION": launch.dot_precision(kind), **_blocks(config), "GROUP_M": config.group_m,
     }  # fmt: skip
     for axis, phase in (("H", vertical), ("W", horizontal)):
@@ -186,13 +186,14 @@ def backward_weight(
     if config.split_k > 1:
         parts = torch.empty((config.split_k, *out.shape), dtype=torch.float32, device=out.device)
     steps = math.ceil(problem.m / (config.block_k * config.split_k))
+    rows = steps * config.block_k * config.split_k
     arguments = {
         "grad_ptr": grad, "x_ptr": x, "out_ptr": parts, "m": problem.m, "h": problem.h,
         "w": problem.w, **launch.geometry(problem), "steps": steps, "IN": problem.c,
         "OUT": problem.o, "GROUPS": problem.groups, "STRIDE_H": problem.stride[0],
         "STRIDE_W": problem.stride[1], "FLAT": gradients.flat(problem),
         "PRECISION": launch.dot_precision(kind),
-        "WIDE": max(grad.numel(), x.numel()) >= WIDE_FROM, **_blocks(config),
+        "WIDE": is_wide(grad.numel(), x.numel(), parts.numel(), rows), **_blocks(config),
     }  # fmt: skip
     tiles_m = math.ceil(problem.o / config.block_m)
     tiles_n = gradients.column_tiles(problem, config.block_n)

@@ -35,6 +35,11 @@ _BLOCK = 1024
 DESCRIPTORS_ROUND = "round_f32_to_tf32" in {f.name for f in dataclasses.fields(TensorDescriptor)}
 
 
+def is_wide(*counts: int) -> bool:
+    """Return whether one of so many elements, or of rows in whole blocks, takes 64 bits to tell."""
+    return max(counts) >= WIDE_FROM
+
+
 class Launch(NamedTuple):
     """A kernel with everything it is launched with."""
 
@@ -43,12 +48,17 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    #: Registers of a thread at most; None leaves it to the compiler.
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """Return what the compiler is told beside the arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
     def run(self) -> None:
         """Launch on the current device and stream."""
-        self.kernel[self.grid](
-            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[self.grid](**self.arguments, **self.options())
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -131,23 +141,26 @@ def conv(
     if config.tma:
         return [_tma(x, packed, vectors, residual, y, problem, config, relu, capability)]
     tensors = {"x_ptr": x, "w_ptr": packed, "y_ptr": y, **vectors, "residual_ptr": residual}
-    elements = max(x.numel(), y.numel() * config.split_k)
+    rows = math.ceil(problem.m / config.block_m)
+    elements = (x.numel(), packed.numel(), y.numel() * config.split_k)
     common = {
         **geometry(problem), **_pixels(problem),
-        "OUT": problem.o, "GROUPS": problem.groups, "RELU": relu, "WIDE": elements >= WIDE_FROM,
+        "OUT": problem.o, "GROUPS": problem.groups, "RELU": relu,
+        "WIDE": is_wide(*elements, rows * config.block_m),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     }  # fmt: skip
-    rows = math.ceil(problem.m / config.block_m)
+    most = tiles.register_limit(problem, kind, config, capability)
     if problem.depthwise:
         grid = (rows * math.ceil(problem.o * problem.groups / config.block_n), 1, 1)
-        return [Launch(depthwise_fwd_kernel, grid, {**tensors, **common}, config.num_warps)]
+        both = {**tensors, **common}
+        return [Launch(depthwise_fwd_kernel, grid, both, config.num_warps, maxnreg=most)]
     arguments = {
         **tensors, **common, "partial_ptr": None, "IN": problem.c, "PITCH": packed.shape[1],
         "PRECISION": dot_precision(kind), "FLAT": problem.flat, "SPLIT_K": config.split_k,
         "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
     }  # fmt: skip
     grid = (rows * math.ceil(problem.o / config.block_n), config.split_k, problem.groups)
-    launch = Launch(conv_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
+    launch = Launch(conv_fwd_kernel, grid, arguments, config.num_warps, config.num_stages, most)
     if config.split_k == 1:
         return [launch]
     partial = torch.empty((config.split_k, y.numel()), dtype=torch.float32, device=y.device)
@@ -190,17 +203,19 @@ def pair(
 ) -> Launch:
     """Return the launch of one conv_bn_act_conv_bn_act, all maps from :func:`channels_last`."""
     first, packed, packed2 = problem.first, _packed(weight, 1), _packed(weight2, 1)
+    rows = math.ceil(first.m / config.block_m)
+    elements = (x.numel(), packed.numel(), packed2.numel(), y.numel())
     arguments = {
         "x_ptr": x, "w_ptr": packed, "scale_ptr": vector(scale), "shift_ptr": vector(shift),
         "w2_ptr": packed2, "scale2_ptr": vector(scale2), "shift2_ptr": vector(shift2),
         "residual_ptr": residual, "y_ptr": y, **geometry(first), **_pixels(first),
         "IN": first.c, "BETWEEN": first.o, "OUT": problem.o, "PITCH": packed.shape[1],
         "PITCH2": packed2.shape[1], "RELU": act == "relu", "RELU2": act2 == "relu",
-        "WIDE": max(x.numel(), y.numel()) >= WIDE_FROM, "BLOCK_M": config.block_m,
-        "BLOCK_BETWEEN": problem.block_between, "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
+        "WIDE": is_wide(*elements, rows * config.block_m),
+        "BLOCK_M": config.block_m, "BLOCK_BETWEEN": problem.block_between,
+        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
-    grid = (math.ceil(first.m / config.block_m), 1, 1)
+    grid = (rows, 1, 1)
     return Launch(conv_pair_fwd_kernel, grid, arguments, config.num_warps, config.num_stages)
 
 
@@ -273,9 +288,10 @@ def affine(
 ) -> Launch:
     """Return the launch of y = relu(Σ x · scale + shift + residual) over ``parts`` of ``x``."""
     elements = y.numel()
+    blocks = math.ceil(elements / _BLOCK)
     arguments = {
         "x_ptr": x, "y_ptr": y, "scale_ptr": vector(scale), "shift_ptr": vector(shift),
         "residual_ptr": residual, "elements": elements, "CHANNELS": y.shape[1], "PARTS": parts,
-        "RELU": act == "relu", "WIDE": elements >= WIDE_FROM, "BLOCK": _BLOCK,
+        "RELU": act == "relu", "WIDE": is_wide(blocks * _BLOCK), "BLOCK": _BLOCK,
     }  # fmt: skip
-    return Launch(affine_kernel, (math.ceil(elements / _BLOCK), 1, 1), arguments)
+    return Launch(affine_kernel, (blocks, 1, 1), arguments)

@@ -12,10 +12,10 @@ from resnet_fused.backends.triton.head import head_config
 from resnet_fused.backends.triton.kernels.head import linear_kernel, mean_kernel
 from resnet_fused.backends.triton.kernels.stem import stem_fwd_kernel
 from resnet_fused.backends.triton.launch import (
-    WIDE_FROM,
     Launch,
     dot_precision,
     geometry,
+    is_wide,
     precision,
     vector,
 )
@@ -67,7 +67,7 @@ def stem(
         "STRIDE_H": conv.stride[0], "STRIDE_W": conv.stride[1],
         **{f"{name}_{side}": pair[i] for name, pair in pool for i, side in enumerate("HW")},
         "ALIGN": run.align, "RUN": run.length, "RELU": act == "relu",
-        "PRECISION": dot_precision(kind), "WIDE": max(x.numel(), y.numel()) >= WIDE_FROM,
+        "PRECISION": dot_precision(kind), "WIDE": is_wide(x.numel(), packed.numel(), y.numel()),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     tiles = (problem.pairs / config.block_m, ph / config.band, conv.o / config.block_n)
@@ -88,12 +88,13 @@ def head(
     means = torch.empty((n, c), dtype=torch.float32, device=x.device)
     averaged = {
         "x_ptr": x, "y_ptr": means, "pixels": h * w, "CHANNELS": c,
-        "WIDE": x.numel() >= WIDE_FROM, "BLOCK_P": _MEAN_PIXELS, "BLOCK_C": _MEAN_CHANNELS,
+        "WIDE": is_wide(x.numel()), "BLOCK_P": _MEAN_PIXELS, "BLOCK_C": _MEAN_CHANNELS,
     }  # fmt: skip
     config = head_config(n, classes, capability)
     multiplied = {
         "x_ptr": means, "w_ptr": vector(weight), "bias_ptr": vector(bias), "y_ptr": y, "m": n,
-        "IN": c, "OUT": classes, "PRECISION": _mean_precision(x.dtype), "BLOCK_M": config.block_m,
+        "IN": c, "OUT": classes, "PRECISION": _mean_precision(x.dtype),
+        "WIDE": is_wide(means.numel(), weight.numel(), y.numel()), "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     grid = (math.ceil(classes / config.block_n), math.ceil(n / config.block_m), 1)

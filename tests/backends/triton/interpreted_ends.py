@@ -51,7 +51,7 @@ def test_stem_alone_with_64_bit_offsets(path, monkeypatch):
     args, config = stem(path, act=None, vectors=False)
     narrow = run.conv_bn_act_max_pool(*args, config=config)
     assert_right(args, narrow, STEM)
-    monkeypatch.setattr(launch_ends, "WIDE_FROM", 1)
+    monkeypatch.setattr(launch, "WIDE_FROM", 1)
     assert torch.equal(run.conv_bn_act_max_pool(*args, config=config), narrow)
 
 
@@ -164,7 +164,7 @@ def test_head(shape, dtype, monkeypatch):
     args = head_arguments(*shape, bias=dtype != torch.float16, dtype=dtype)
     out = run.avg_pool_linear(*args)
     assert_right(args, out, HEAD)
-    monkeypatch.setattr(launch_ends, "WIDE_FROM", 1)
+    monkeypatch.setattr(launch, "WIDE_FROM", 1)
     assert torch.equal(run.avg_pool_linear(*args), out)
 
 

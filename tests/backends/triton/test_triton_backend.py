@@ -107,6 +107,51 @@ def test_groups_that_no_grid_holds(monkeypatch):
     assert declined(1, 2**20) is None
 
 
+def test_ends_that_no_grid_holds(monkeypatch):
+    """Up to the limit, the grid that is launched fits; above it, the call is declined in words."""
+    pytest.importorskip("triton")
+    from resnet_fused.backends.triton import launch_ends
+    from resnet_fused.backends.triton import stem as stem_tiles
+
+    gpu(monkeypatch, (9, 0))
+
+    class Shaped(OnGpu):
+        def __init__(self, *shape: int) -> None:
+            super().__init__()
+            self.shape = torch.Size(shape)
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float16, device="meta")
+
+    def stem(height: int, o: int = 64) -> str | None:
+        x, weight = (1, 3, height, 8), (o, 3, 7, 7)
+        pairs, pool = ((2, 2), (3, 3), (1, 1)), ((3, 3), (2, 2), (1, 1))
+        p = stem_tiles.Stem.of(x, weight, *pairs, *pool)
+        rest = (None, None, meta(1, o, *p.out_size), p)
+        for config in stem_tiles.candidates(p, "fp16", 90):
+            grid = launch_ends.stem(meta(*x), meta(*weight), *rest, config, None).grid
+            holds.append(max(grid[1:]) <= 65535)
+        args = (meta(*weight), None, None, *pairs, 1, None, *pool)
+        return triton.supports("conv_bn_act_max_pool", Shaped(*x), *args)
+
+    def head(n: int, c: int) -> str | None:
+        for step in launch_ends.head(meta(n, c, 1, 1), meta(10, c), None, meta(n, 10), 90):
+            holds.append(max(step.grid[1:]) <= 65535)
+        return triton.supports("avg_pool_linear", Shaped(n, c, 1, 1), meta(10, c), None)
+
+    holds: list[bool] = []
+    assert stem(4 * 65535) is None
+    assert head(64 * 65535, 16) is None
+    assert head(8, 64 * 65535) is None
+    assert all(holds)
+    assert stem(2**23) == "takes outputs of 65535 rows at most, got 2097152"
+    assert stem(64, 2**21) == "takes 1048560 output channels at most, weight has 2097152"
+    said = "takes 4194240 images and channels at most, x is "
+    assert head(2**22, 16) == said + "(4194304, 16, 1, 1)"
+    assert head(8, 2**22) == said + "(8, 4194304, 1, 1)"
+    assert not all(holds)
+
+
 def test_kernels_are_launched_on_the_device_of_x(monkeypatch):
     """Triton launches on the current device, whatever its arguments' is."""
     pytest.importorskip("triton")

@@ -41,11 +41,13 @@ def conv_fwd_kernel(
     ``moments_ptr``, (tiles, 2, GROUPS · OUT), for ``merge_moments_kernel``.
     """
     tile_m, tile_n = tile_of(
-        tl.program_id(0), (m + BLOCK_M - 1) // BLOCK_M, (OUT + BLOCK_N - 1) // BLOCK_N, GROUP_M
+        tl.program_id(0), (m - 1) // BLOCK_M + 1, (OUT + BLOCK_N - 1) // BLOCK_N, GROUP_M
     )
     part, group = tl.program_id(1), tl.program_id(2)
     if WIDE:
-        tile_m, part = tile_m.to(tl.int64), part.to(tl.int64)
+        tile_m, tile_n = tile_m.to(tl.int64), tile_n.to(tl.int64)
+        part, group = part.to(tl.int64), group.to(tl.int64)
+        w, oh = w.to(tl.int64), oh.to(tl.int64)  # products with them are offsets within an image
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)

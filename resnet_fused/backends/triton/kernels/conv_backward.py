@@ -25,14 +25,17 @@ def conv_bwd_data_kernel(
     W_IN to W_GROUP are the weight's strides.
     """
     tile_m, tile_n = tile_of(
-        tl.program_id(0), (m + BLOCK_M - 1) // BLOCK_M, (IN + BLOCK_N - 1) // BLOCK_N, GROUP_M
+        tl.program_id(0), (m - 1) // BLOCK_M + 1, (IN + BLOCK_N - 1) // BLOCK_N, GROUP_M
     )
     group = tl.program_id(1)
+    ks = tl.arange(0, BLOCK_K)
     if WIDE:
-        tile_m = tile_m.to(tl.int64)
+        tile_m, tile_n = tile_m.to(tl.int64), tile_n.to(tl.int64)
+        group, ks = group.to(tl.int64), ks.to(tl.int64)
+        # Products with them are offsets within an image.
+        gw, columns = gw.to(tl.int64), columns.to(tl.int64)
     pixels = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
     pixel_in, channel_in = pixels < m, channels < IN
     image, row, column = pixels // (columns * rows), pixels // columns % rows, pixels % columns
     top, left = row + SHIFT_H, column + SHIFT_W
@@ -91,9 +94,10 @@ def conv_bwd_weight_kernel(
     columns = tile // TILES_M % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     row_in, column_in = rows < OUT, columns < COLUMNS
     ks = tl.arange(0, BLOCK_K)
-    first = part * steps * BLOCK_K
     if WIDE:
-        first = part.to(tl.int64) * steps * BLOCK_K
+        part, group, rows = part.to(tl.int64), group.to(tl.int64), rows.to(tl.int64)
+        oh = oh.to(tl.int64)  # its product with ow is the pixels of an image
+    first = part * steps * BLOCK_K
     if FLAT:
         tap, channel = columns // IN, columns % IN
     down, right = tap // KW * DIL_H - PAD_H, tap % KW * DIL_W - PAD_W

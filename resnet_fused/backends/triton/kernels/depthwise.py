@@ -21,8 +21,10 @@ def depthwise_fwd_kernel(
     TOTAL: tl.constexpr = GROUPS * OUT
     tiles_n: tl.constexpr = (TOTAL + BLOCK_N - 1) // BLOCK_N
     tile_m, tile_n = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    total = TOTAL
     if WIDE:
-        tile_m = tile_m.to(tl.int64)
+        tile_m, total = tile_m.to(tl.int64), tl.full((), TOTAL, tl.int64)
+        w, oh = w.to(tl.int64), oh.to(tl.int64)  # products with them are offsets within an image
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_in, channel_in = rows < m, channels < TOTAL
@@ -38,7 +40,7 @@ def depthwise_fwd_kernel(
         inside = row_in & (y_in >= 0) & (y_in < h) & (x_in >= 0) & (x_in < w)
         mask = inside[:, None] & channel_in[None, :]
         x = tl.load(x_ptrs + (down * w + right) * GROUPS, mask=mask, other=0.0)
-        weight = tl.load(w_ptr + tap * TOTAL + channels, mask=channel_in, other=0.0)
+        weight = tl.load(w_ptr + tap * total + channels, mask=channel_in, other=0.0)
         acc += x.to(tl.float32) * weight.to(tl.float32)[None, :]
 
     if scale_ptr is not None:

@@ -14,7 +14,7 @@ def mean_kernel(
     """The means of BLOCK_C channels of one image; x is (N, pixels, CHANNELS), y float32."""
     image = tl.program_id(0)
     if WIDE:
-        image = image.to(tl.int64)
+        image, pixels = image.to(tl.int64), pixels.to(tl.int64)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_in = channels < CHANNELS
     rows = tl.arange(0, BLOCK_P)
@@ -31,11 +31,15 @@ def mean_kernel(
 @triton.jit(do_not_specialize=["m"])
 def linear_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, m, IN: tl.constexpr, OUT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows and BLOCK_N columns of y = x · wᵀ + bias; x is (m, IN) float32, w (OUT, IN)."""
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_m, tile_n = tl.program_id(1), tl.program_id(0)
+    if WIDE:
+        tile_m, tile_n = tile_m.to(tl.int64), tile_n.to(tl.int64)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row_in, column_in = rows < m, columns < OUT
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for first in range(0, IN, BLOCK_K):

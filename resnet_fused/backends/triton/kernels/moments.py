@@ -67,7 +67,7 @@ def merge_moments_kernel(
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_in = channels < CHANNELS
     wanted = (indices < parts)[:, None] & channel_in[None, :]
-    source = parts_ptr + indices[:, None] * (2 * CHANNELS) + channels[None, :]
+    source = parts_ptr + indices.to(tl.int64)[:, None] * (2 * CHANNELS) + channels[None, :]
     means = tl.load(source, mask=wanted, other=0.0)
     squares = tl.load(source + CHANNELS, mask=wanted, other=0.0)
     left = tl.maximum(m - indices.to(tl.int64) * part_rows, 0)
@@ -96,10 +96,11 @@ def merge_sums_kernel(
     channel_in = channels < CHANNELS
     wanted = (indices < parts)[:, None] & channel_in[None, :]
     for place in tl.static_range(SUMS):
-        rows = indices[:, None] * (SUMS * CHANNELS) + place * CHANNELS + channels[None, :]
+        starts = indices.to(tl.int64)[:, None] * (SUMS * CHANNELS) + place * CHANNELS
+        rows = starts + channels[None, :]
         total = tl.sum(tl.load(parts_ptr + rows, mask=wanted, other=0.0), 0)
         if out_ptr is not None:
-            out = out_ptr + (tl.program_id(0) * SUMS + place) * CHANNELS
+            out = out_ptr + (tl.program_id(0).to(tl.int64) * SUMS + place) * CHANNELS
         elif place == 0:
             out = sum_g_ptr
         elif place == 1:

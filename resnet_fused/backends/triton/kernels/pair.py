@@ -29,10 +29,11 @@ def conv_pair_fwd_kernel(
     Rows of the weights are (KH, KW, IN) in PITCH and (BETWEEN,) in PITCH2.
     """
     tile = tl.program_id(0)
-    if WIDE:
-        tile = tile.to(tl.int64)
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     between, ks = tl.arange(0, BLOCK_BETWEEN), tl.arange(0, BLOCK_K)
+    if WIDE:
+        tile, between = tile.to(tl.int64), between.to(tl.int64)
+        w, oh = w.to(tl.int64), oh.to(tl.int64)  # products with them are offsets within an image
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_in, between_in = rows < m, between < BETWEEN
     top = rows // ow % oh * STRIDE_H - PAD_H
     left = rows % ow * STRIDE_W - PAD_W
@@ -65,6 +66,8 @@ def conv_pair_fwd_kernel(
 
     for first in tl.range(0, OUT, BLOCK_N, num_stages=2):
         columns = first + tl.arange(0, BLOCK_N)
+        if WIDE:
+            columns = columns.to(tl.int64)
         column_in = columns < OUT
         known = column_in[:, None] & between_in[None, :]
         b = tl.load(w2_ptr + columns[:, None] * PITCH2 + between[None, :], mask=known, other=0.0)

@@ -75,13 +75,14 @@ def stem_fwd_kernel(
     SPAN: tl.constexpr = ((KW - 1) * DIL_W + 1) * IN
     BEFORE: tl.constexpr = (POOL_PAD_W * STRIDE_W + PAD_W) * IN
     pairs = (pw + 1) // 2
-    pitch = tl.multiple_of(w * IN, ALIGN)
-    tile, first = tl.program_id(0), tl.program_id(1) * band
+    tile, first, block = tl.program_id(0), tl.program_id(1) * band, tl.program_id(2)
     if WIDE:
-        tile, first = tile.to(tl.int64), first.to(tl.int64)
+        tile, first, block = tile.to(tl.int64), first.to(tl.int64), block.to(tl.int64)
+        w = w.to(tl.int64)
+    pitch = tl.multiple_of(w * IN, ALIGN)
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     image, column = rows // pairs, rows % pairs * 2
-    channels = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    channels = block * BLOCK_N + tl.arange(0, BLOCK_N)
     row_in, channel_in = image < images, channels < OUT
     x_rows, w_rows = x_ptr + image * h * pitch, w_ptr + channels * (KH * RUN)
     y_rows = y_ptr + (image * ph * pw + column) * OUT
