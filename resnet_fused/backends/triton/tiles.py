@@ -166,7 +166,8 @@ def register_limit(problem: Problem, precision: str, config: Config, capability:
         return None
     if problem.training or problem.flat:  # a stem's addresses take up to 156, and none spills
         return None
-    return 128 if config.split_k > 1 or sums <= 16 else None
+    # Tiles of 32 pixels take 128 at most, and spilled where they are not full of channels.
+    return 128 if config.split_k > 1 or sums <= 16 or config.block_m == 32 else None
 
 
 def _splits(problem: Problem, config: Config, arch: Arch) -> Iterator[Config]:

@@ -38,6 +38,7 @@ STRIDED = problem(64, 128, 56, 128, 3, 2)
 # Not of a ResNet: K in parts of a tile that is wide in channels, and windows that lie apart.
 WIDE = Problem.of((7, 20, 7, 7), (200, 20, 7, 7), (1, 1), (3, 3), (1, 1), 1, False)
 APART = Problem.of((7, 32, 28, 28), (32, 1, 5, 5), (3, 3), (4, 4), (2, 2), 32, False)
+FOUR = Problem.of((1, 96, 56, 56), (800, 24, 2, 2), (1, 1), (1, 1), (1, 1), 4, True)
 IN_TWO = Problem.of((1, 200, 13, 13), (144, 100, 3, 3), (1, 1), (1, 1), (1, 1), 2, False)
 EXPAND = problem(64, 256, 14, 1024, 1, residual=True)
 SMALL = problem(1, 512, 7, 512, 3)
@@ -47,7 +48,7 @@ OTHERS = [
     *((p, "fp16", 80) for p in (STEM, BASIC, STRIDED, EXPAND, SMALL, DEPTHWISE)),
     *((p, "tf32", 90) for p in (STEM, BASIC, EXPAND)),
     *((p, "fp32", 80) for p in (STEM, BASIC, EXPAND)),
-    *((p, "fp32", 90) for p in (WIDE, IN_TWO)),
+    *((p, "fp32", 90) for p in (WIDE, IN_TWO, FOUR)),
     *((p, "bf16", 100) for p in (BASIC, STRIDED, EXPAND, APART)),
     *((p, "bf16", 90) for p in (SMALL, GROUPED)),
 ]
