@@ -58,9 +58,11 @@ def native(
     oh = (h + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
     ow = (wd + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
     xs, w = nhwc(x), w.contiguous()
-    _keep, packed = aligned(_C.conv_bn_act_packed_bytes(name, algorithm, o, cg, kh, kw, groups))
+    layout = (name, algorithm, o, cg, kh, kw, groups)
+    packed_bytes = _C.conv_bn_act_packed_bytes(*layout)
+    _keep, packed = aligned(packed_bytes)
     along = (cg * kh * kw, kh * kw, 1)
-    _C.conv_bn_act_pack(w.data_ptr(), packed, name, algorithm, o, cg, kh, kw, groups, *along)
+    _C.conv_bn_act_pack(w.data_ptr(), packed, packed_bytes, *layout, *along)
     size = _C.conv_bn_act_scratch_bytes(name, algorithm, *shape, threads or torch.get_num_threads())
     keep2, scratch = aligned(size)
     r = None if residual is None else nhwc(residual)
@@ -71,7 +73,9 @@ def native(
         y.copy_(r)
         r = y
     pointers = [0 if t is None else t.data_ptr() for t in (scale, shift, r, y)]
-    _C.conv_bn_act(xs.data_ptr(), packed, *pointers, scratch, size, name, algorithm, *shape, relu)
+    _C.conv_bn_act(
+        xs.data_ptr(), packed, packed_bytes, *pointers, scratch, size, name, algorithm, *shape, relu
+    )
     assert (flat[:guard] == 7).all()
     assert (flat[guard + y.numel() :] == 7).all()
     tail = ctypes.string_at(scratch + size, keep2.data_ptr() + keep2.numel() - scratch - size)

@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -51,13 +50,12 @@ ConvShape weight_shape(const std::string& dtype, int64_t o, int64_t cg, int64_t 
   return checked({parse_dtype(dtype), 1, kh, kw, cg * groups, o, kh, kw, 1, 1, 0, 0, 1, 1, groups});
 }
 
-// The buffer of packed weights; its size is checked where it is said.
-Block packed_block(const cpu::ConvAlgorithm& a, const ConvShape& s, uintptr_t address,
-                   const std::optional<size_t>& size) {
+Block packed_block(const cpu::ConvAlgorithm& a, const ConvShape& s, uintptr_t address, size_t size) {
   const Block packed{"packed", address, a.packed_bytes(s)};
   need_block(packed, 64);
-  if (size && *size < packed.bytes)
-    fail("packed_bytes: expected at least " + std::to_string(packed.bytes));
+  if (size < packed.bytes)
+    fail("packed_bytes: expected at least " + std::to_string(packed.bytes) + ", got " +
+         std::to_string(size));
   return packed;
 }
 
@@ -82,10 +80,9 @@ size_t packed_bytes(const std::string& dtype, const std::string& algorithm, int6
   return find(s, algorithm).packed_bytes(s);
 }
 
-void pack(uintptr_t weight, uintptr_t packed, const std::string& dtype, const std::string& algorithm,
-          int64_t o, int64_t cg, int64_t kh, int64_t kw, int64_t groups, int64_t along_o,
-          int64_t along_c, int64_t along_tap, bool turned,
-          const std::optional<size_t>& packed_size) {
+void pack(uintptr_t weight, uintptr_t packed, size_t packed_size, const std::string& dtype,
+          const std::string& algorithm, int64_t o, int64_t cg, int64_t kh, int64_t kw,
+          int64_t groups, int64_t along_o, int64_t along_c, int64_t along_tap, bool turned) {
   const ConvShape s = weight_shape(dtype, o, cg, kh, kw, groups);
   const cpu::ConvAlgorithm& a = find(s, algorithm);
   need("along_o", along_o, 0, int64_t(1) << 40);
@@ -115,11 +112,11 @@ size_t scratch_bytes(const std::string& dtype, const std::string& algorithm, int
   return find(s, algorithm).scratch_bytes(s, threads);
 }
 
-void conv_bn_act(uintptr_t x, uintptr_t packed, uintptr_t scale, uintptr_t shift, uintptr_t residual,
-                 uintptr_t y, uintptr_t scratch, size_t scratch_size, const std::string& dtype,
-                 const std::string& algorithm, int64_t n, int64_t h, int64_t w, int64_t c, int64_t o,
-                 int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph, int64_t pw, int64_t dh,
-                 int64_t dw, int64_t groups, bool relu, const std::optional<size_t>& packed_size) {
+void conv_bn_act(uintptr_t x, uintptr_t packed, size_t packed_size, uintptr_t scale, uintptr_t shift,
+                 uintptr_t residual, uintptr_t y, uintptr_t scratch, size_t scratch_size,
+                 const std::string& dtype, const std::string& algorithm, int64_t n, int64_t h,
+                 int64_t w, int64_t c, int64_t o, int64_t kh, int64_t kw, int64_t sh, int64_t sw,
+                 int64_t ph, int64_t pw, int64_t dh, int64_t dw, int64_t groups, bool relu) {
   const ConvShape s = checked(
       {parse_dtype(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups});
   const cpu::ConvAlgorithm& a = find(s, algorithm);
@@ -163,25 +160,23 @@ void register_conv_bn_act(py::module_& m) {
         "kernels for the dtype ('float32' or 'bfloat16').");
   m.def("conv_bn_act_packed_bytes", &packed_bytes, py::arg("dtype"), py::arg("algorithm"), RF_WEIGHT,
         "Bytes of the packed weights. They depend on the algorithm and the instruction set too.");
-  m.def("conv_bn_act_pack", &pack, py::arg("weight"), py::arg("packed"), py::arg("dtype"),
-        py::arg("algorithm"), RF_WEIGHT, py::arg("along_o"), py::arg("along_c"),
-        py::arg("along_tap"), py::arg("turned") = false, py::arg("packed_bytes") = py::none(),
+  m.def("conv_bn_act_pack", &pack, py::arg("weight"), py::arg("packed"), py::arg("packed_bytes"),
+        py::arg("dtype"), py::arg("algorithm"), RF_WEIGHT, py::arg("along_o"), py::arg("along_c"),
+        py::arg("along_tap"), py::arg("turned") = false,
         "Packs a weight into a 64-byte aligned buffer. along_* are the elements from one output\n"
         "channel, input channel or tap to the next. turned: each kernel is read from its last tap to\n"
-        "its first; with along_o and along_c exchanged the convolution gives an input's gradient.\n"
-        "packed_bytes is the size of the buffer, checked where it is given.");
+        "its first; with along_o and along_c exchanged the convolution gives an input's gradient.");
   m.def("conv_bn_act_scratch_bytes", &scratch_bytes, py::arg("dtype"), py::arg("algorithm"), RF_SHAPE,
         py::arg("threads"), "Bytes of scratch a call wants to run on that many threads.");
-  m.def("conv_bn_act", &conv_bn_act, py::arg("x"), py::arg("packed"), py::arg("scale"),
-        py::arg("shift"), py::arg("residual"), py::arg("y"), py::arg("scratch"),
+  m.def("conv_bn_act", &conv_bn_act, py::arg("x"), py::arg("packed"), py::arg("packed_bytes"),
+        py::arg("scale"), py::arg("shift"), py::arg("residual"), py::arg("y"), py::arg("scratch"),
         py::arg("scratch_bytes"), py::arg("dtype"), py::arg("algorithm"), RF_SHAPE, py::arg("relu"),
-        py::arg("packed_bytes") = py::none(),
         "y = act(conv(x, weight) * scale + shift + residual), act = ReLU or nothing.\n\n"
         "x, residual and y are dense NHWC in dtype; scale and shift float32. 0 leaves out scale,\n"
         "shift or residual. y may be the residual itself; else what is written, y and scratch, lies\n"
-        "apart from all else. packed and scratch are 64-byte aligned, the rest as their elements;\n"
-        "packed_bytes is the size of packed, checked where it is given. Runs on omp_get_max_threads() threads, or as many as the scratch is enough for;\n"
-        "the result does not depend on their number. Allocates nothing.");
+        "apart from all else. packed and scratch are 64-byte aligned, the rest as their elements. Runs\n"
+        "on omp_get_max_threads() threads, or as many as the scratch is enough for; the result does not\n"
+        "depend on their number. Allocates nothing.");
 }
 
 }  // namespace rf

@@ -310,7 +310,8 @@ def _pack(
     if turned:
         along_o, along_c = along_c, along_o
     loaded().conv_bn_act_pack(
-        weight.data_ptr(), packed.data_ptr(), plan.dtype, plan.algorithm, *plan.layout,
+        weight.data_ptr(), packed.data_ptr(), packed.nbytes, plan.dtype, plan.algorithm,
+        *plan.layout,
         along_o, along_c, along_tap, turned,
     )  # fmt: skip
     return packed
@@ -330,8 +331,9 @@ def _bind(
     addresses = (0 if t is None else t.data_ptr() for t in (scale, shift, residual))
     run = functools.partial(
         loaded().conv_bn_act,
-        x.data_ptr(), packed.data_ptr(), *addresses, y.data_ptr(), scratch.data_ptr(),
-        scratch.nbytes, plan.dtype, plan.algorithm, *plan.geometry, act == "relu",
+        x.data_ptr(), packed.data_ptr(), packed.nbytes, *addresses, y.data_ptr(),
+        scratch.data_ptr(), scratch.nbytes, plan.dtype, plan.algorithm, *plan.geometry,
+        act == "relu",
     )  # fmt: skip
     # The call holds addresses only; these are the ones nobody else need keep.
     run.keeps = (scale, shift, packed)  # type: ignore[attr-defined]

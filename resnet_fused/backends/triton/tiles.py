@@ -153,10 +153,11 @@ def register_limit(problem: Problem, precision: str, config: Config, capability:
     """Return the registers that a thread may have at most; None leaves it to ptxas.
 
     It may aim at 48, 80, 96 or 128, to fit one more block on a multiprocessor, and put 8 or 16
-    bytes on the stack for that. A limit, though it is no lower one, keeps it from aiming. Which
-    kernels it does so with is from compiling them with Triton 3.7.1: in float32 on sm_90, 55 of 964
-    configs of ResNet-34's and -50's convolutions, all with K in parts or 16 sums a thread; of
-    depthwise ones in bfloat16 on sm_100, 30 of 165. With the limit none of all these spills.
+    bytes on the stack for that. A limit keeps it from aiming: some take up to 16 more registers
+    then, which may cost a block, unmeasured on a GPU. Which kernels it does so with is from
+    compiling them with Triton 3.7.1: in float32 on sm_90, 55 of 964 configs of ResNet-34's and
+    -50's convolutions, all with K in parts or 16 sums a thread; of depthwise ones in bfloat16 on
+    sm_100, 30 of 165. With the limit none of all these spills.
     """
     sums = config.block_m * config.block_n // (32 * config.num_warps)
     if problem.depthwise:
