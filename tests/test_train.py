@@ -69,8 +69,8 @@ def test_on_the_cpu_16_bits_train_fused_where_kernels_have_them(dtype, autocast)
 
 @pytest.mark.skipif("cpu" not in KINDS, reason="about the native kernels")
 def test_small_maps_train_as_torch(monkeypatch):
-    """Of the two convolutions, the one with as many values as pay is fused, by name both."""
-    monkeypatch.setattr(cpu, "FASTER_IN_TRAINING", {torch.float32: 4 * 8 * 32 * 32})
+    """Of the two convolutions, the one with as many multiply-adds as pay is fused, by name both."""
+    monkeypatch.setattr(cpu, "FASTER_IN_TRAINING", {torch.float32: 4 * 4 * 32 * 32 * 8 * 9})
     model = rf.fuse(nn.Sequential(ConvBnRelu(3, 8), ConvBnRelu(8, 4)).train())
     with rf.use_backend("auto"):
         assert ops_called(model, X).get("conv_bn_stats") == 1

@@ -211,11 +211,11 @@ def _only_measured(module: ModuleType, op: str) -> bool:
     return op in getattr(module, "ONLY_MEASURED", ())
 
 
-#: From how many values on :func:`trains`, by requested backend, kind of device, and dtype.
+#: From how many multiply-adds on :func:`trains`, by requested backend, kind of device, and dtype.
 _trains: dict[tuple[str, str, torch.dtype], float] = {}
 
 
-def trains(device: torch.device, dtype: torch.dtype, values: float) -> bool:
+def trains(device: torch.device, dtype: torch.dtype, macs: float) -> bool:
     """Return whether a backend has kernels for the ops of training that make a step faster.
 
     One asked for by name, the reference included, need not be faster: it saves memory. While
@@ -224,14 +224,14 @@ def trains(device: torch.device, dtype: torch.dtype, values: float) -> bool:
     Args:
         device: where the convolution runs.
         dtype: of its result.
-        values: how many its result has; each op costs a time that few values do not make up for.
+        macs: its multiply-adds; each op costs a time that few of them do not make up for.
     """
     key = (requested(), device.type, dtype)
     if key not in _trains and not torch.compiler.is_compiling():
         _trains[key] = _least_to_train(
             key[0], torch.empty((1, 1, 1, 1), dtype=dtype, device=device)
         )
-    return values >= _trains.get(key, math.inf)
+    return macs >= _trains.get(key, math.inf)
 
 
 def _least_to_train(name: str, probe: torch.Tensor) -> float:

@@ -32,12 +32,15 @@ from resnet_fused.backends.native import DTYPE_NAMES, as_vector
 
 ADVICE = "Build the extension with GCC from 10 on: `pip install .` in the source of resnet_fused"
 
-#: Dtypes in which a fused training step is no slower than torch's, for convolutions with at least
-#: so many values in their result: each costs some 0.2 ms more in Python than torch's own layers.
-#: Two threads of a Zen 5, ResNet-50 in bfloat16, interleaved with eager torch: with all fused 1.10x
-#: at batch 8, 0.98x at 2; with those of 400,000 values 1.06x and 1.01x; ResNet-34 0.99x and 1.02x
-#: at 2. In float32 at batch 8 with those of none, 200,000 and 400,000: 1.14x, 1.14x, 1.16x.
-FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {torch.float32: 200_000, torch.bfloat16: 400_000}
+#: Dtypes in which a fused training step is no slower than torch's, for convolutions of at least so
+#: many multiply-adds: each costs some 0.2 ms more in Python than torch's own layers. Two threads of
+#: a Zen 5, blocks of two or three convolutions beside eager torch's in float32: 0.7x with 19 million
+#: each, 0.9x with 6 to 14, 1.0x with 26 to 58, 1.0 to 1.2x with 75. All of ResNet-34 and -50 but
+#: one 1x1 have more at batch 1: there bfloat16 gave 1.0x and 1.1x, float32 1.1x.
+FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {
+    torch.float32: 40_000_000,
+    torch.bfloat16: 40_000_000,
+}
 
 #: Ops that need bfloat16 dot products for bfloat16; the others take it on any processor.
 _DOT_PRODUCTS = ("conv_bn_act", "conv_bn_act_max_pool", "avg_pool_linear")

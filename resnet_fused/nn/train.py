@@ -74,7 +74,8 @@ def run(
     shape = output_shape(raw.shape, conv.weight.shape, *geometry)
     dtype, group = result_dtype(raw), sharing_group(bn)
     # SyncBatchNorm pays always, with one all-reduce for torch's two, and on the CPU at all.
-    if not trains(raw.device, dtype, math.prod(shape) if group is None else math.inf):
+    macs = math.prod(shape) * math.prod(conv.weight.shape[1:]) if group is None else math.inf
+    if not trains(raw.device, dtype, macs):
         return None
     if residual is not None:
         tensor = residual.x if isinstance(residual, Pending) else residual
