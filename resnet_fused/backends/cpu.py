@@ -34,9 +34,9 @@ ADVICE = "Build the extension with GCC from 10 on: `pip install .` in the source
 
 #: Dtypes in which a fused training step is no slower than torch's, for convolutions of at least so
 #: many multiply-adds: each costs some 0.2 ms more in Python than torch's own layers. Two threads of
-#: a Zen 5, blocks of two or three convolutions beside eager torch's in float32: 0.7x with 19 million
-#: each, 0.9x with 6 to 14, 1.0x with 26 to 58, 1.0 to 1.2x with 75. All of ResNet-34 and -50 but
-#: one 1x1 have more at batch 1: there bfloat16 gave 1.0x and 1.1x, float32 1.1x.
+#: a Zen 5, blocks of two or three convolutions beside eager torch's in float32: with 19 million
+#: each 0.7x, with 6 to 14 million 0.9x, 26 to 58 million 1.0x, 75 million 1.0 to 1.2x. All of
+#: ResNet-34 and -50 but one 1x1 have more at batch 1: bfloat16 1.0x and 1.1x, float32 1.1x.
 FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {
     torch.float32: 40_000_000,
     torch.bfloat16: 40_000_000,
