@@ -35,14 +35,17 @@ static void conv_tile(const TileArgs& g) {
   const T* b = static_cast<const T*>(g.b);
   const int64_t lda = g.lda;
   const char* ahead = g.ahead;
-  // The lines of the result come from memory while the sums are formed.
+  // The lines of the result and of the residual come from memory while the sums are formed.
   if constexpr (!RAW) {
     constexpr int LINE = 64 / sizeof(T);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const T* y = static_cast<T*>(g.y) + (i < H ? g.y0 + i * g.ldy : g.y1 + (i - H) * g.ldy);
+      const int64_t at = i < H ? g.y0 + i * g.ldy : g.y1 + (i - H) * g.ldy;
 #pragma GCC unroll 4
-      for (int j = 0; j < NV * E::W; j += LINE) __builtin_prefetch(y + j, 1);
+      for (int j = 0; j < NV * E::W; j += LINE) {
+        __builtin_prefetch(static_cast<T*>(g.y) + at + j, 1);
+        if (g.residual) __builtin_prefetch(static_cast<const T*>(g.residual) + at + j);
+      }
     }
   }
   for (int64_t t = 0; t < g.taps; ++t) {
