@@ -8,12 +8,11 @@ process where others did.
 from __future__ import annotations
 
 import io
-from types import TracebackType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks import training
 from benchmarks.worker import Done, Raised, Worker
 from resnet_fused.backends import requested, use_backend
 from resnet_fused.bench.progress import Watch
@@ -24,28 +23,19 @@ NO_LIMIT_S = 1e6
 
 
 class Apart:
-    """One contender's process, from `enter` to the end of the ``with`` block."""
+    """One contender's process, from `enter` to `close`."""
 
     def __init__(self) -> None:
         self._worker = Worker()
 
-    def __enter__(self) -> Apart:
-        """Keep the process that the first call starts."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """End the process."""
         self._worker.close()
 
-    def enter(self, *arguments: Any) -> Row:
-        """Return :func:`training.enter`'s row; its step stays there."""
+    def enter(self, enter: Callable[..., tuple[Row, Callable[[], None]]], *arguments: Any) -> Row:
+        """Call `enter` there and return its row; its step stays there."""
         sent = io.BytesIO()  # not tensors by themselves, which would be moved to shared memory
-        torch.save(arguments, sent)
+        torch.save((enter, arguments), sent)
         return self._call(_enter, sent.getvalue(), torch.get_num_threads(), requested())
 
     def __call__(self) -> None:
@@ -60,14 +50,15 @@ class Apart:
 
 
 #: In the other process: the step that was entered.
-_entered: list[training.Trainer] = []
+_entered: list[Callable[[], None]] = []
 
 
 def _enter(sent: bytes, threads: int, backend: str, *, watch: Watch) -> Row:
     torch.set_num_threads(threads)
     use_backend(backend)
     # From the process that has started this one.
-    row, step = training.enter(*torch.load(io.BytesIO(sent), weights_only=False))
+    enter, arguments = torch.load(io.BytesIO(sent), weights_only=False)
+    row, step = enter(*arguments)
     _entered.append(step)
     return row
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused as rf
+from benchmarks.apart import Apart
 from resnet_fused.bench import measure, memory
 from resnet_fused.bench.accuracy import check_batch
 from resnet_fused.bench.contenders import FUSED, FUSED_LOW, REFERENCE, Setup
@@ -132,16 +133,16 @@ def run_case(
     network: Network, case: Case, setup: Setup, method: measure.Method, watch: Watch
 ) -> list[Row]:
     """Return a row per contender: images a second, memory at its highest, bytes kept."""
-    from benchmarks.apart import Apart
-
     eager_turn, exact = 0.0, exact_gradient(network, case.batch)
 
     def entered(name: str, prepare: Prepare) -> tuple[Row, Callable[[], None]]:
         nonlocal eager_turn
+        step: Callable[[], None]
         asked = (name, prepare, network, case, setup, exact, eager_turn)
         if setup.device == "cpu":
-            step: Callable[[], None] = (apart := processes.enter_context(Apart()))
-            row = apart.enter(*asked)
+            apart = Apart()
+            processes.callback(apart.close)
+            row, step = apart.enter(enter, *asked), apart
         else:
             row, step = enter(*asked)
         if name == REFERENCE:
