@@ -50,6 +50,11 @@ class _Chunk:
         self._gaps = [(0, nbytes)]
         self.returned: list[tuple[int, int]] = []
 
+    @property
+    def unused(self) -> bool:
+        """Whether nobody holds any of it, as far as `take` has looked."""
+        return self._gaps == [(0, self.memory.nbytes)]
+
     def take(self, nbytes: int) -> tuple[int, int] | None:
         """Return a block that nobody holds, from where to where, or None if there is no room."""
         while self.returned:
@@ -77,7 +82,11 @@ class _Chunks(threading.local):
 
     def __init__(self) -> None:
         self.all: list[_Chunk] = []
-        self.total = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of all chunks."""
+        return sum(chunk.memory.nbytes for chunk in self.all)
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, nbytes: int) -> Tensor | None:
         """Return a channels_last map in bytes that nobody holds, or None if none may be kept."""
@@ -86,12 +95,14 @@ class _Chunks(threading.local):
             gap = chunk.take(size)
             if gap is not None:
                 return _lend(chunk, gap, shape, dtype)
+        if self.total + size > _MOST:
+            # Each was just asked and had no room, so that what is unused is too small.
+            self.all = [chunk for chunk in self.all if not chunk.unused]
         room = min(max(_CHUNK, size), _MOST - self.total)
         if room < size:
             return None
         chunk = _Chunk(room)
         self.all.append(chunk)
-        self.total += room
         gap = chunk.take(size)
         assert gap is not None
         return _lend(chunk, gap, shape, dtype)

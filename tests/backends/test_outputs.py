@@ -88,6 +88,16 @@ def test_a_map_larger_than_a_chunk_has_one_of_its_own(monkeypatch) -> None:
     assert _outputs._chunks.total == held.nbytes == 2 * 2**20
 
 
+def test_room_is_made_by_giving_up_free_chunks_that_are_too_small(monkeypatch) -> None:
+    monkeypatch.setattr(_outputs, "_MOST", 3 * 2**20)
+    monkeypatch.setattr(_outputs, "_CHUNK", 2**20)
+    held = _make((1, 64, 64, 64))  # 1 MiB
+    free = _make((1, 64, 64, 64))
+    del free
+    other = _make((1, 64, 64, 128))  # 2 MiB, fits only in place of the free one
+    assert _outputs._chunks.total == held.nbytes + other.nbytes
+
+
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9), st.randoms()), max_size=60))
 def test_blocks_never_overlap_and_all_gaps_close(calls) -> None:
     """Whatever is taken, and in whatever order and number blocks are given back."""
