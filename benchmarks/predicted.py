@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 
-from benchmarks import marked
+from benchmarks import marked, traffic
 from resnet_fused.backends.triton import tiles
 from resnet_fused.backends.triton.cost import arch_of, cost
 from resnet_fused.bench.options import UsageError
@@ -30,6 +30,7 @@ COLUMNS = (
     "model", "batch", "layer by layer", "stem in one kernel", "and 3x3 with its 1x1",
     "arithmetic alone", "Triton's tiles", "MB an image",
 )  # fmt: skip
+STEPS = ("model", "batch", "MB an image: eager", "fused", "img/s: eager", "fused", "fused / eager")
 #: Candidates that are no Triton config, by op: cuDNN's two ways and plain torch, or plain torch.
 OTHERS = {"conv_bn_act": 3}
 #: Seconds to compile a config: 0.51 is the mean of 380 for ResNet-50 at batch 256 on sm_90 (Triton
@@ -72,10 +73,13 @@ def section() -> str:
     rows = [_row(name, batch, device) for batch in BATCHES for name in MODELS]
     title = f"Images a second, {device.name}, {PRECISION}, 224x224"
     table = Grid(title, COLUMNS, rows, left=("model",)).markdown().strip()
+    rows = [_row_of_training(name, max(BATCHES), device) for name in MODELS]
+    title = f"Training steps, {device.name}, {PRECISION}, 224x224"
+    steps = Grid(title, STEPS, rows, left=("model",)).markdown().strip()
     work = tuning("resnet50", 256)
     return (
-        f"{table}\n\nTuning ResNet-50 at batch 256: {work.calls} different calls, {work.configs} "
-        f"configs to compile and at most {work.runs:,} runs of candidates, about "
+        f"{table}\n\n{steps}\n\nTuning ResNet-50 at batch 256: {work.calls} different calls, "
+        f"{work.configs} configs to compile and at most {work.runs:,} runs of candidates, about "
         f"{work.seconds:.0f} s."
     )
 
@@ -91,6 +95,14 @@ def _row(name: str, batch: int, device: Device) -> list[str]:
     )
     megabytes = report.layerwise.nbytes_per_image / 1e6
     return [name, str(batch), *map(_rounded, speeds), f"{megabytes:.1f}"]
+
+
+def _row_of_training(name: str, batch: int, device: Device) -> list[str]:
+    steps = [traffic.training_step(name, batch, DTYPE, fused=fused) for fused in (False, True)]
+    megabytes = [sum(work.nbytes for work in step) / batch / 1e6 for step in steps]
+    eager, fused = (batch / sum(w.seconds(device, DTYPE) for w in step) for step in steps)
+    speeds = (_rounded(eager), _rounded(fused), f"{fused / eager:.2f}x")
+    return [name, str(batch), *(f"{moved:.0f}" for moved in megabytes), *speeds]
 
 
 def _seconds_of_tiles(name: str, batch: int, device: Device, report: Report) -> float:

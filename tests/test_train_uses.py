@@ -51,8 +51,9 @@ FROZEN = {
     # The last block alone: three weights, and the gradient between its two convolutions.
     "all but the last block": (
         lambda name: "layer1.1" in name or "fc" in name,
-        {"conv_backward_weight": 3, "conv_backward_data": 1, "dual_bn_act_backward_reduce": 1,
-         "dual_bn_act_backward_apply": 1, "bn_act_backward": 1, "bn_act": 1},
+        {"conv_backward_weight": 2, "bn_act_conv_backward_weight": 1,
+         "bn_act_conv_backward_data": 1, "dual_bn_act_backward_reduce": 1,
+         "dual_bn_act_backward_apply": 1},
     ),
     # Sums alone give a BatchNorm's own gradients.
     "all but the last BatchNorms": (
@@ -63,7 +64,8 @@ FROZEN = {
     # Down to the stem, but of all weights none.
     "all but the stem's BatchNorm": (
         lambda name: name.startswith("bn1"),
-        {"conv_backward_data": 5, "bn_act_backward": 4, "dual_bn_act_backward_reduce": 1,
+        {"conv_backward_data": 3, "bn_act_conv_backward_data": 2, "bn_act_backward": 2,
+         "dual_bn_act_backward_reduce": 1,
          "dual_bn_act_backward_apply": 1, "max_pool_backward": 1},
     ),
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -183,3 +184,52 @@ def max_pool_backward(
     return kernels.max_pool_backward(
         grad, index, x_size, pool_size[0], pool_stride[0], pool_padding[0]
     )
+
+
+def chained_backward_data(convolution: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return bn_act_conv_backward_data: ``convolution``, a conv_backward_data, then BatchNorm's."""
+
+    def bn_act_conv_backward_data(
+        grad: Tensor,
+        weight: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        eps: float,
+        act: str | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, ...]:
+        """Run the op by its two parts."""
+        grad_a = convolution(grad, weight, x.shape, stride, padding, dilation, groups)
+        saved = (x, mean, var, bn_weight, bn_bias, None, eps, act)
+        return bn_act_backward(grad_a, *saved, (*wanted, False))[:3]
+
+    return bn_act_conv_backward_data
+
+
+def chained_backward_weight(convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return bn_act_conv_backward_weight: bn_act, then ``convolution``, a conv_backward_weight."""
+
+    def bn_act_conv_backward_weight(
+        grad: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        weight_size: Sequence[int],
+        eps: float,
+        act: str | None,
+        *geometry: Any,
+    ) -> Tensor:
+        """Run the op; the activation lives until the convolution has read it."""
+        a = bn_act(x, mean, var, bn_weight, bn_bias, None, eps, act)
+        return convolution(grad, a, weight_size, *geometry)
+
+    return bn_act_conv_backward_weight

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _bn_math, _cpu_conv, _torch_conv, _training_kernels, native
+from resnet_fused.backends import (
+    _bn_math,
+    _cpu_conv,
+    _torch_conv,
+    _training_kernels,
+    _training_ops,
+    native,
+)
 from resnet_fused.backends._cpu_conv import Call, Convolution, convolve_once
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends._sizes import pool_shape
@@ -224,6 +231,10 @@ def conv_backward_weight(
     args = (grad, x, weight_size, stride, padding, dilation, groups, channels_last)
     own = _cpu_conv.backward_weight(*args) if declines(grad) is None else None
     return _torch_conv.backward_weight(*args) if own is None else own
+
+
+bn_act_conv_backward_data = _training_ops.chained_backward_data(conv_backward_data)
+bn_act_conv_backward_weight = _training_ops.chained_backward_weight(conv_backward_weight)
 
 
 def bn_update_stats(

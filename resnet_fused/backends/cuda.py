@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _hopper_conv, _torch_conv, _training_kernels, native
+from resnet_fused.backends import (
+    _hopper_conv,
+    _torch_conv,
+    _training_kernels,
+    _training_ops,
+    native,
+)
 from resnet_fused.backends._bn_math import bn_update_stats as bn_update_stats
 
 # By CUTLASS, on sm_90 alone.
@@ -166,3 +172,5 @@ def bn_act_conv_bn_stats(
 
 conv_backward_data = _torch_conv.backward_data
 conv_backward_weight = _torch_conv.backward_weight
+bn_act_conv_backward_data = _training_ops.chained_backward_data(conv_backward_data)
+bn_act_conv_backward_weight = _training_ops.chained_backward_weight(conv_backward_weight)

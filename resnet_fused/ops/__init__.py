@@ -7,6 +7,8 @@ from resnet_fused.ops import (
     bn_act_backward,
     bn_act_backward_apply,
     bn_act_backward_reduce,
+    bn_act_conv_backward_data,
+    bn_act_conv_backward_weight,
     bn_act_conv_bn_stats,
     bn_act_max_pool,
     bn_apply,
@@ -56,6 +58,8 @@ TRAINING: dict[str, Op] = {
         max_pool_backward.OP,
         conv_backward_data.OP,
         conv_backward_weight.OP,
+        bn_act_conv_backward_data.OP,
+        bn_act_conv_backward_weight.OP,
     )
 }
 

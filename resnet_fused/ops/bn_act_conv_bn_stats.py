@@ -91,24 +91,44 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: conv_bn_stats.Resul
 
 
 def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Gradients of the convolution at the activation, then those of BatchNorm."""
+    """Gradients of the convolution, and those of BatchNorm before it."""
     if grad is None:
         return (None,) * 12
-    x, mean, var, bn_weight, bn_bias, weight = ctx.saved_tensors
+    x, *vectors, weight = ctx.saved_tensors
     wants = ctx.needs_input_grad
-    need_activation = wants[0] or wants[3] or wants[4]
-    vectors = (mean, var, bn_weight, bn_bias)
-    a = x
+    grad_weight = None
     if wants[5]:
-        a = call("bn_act", x, *vectors, None, ctx.eps, ctx.act)
-    grad_a, grad_weight = conv_bn_stats.convolution_gradients(
-        ctx, grad, a, weight, (need_activation, wants[5])
-    )
-    grads: tuple[Tensor | None, ...] = (None,) * 3
-    if grad_a is not None:
-        needs = (wants[0], wants[3], wants[4], False)
-        grads = bn_act.gradients(grad_a, x, *vectors, None, ctx.eps, ctx.act, needs, ctx.shared)
+        # In the weight's own layout, or the accumulation would copy it.
+        channels_last = not weight.is_contiguous()
+        grad_weight = call(
+            "bn_act_conv_backward_weight", grad, x, *vectors, weight.shape, ctx.eps, ctx.act,
+            *ctx.geometry, channels_last,
+        )  # fmt: skip
+    grads = _before(ctx, grad, x, vectors, weight, (wants[0], wants[3], wants[4]))
     return (grads[0], None, None, grads[1], grads[2], grad_weight, *(None,) * 6)
+
+
+def _before(
+    ctx: Any,
+    grad: Tensor,
+    x: Tensor,
+    vectors: Sequence[Any],
+    weight: Tensor,
+    needs: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """Return the gradients of x and of BatchNorm's weight and bias, each only if it is needed."""
+    if not any(needs):
+        return (None,) * 3
+    if ctx.shared is not None:
+        grad_a = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry)
+        rest: tuple[Any, ...] = (None, ctx.eps, ctx.act, (*needs, False), ctx.shared)
+        return bn_act.gradients(grad_a, x, *vectors, *rest)[:3]
+    wanted = [n and t is not None for n, t in zip(needs, (x, *vectors[2:]), strict=True)]
+    found = call(
+        "bn_act_conv_backward_data", grad, weight, x, *vectors, ctx.eps, ctx.act, *ctx.geometry,
+        wanted,
+    )  # fmt: skip
+    return [t if want else None for t, want in zip(found, wanted, strict=True)]
 
 
 def flops(

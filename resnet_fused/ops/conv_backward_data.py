@@ -26,13 +26,27 @@ def check(
     groups: int,
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
-    _checks.check_feature_map(NAME, grad, "grad")
-    _checks.check_same(NAME, "weight", weight, grad)
-    check_geometry(NAME, stride, padding, dilation)
+    check_gradient(NAME, grad, weight, x_size, stride, padding, dilation, groups)
+
+
+def check_gradient(
+    op: str,
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Check that grad is of the output that weight and an input of ``x_size`` give."""
+    _checks.check_feature_map(op, grad, "grad")
+    _checks.check_same(op, "weight", weight, grad)
+    check_geometry(op, stride, padding, dilation)
     expected = output_shape(x_size, weight.shape, stride, padding, dilation)
     if tuple(grad.shape) != expected or x_size[1] != weight.shape[1] * groups:
         raise ValueError(
-            f"{NAME}: grad of shape {tuple(grad.shape)}, weight {tuple(weight.shape)} and groups "
+            f"{op}: grad of shape {tuple(grad.shape)}, weight {tuple(weight.shape)} and groups "
             f"{groups} do not belong to an input of shape {tuple(x_size)}: expected {expected}"
         )
 

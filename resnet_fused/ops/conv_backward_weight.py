@@ -27,13 +27,27 @@ def check(
     channels_last: bool,
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
-    _checks.check_feature_map(NAME, grad, "grad")
-    _checks.check_same(NAME, "x", x, grad)
-    check_geometry(NAME, stride, padding, dilation)
+    check_gradient(NAME, grad, x, weight_size, stride, padding, dilation, groups)
+
+
+def check_gradient(
+    op: str,
+    grad: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """Check that grad is of the output that x and a weight of ``weight_size`` give."""
+    _checks.check_feature_map(op, grad, "grad")
+    _checks.check_same(op, "x", x, grad)
+    check_geometry(op, stride, padding, dilation)
     expected = output_shape(x.shape, weight_size, stride, padding, dilation)
     if tuple(grad.shape) != expected or x.shape[1] != weight_size[1] * groups:
         raise ValueError(
-            f"{NAME}: grad of shape {tuple(grad.shape)}, x {tuple(x.shape)} and groups {groups} "
+            f"{op}: grad of shape {tuple(grad.shape)}, x {tuple(x.shape)} and groups {groups} "
             f"do not belong to a weight of shape {tuple(weight_size)}: expected {expected}"
         )
 

@@ -71,18 +71,11 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
 
 
 def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Gradients of the convolution."""
+    """Gradients of the convolution, each only if it is wanted."""
     if grad is None:
         return (None,) * 6
     x, weight = ctx.saved_tensors
-    return *convolution_gradients(ctx, grad, x, weight), None, None, None, None
-
-
-def convolution_gradients(
-    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, wants: Sequence[bool] | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return grad_x and grad_weight, each only if it is wanted."""
-    need_x, need_weight = wants or ctx.needs_input_grad[:2]
+    need_x, need_weight = ctx.needs_input_grad[:2]
     grad_x = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry) if need_x else None
     grad_weight = None
     if need_weight:
@@ -91,7 +84,7 @@ def convolution_gradients(
         grad_weight = call(
             "conv_backward_weight", grad, x, weight.shape, *ctx.geometry, channels_last
         )
-    return grad_x, grad_weight
+    return grad_x, grad_weight, None, None, None, None
 
 
 def flops(

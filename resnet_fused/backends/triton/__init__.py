@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from resnet_fused.backends import _requested
 from resnet_fused.backends._bn_math import bn_update_stats as bn_update_stats
-from resnet_fused.backends.triton import pair_tiles, training
+from resnet_fused.backends.triton import pair_tiles, training, training_conv
 from resnet_fused.backends.triton.stem import Stem
 
 # Ops of training, run as they stand there.
@@ -26,11 +27,7 @@ from resnet_fused.backends.triton.training import bn_act as bn_act
 from resnet_fused.backends.triton.training import bn_act_backward as bn_act_backward
 from resnet_fused.backends.triton.training import bn_act_backward_apply as bn_act_backward_apply
 from resnet_fused.backends.triton.training import bn_act_backward_reduce as bn_act_backward_reduce
-from resnet_fused.backends.triton.training import bn_act_conv_bn_stats as bn_act_conv_bn_stats
 from resnet_fused.backends.triton.training import bn_act_max_pool as bn_act_max_pool
-from resnet_fused.backends.triton.training import conv_backward_data as conv_backward_data
-from resnet_fused.backends.triton.training import conv_backward_weight as conv_backward_weight
-from resnet_fused.backends.triton.training import conv_bn_stats as conv_bn_stats
 from resnet_fused.backends.triton.training import dual_bn_act as dual_bn_act
 from resnet_fused.backends.triton.training import (
     dual_bn_act_backward_apply as dual_bn_act_backward_apply,
@@ -39,6 +36,16 @@ from resnet_fused.backends.triton.training import (
     dual_bn_act_backward_reduce as dual_bn_act_backward_reduce,
 )
 from resnet_fused.backends.triton.training import max_pool_backward as max_pool_backward
+from resnet_fused.backends.triton.training_conv import (
+    bn_act_conv_backward_data as bn_act_conv_backward_data,
+)
+from resnet_fused.backends.triton.training_conv import (
+    bn_act_conv_backward_weight as bn_act_conv_backward_weight,
+)
+from resnet_fused.backends.triton.training_conv import bn_act_conv_bn_stats as bn_act_conv_bn_stats
+from resnet_fused.backends.triton.training_conv import conv_backward_data as conv_backward_data
+from resnet_fused.backends.triton.training_conv import conv_backward_weight as conv_backward_weight
+from resnet_fused.backends.triton.training_conv import conv_bn_stats as conv_bn_stats
 
 ADVICE = (
     "Use an NVIDIA GPU from Ampere on (sm_80) with a CUDA build of torch, which brings triton; "
@@ -95,6 +102,10 @@ def _too_old(device: int) -> bool:
 FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {}
 
 
+def _trains(op: str) -> bool:
+    return hasattr(training, op) or hasattr(training_conv, op)
+
+
 def available() -> str | None:
     """Return why Triton kernels cannot be used here, or None."""
     return _load_error()
@@ -112,7 +123,7 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
         return f"runs on CUDA GPUs, x is on {x.device}"
     elif _too_old(x.device.index):
         return f"needs a GPU of sm_80 or later, {_name(x.device.index)}"
-    elif hasattr(training, op) and x.dtype not in FASTER_IN_TRAINING and not by_name:
+    elif not by_name and x.dtype not in FASTER_IN_TRAINING and _trains(op):
         return "its kernels of training are not measured: by name only"
     return _DECLINES[op](x, *args) if op in _DECLINES else None
 
@@ -282,7 +293,4 @@ def candidates(op: str, *args: Any) -> dict[str, Callable[..., Tensor]]:
         return run.stem_candidates(*args)
     if op == "conv_bn_act_conv_bn_act":
         return run.pair_candidates(*args)
-    alone: dict[str, Callable[..., Tensor]] = {
-        "bn_apply": bn_apply, "add_relu": add_relu, "avg_pool_linear": avg_pool_linear
-    }  # fmt: skip
-    return {"default": alone.get(op) or getattr(training, op)}
+    return {"default": getattr(sys.modules[__name__], op)}

@@ -103,6 +103,44 @@ def backward_data(
     ]
 
 
+def bn_act_backward_data(
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    own: BatchNorm,
+    act: str | None,
+    g: Tensor,
+    problem: Problem,
+    capability: int,
+) -> tuple[list[Launch], tuple[Tensor, ...]]:
+    """Return the launches of the gradient in front of act, with BatchNorm's two sums of it.
+
+    Args:
+        grad: of the convolution's output.
+        weight: of the convolution.
+        x: what ``own`` and ``act`` make the convolution's input from.
+        own: normalises x.
+        act: behind that.
+        g: receives the gradient of BN(x).
+        problem: the convolution.
+        capability: of the device, such as 90.
+
+    Returns:
+        The launches, and what receives Σ g and Σ g · (x - μ).
+    """
+    first, normalised = [], {"x_ptr": channels_last(x), "mean_ptr": own.mean.contiguous()}
+    if act:
+        launch_vectors, scale, shift = bn_launch.scale_shift(own)
+        first, normalised = [launch_vectors], normalised | {"scale_ptr": scale, "shift_ptr": shift}
+    steps = backward_data(grad, weight, g, problem, capability)
+    counts = [math.ceil(s.arguments["m"] / s.arguments["BLOCK_M"]) for s in steps]
+    parts = torch.empty((sum(counts), 2, g.shape[1]), dtype=torch.float32, device=g.device)
+    for step, own_parts in zip(steps, parts.split(counts), strict=True):
+        step.arguments.update(normalised, sums_ptr=own_parts)
+    sums = tuple(torch.empty_like(parts[0, 0]) for _ in range(2))
+    return [*first, *steps, *bn_launch.merge_sums(parts, sums)], sums
+
+
 def _packed(weight: Tensor, problem: Problem) -> tuple[Tensor, dict[str, int]]:
     """Return the weight as the input's gradient reads it, and its strides.
 
@@ -169,16 +207,24 @@ def _blocks(config: Config) -> dict[str, int]:
 
 
 def backward_weight(
-    grad: Tensor, x: Tensor, out: Tensor, problem: Problem, capability: int
+    grad: Tensor,
+    x: Tensor,
+    out: Tensor,
+    problem: Problem,
+    capability: int,
+    own: BatchNorm | None = None,
+    act: str | None = None,
 ) -> list[Launch]:
     """Return the launches of the weight's gradient: of the parts of K, and their sum in order.
 
     Args:
         grad: of the output.
-        x: the input.
+        x: the input, or, with ``own``, what that BatchNorm and ``act`` make it from.
         out: receives the gradient, (O, KH · KW · C/groups), contiguous.
         problem: the convolution.
         capability: of the device, such as 90.
+        own: normalises the input.
+        act: behind that.
     """
     kind = launch.precision(x.dtype)
     config = gradients.weight_config(problem, kind, capability)
@@ -198,7 +244,13 @@ def backward_weight(
     tiles_m = math.ceil(problem.o / config.block_m)
     tiles_n = gradients.column_tiles(problem, config.block_n)
     grid = (tiles_m * tiles_n, config.split_k, problem.groups)
-    step = Launch(conv_bwd_weight_kernel, grid, arguments, config.num_warps, config.num_stages)
-    if config.split_k == 1:
-        return [step]
-    return [step, *bn_launch.merge_sums(parts.flatten(1)[:, None], (out,))]
+    launches = [
+        Launch(conv_bwd_weight_kernel, grid, arguments, config.num_warps, config.num_stages)
+    ]
+    if own is not None:
+        first, scale, shift = bn_launch.scale_shift(own)
+        arguments.update(in_scale_ptr=scale, in_shift_ptr=shift, IN_RELU=act == "relu")
+        launches.insert(0, first)
+    if config.split_k > 1:
+        launches += bn_launch.merge_sums(parts.flatten(1)[:, None], (out,))
+    return launches

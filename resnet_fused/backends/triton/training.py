@@ -1,4 +1,4 @@
-"""The ops of training on the Triton kernels, each taking its op's arguments.
+"""BatchNorm and the pool in training on the Triton kernels, each taking its op's arguments.
 
 Sums over pixels are cut by the shape and merged in one order, so that every run gives the same
 bits. This module does not import triton; what does is loaded by the first call.
@@ -6,7 +6,6 @@ bits. This module does not import triton; what does is loaded by the first call.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,134 +14,23 @@ from torch import Tensor
 
 from resnet_fused.backends import _bn_math
 from resnet_fused.backends._sizes import pool_shape
-from resnet_fused.backends.triton.shapes import Problem
 
 if TYPE_CHECKING:
-    from resnet_fused.backends.triton.bn_launch import BatchNorm
     from resnet_fused.backends.triton.launch import Launch
 
 
-def _empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+def empty_map(x: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Return an empty channels_last map on x's device, of x's dtype if no other is given."""
     return torch.empty(
         tuple(shape), dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last
     )
 
 
-def _run(x: Tensor, launches: Iterable[Launch]) -> None:
+def run_on(x: Tensor, launches: Iterable[Launch]) -> None:
+    """Launch on x's device and its current stream."""
     with torch.cuda.device_of(x):
         for launch in launches:
             launch.run()
-
-
-def conv_bn_stats(
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the op; a tile's statistics are taken while it is in registers."""
-    problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups)
-    return _conv_bn_stats(x, weight, problem, None, None)
-
-
-def bn_act_conv_bn_stats(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    act: str | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the op; the input is normalised on its way from memory to the products."""
-    from resnet_fused.backends.triton import bn_launch
-
-    problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups)
-    own = bn_launch.BatchNorm(mean, var, bn_weight, bn_bias, eps)
-    return _conv_bn_stats(x, weight, problem, own, act)
-
-
-def _problem(
-    x_size: Sequence[int],
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Problem:
-    problem = Problem.of(x_size, weight_size, stride, padding, dilation, groups, False)
-    return dataclasses.replace(problem, training=True)
-
-
-def _conv_bn_stats(
-    x: Tensor, weight: Tensor, problem: Problem, own: BatchNorm | None, act: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    from resnet_fused.backends.triton import conv_launch, run
-
-    y = _empty(x, (problem.n, problem.o * problem.groups, *problem.out_size))
-    if not y.numel():
-        nothing = torch.full(y.shape[1:2], torch.nan, device=y.device)
-        return y, nothing, nothing.clone()
-    launches, mean, var = conv_launch.conv_bn_stats(
-        x, weight, y, problem, run.capability(x.device), own, act
-    )
-    _run(x, launches)
-    return y, mean, var
-
-
-def conv_backward_data(
-    grad: Tensor,
-    weight: Tensor,
-    x_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """Run the op: a convolution of stride 1 for every phase of the input's pixels."""
-    from resnet_fused.backends.triton import conv_launch, run
-
-    problem = _problem(x_size, weight.shape, stride, padding, dilation, groups)
-    grad_x = _empty(grad, x_size)
-    if grad_x.numel():
-        arch = run.capability(grad.device)
-        _run(grad, conv_launch.backward_data(grad, weight, grad_x, problem, arch))
-    return grad_x
-
-
-def conv_backward_weight(
-    grad: Tensor,
-    x: Tensor,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    channels_last: bool,
-) -> Tensor:
-    """Run the op: a product over pixels, in parts that are added in order."""
-    from resnet_fused.backends.triton import conv_launch, run
-
-    problem = _problem(x.shape, weight_size, stride, padding, dilation, groups)
-    o, c, kh, kw = weight_size
-    rows = grad.new_empty((o, kh * kw * c))
-    if grad.numel():
-        arch = run.capability(grad.device)
-        _run(grad, conv_launch.backward_weight(grad, x, rows, problem, arch))
-    else:
-        rows.zero_()
-    if channels_last:
-        return rows.as_strided((o, c, kh, kw), (kh * kw * c, 1, kw * c, c))
-    if kh * kw == 1 or c == 1:
-        return rows.view(o, c, kh, kw)
-    return rows.view(o, kh, kw, c).permute(0, 3, 1, 2).contiguous()
 
 
 def bn_act(
@@ -158,10 +46,10 @@ def bn_act(
     """Run the op in one pass, in float32, rounded once."""
     from resnet_fused.backends.triton import bn_launch
 
-    y = _empty(x, x.shape)
+    y = empty_map(x, x.shape)
     if y.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
-        _run(x, [bn_launch.bn_act(x, y, own, act, residual)])
+        run_on(x, [bn_launch.bn_act(x, y, own, act, residual)])
     return y
 
 
@@ -183,13 +71,13 @@ def dual_bn_act(
     """Run the op in one pass, in float32, rounded once."""
     from resnet_fused.backends.triton import bn_launch
 
-    y = _empty(x, x.shape)
+    y = empty_map(x, x.shape)
     if y.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
         theirs = bn_launch.BatchNorm(
             residual_mean, residual_var, residual_weight, residual_bias, residual_eps
         )
-        _run(x, [bn_launch.bn_act(x, y, own, act, residual, theirs)])
+        run_on(x, [bn_launch.bn_act(x, y, own, act, residual, theirs)])
     return y
 
 
@@ -209,11 +97,11 @@ def bn_act_max_pool(
     from resnet_fused.backends.triton import bn_launch
 
     shape = pool_shape(x.shape, pool_size, pool_stride, pool_padding)
-    y, index = _empty(x, shape), _empty(x, shape, torch.uint8)
+    y, index = empty_map(x, shape), empty_map(x, shape, torch.uint8)
     if y.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
         pool = (pool_size, pool_stride, pool_padding)
-        _run(x, [bn_launch.max_pool(x, own, act, pool, y, index)])
+        run_on(x, [bn_launch.max_pool(x, own, act, pool, y, index)])
     return y, index
 
 
@@ -249,12 +137,12 @@ def bn_act_backward_reduce(
     """Run the op."""
     from resnet_fused.backends.triton import bn_launch
 
-    written = _empty(x, x.shape) if masked else None
+    written = empty_map(x, x.shape) if masked else None
     sum_g, sum_gx = torch.zeros_like(mean), torch.zeros_like(mean)
     if x.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
         launches, (sum_g, sum_gx) = bn_launch.backward_reduce(grad, x, own, y, act, written)
-        _run(x, launches)
+        run_on(x, launches)
     return sum_g, sum_gx, x.new_empty(0) if written is None else written
 
 
@@ -275,11 +163,11 @@ def bn_act_backward_apply(
     """Run the op in one pass."""
     from resnet_fused.backends.triton import bn_launch
 
-    grad_x = _empty(x, x.shape)
+    grad_x = empty_map(x, x.shape)
     if x.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
         sums = (sum_g, sum_gx)
-        _run(x, [bn_launch.backward_apply(grad, x, own, y, sums, act, count, grad_x)])
+        run_on(x, [bn_launch.backward_apply(grad, x, own, y, sums, act, count, grad_x)])
     return grad_x
 
 
@@ -301,7 +189,7 @@ def dual_bn_act_backward_reduce(
     launches, sums = bn_launch.backward_reduce(
         grad, x, own, y, act, residual=residual, residual_mean=residual_mean
     )
-    _run(x, launches)
+    run_on(x, launches)
     return sums
 
 
@@ -327,7 +215,7 @@ def dual_bn_act_backward_apply(
     """Run the op in one pass, which reads the gradient once."""
     from resnet_fused.backends.triton import bn_launch
 
-    grad_x, grad_r = _empty(x, x.shape), _empty(x, x.shape)
+    grad_x, grad_r = empty_map(x, x.shape), empty_map(x, x.shape)
     if x.numel():
         own = bn_launch.BatchNorm(mean, var, weight, None, eps)
         theirs = bn_launch.BatchNorm(
@@ -336,7 +224,7 @@ def dual_bn_act_backward_apply(
         step = bn_launch.backward_apply(
             grad, x, own, y, (sum_g, sum_gx, sum_gr), act, count, grad_x, residual, theirs, grad_r
         )
-        _run(x, [step])
+        run_on(x, [step])
     return grad_x, grad_r
 
 
@@ -351,8 +239,8 @@ def max_pool_backward(
     """Run the op: each input adds up what the outputs that took it give, in one order."""
     from resnet_fused.backends.triton import bn_launch
 
-    grad_x = _empty(grad, x_size)
+    grad_x = empty_map(grad, x_size)
     if grad_x.numel():
         pool = (pool_size, pool_stride, pool_padding)
-        _run(grad, [bn_launch.max_pool_backward(grad, index, grad_x, pool)])
+        run_on(grad, [bn_launch.max_pool_backward(grad, index, grad_x, pool)])
     return grad_x

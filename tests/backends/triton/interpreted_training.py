@@ -87,7 +87,10 @@ def test_64_bit_offsets(op, monkeypatch):
 
 
 #: Operands whose partner is padded: in torch, too, the algorithm decides if they meet its zeros.
-MEETS_PADDING = {("conv_backward_weight", 0), ("conv_backward_data", 1), ("conv_bn_stats", 1)}
+MEETS_PADDING = {
+    ("conv_backward_weight", 0), ("bn_act_conv_backward_weight", 0), ("conv_backward_data", 1),
+    ("bn_act_conv_backward_data", 1), ("conv_bn_stats", 1),
+}  # fmt: skip
 
 
 @each_op
@@ -103,7 +106,7 @@ def test_not_finite(op):
         for out, plain in zip(results(op, given), references(op, given), strict=True):
             assert torch.equal(out.isfinite(), plain.isfinite())
             # What follows from sums that are infinite is either, by the order of the arithmetic.
-            if op != "bn_act_backward":
+            if op not in ("bn_act_backward", "bn_act_conv_backward_data"):
                 assert torch.equal(out.isnan(), plain.isnan())
 
 
@@ -172,6 +175,9 @@ def test_rounding_is_to_the_nearest():
 # --- convolutions --------------------------------------------------------------------------------
 
 
+SAME = ((1, 1), (1, 1), (1, 1), 1)
+
+
 def single(t):
     return t.float() if t.dtype == torch.float64 else t
 
@@ -189,11 +195,17 @@ def test_drawn_convolutions(args):
         assert_right(
             "bn_act_conv_bn_stats", normalised, results("bn_act_conv_bn_stats", normalised)
         )
-    grad = torch.randn(y.shape).to(x.dtype)
-    data = (grad, weight, list(x.shape), *geometry)
-    assert_right("conv_backward_data", data, results("conv_backward_data", data))
-    of_weight = (grad, x, list(weight.shape), *geometry, not weight.is_contiguous())
-    assert_right("conv_backward_weight", of_weight, results("conv_backward_weight", of_weight))
+    grad, last = torch.randn(y.shape).to(x.dtype), (*geometry, not weight.is_contiguous())
+    vectors = (mean, var, None, None)
+    for op, drawn in {
+        "conv_backward_data": (grad, weight, list(x.shape), *geometry),
+        "conv_backward_weight": (grad, x, list(weight.shape), *last),
+        "bn_act_conv_backward_data": (
+            grad, weight, x, *vectors, 1e-5, act, *geometry, (True, False, False)
+        ),
+        "bn_act_conv_backward_weight": (grad, x, *vectors, list(weight.shape), 1e-5, act, *last),
+    }.items():  # fmt: skip
+        assert_right(op, drawn, results(op, drawn))
 
 
 def test_a_fused_model_trains():
@@ -226,16 +238,40 @@ def test_padding_stays_zero_behind_the_activation():
     x, weight = -torch.ones(2, 16, 4, 4), torch.ones(16, 16, 3, 3)
     zeros, ones = torch.zeros(16), torch.ones(16)
     y, *_ = torch.ops.resnet_fused.bn_act_conv_bn_stats(
-        x, zeros, ones, ones, ones, weight, 0.0, "relu", (1, 1), (1, 1), (1, 1), 1
+        x, zeros, ones, ones, ones, weight, 0.0, "relu", *SAME
     )
     assert torch.equal(y, torch.zeros(2, 16, 4, 4))
+    (grad_weight,) = results(
+        "bn_act_conv_backward_weight",
+        (x, x, zeros, ones, ones, ones, [16, 16, 3, 3], 0.0, "relu", *SAME, True),
+    )
+    assert torch.equal(grad_weight, torch.zeros(16, 16, 3, 3))
+
+
+@each_dtype
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_gradient_of_an_activation_passes_the_forward_s_mask(dtype, stride):
+    """By a 1x1 of ones, where the gradient is one, a channel's bias gets how many passed."""
+    _, x, *vectors, _, eps, act, _ = reduction((2, 40, 9, 9), dtype)
+    weight, geometry = torch.ones(1, 40, 1, 1).to(dtype), ((stride, stride), (0, 0), (1, 1), 1)
+    passed = torch.ops.resnet_fused.bn_act(x, *vectors, None, eps, act) > 0
+    grad = torch.ones(2, 1, *passed[..., ::stride, ::stride].shape[2:]).to(dtype)
+    args = (grad, weight, x, *vectors, eps, act, *geometry, (False, True, True))
+    _, _, grad_bias = results("bn_act_conv_backward_data", args)
+    assert torch.equal(grad_bias, passed[..., ::stride, ::stride].sum((0, 2, 3)).float())
 
 
 def test_the_weight_s_gradient_in_parts(monkeypatch):
     grad, x = (torch.randn(2, 16, 6, 6).bfloat16() for _ in range(2))
-    args = (grad, x, [16, 16, 3, 3], (1, 1), (1, 1), (1, 1), 1, True)
     config = Config(16, 16, 16, 4, 2, split_k=4)
     monkeypatch.setattr(gradients, "weight_config", lambda *_: config)
-    out = results("conv_backward_weight", args)
-    assert_right("conv_backward_weight", args, out)
-    assert torch.equal(out[0], results("conv_backward_weight", args)[0])
+    vectors = (torch.randn(16), torch.rand(16), torch.randn(16), torch.randn(16))
+    for op, args in {
+        "conv_backward_weight": (grad, x, [16, 16, 3, 3], *SAME, True),
+        "bn_act_conv_backward_weight": (
+            grad, x, *vectors, [16, 16, 3, 3], 1e-5, "relu", *SAME, True
+        ),
+    }.items():  # fmt: skip
+        out = results(op, args)
+        assert_right(op, args, out)
+        assert torch.equal(out[0], results(op, args)[0])

@@ -66,13 +66,30 @@ def data(layer, dtype, capability):
     return conv_launch.backward_data(y, weight, x, LAYERS[layer], capability)
 
 
-def weight(layer, dtype, capability):
+def before(layer, dtype, capability):
+    """The input's gradient, past the ReLU and with the sums of the BatchNorm in front."""
+    from resnet_fused.backends.triton import conv_launch
+
+    x, w, y = maps(LAYERS[layer], dtype)
+    own = normalisation(x.shape[1])
+    launches, _ = conv_launch.bn_act_backward_data(
+        y, w, x, own, "relu", x, LAYERS[layer], capability
+    )
+    return launches
+
+
+def weight(layer, dtype, capability, own=None):
     from resnet_fused.backends.triton import conv_launch
 
     p = LAYERS[layer]
     x, w, y = maps(p, dtype)
     rows = tensor(p.o, w[0].numel(), dtype=dtype)
-    return conv_launch.backward_weight(y, x, rows, p, capability)
+    return conv_launch.backward_weight(y, x, rows, p, capability, own, "relu")
+
+
+def activation(layer, dtype, capability):
+    """The weight's gradient, whose input is normalised as it is read."""
+    return weight(layer, dtype, capability, normalisation(LAYERS[layer].c))
 
 
 def passes(layer, dtype, capability):
@@ -105,6 +122,12 @@ CASES = [
     *((weight, layer, "bf16", 90) for layer in ("stem", "3x3", "shortcut")),
     *((weight, *case) for case in (("strided", "fp16", 80), ("3x3", "tf32", 90))),
     (weight, "expand", "bf16", 100),
+    *((before, layer, "bf16", 90) for layer in ("3x3", "strided", "expand")),
+    *((before, *case) for case in (("3x3", "fp16", 80), ("3x3", "tf32", 90))),
+    (before, "expand", "bf16", 100),
+    *((activation, layer, "bf16", 90) for layer in ("3x3", "strided", "expand")),
+    *((activation, *case) for case in (("strided", "fp16", 80), ("3x3", "tf32", 90))),
+    (activation, "expand", "bf16", 100),
     (passes, "stem", "bf16", 90),
 ]
 
@@ -140,7 +163,7 @@ def test_kernels(kernels, case):
         if build is weight and precision == "tf32" and kernel.kernel.startswith("conv"):
             # Products in TF32 take K, here the pixels, running fastest only: one of them is turned.
             assert widths == {4, 16}, kernel
-        elif build is statistics:  # scale and shift beside the tiles
+        elif build in (statistics, before, activation):  # scale and shift beside the tiles
             assert 16 in widths <= {4, 16}, kernel
         else:
             assert widths <= {16}, kernel

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from resnet_fused.backends.triton.kernels.normalise import (
+    before_relu,
     inverse_deviation,
     normalise,
     scale_and_shift,
@@ -37,9 +38,9 @@ def gradient(
     if RELU:
         if y_ptr is not None:
             y = tl.load(y_ptr + offsets, mask=wanted, other=0.0).to(tl.float32)
-        else:  # a rounding to zero counts as zero
-            y = rounded(normalise(x, scale, shift, False), x.dtype).to(tl.float32)
-        g = tl.where(y <= 0.0, 0.0, g)
+            g = tl.where(y <= 0.0, 0.0, g)
+        else:
+            g = before_relu(g, x, scale, shift)
     return g
 
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from resnet_fused.backends.triton.kernels.normalise import before_relu, normalise, vector
 from resnet_fused.backends.triton.kernels.shared import multiply, rounded, tile_of
 
 
@@ -17,12 +18,17 @@ def conv_bwd_data_kernel(
     SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     LEAVES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    x_ptr=None, mean_ptr=None, scale_ptr=None, shift_ptr=None, sums_ptr=None,
 ):  # fmt: skip
     """One tile of the input's gradient: BLOCK_M of a phase's m pixels, BLOCK_N channels of a group.
 
     A phase, see :class:`gradients.Phase`, is (rows, columns) pixels of each image. IN and OUT count
     the channels of one group of the convolution; K runs over its taps and, inside, over OUT.
     W_IN to W_GROUP are the weight's strides.
+
+    With ``x_ptr`` the convolution's input was BN(x), and the tile's part of Σ g and Σ g · (x - μ)
+    goes to ``sums_ptr``, (tiles, 2, GROUPS · IN); with ``scale_ptr`` and ``shift_ptr`` it was
+    relu(x · scale + shift), and g is the gradient in front of that ReLU.
     """
     tile_m, tile_n = tile_of(
         tl.program_id(0), (m - 1) // BLOCK_M + 1, (IN + BLOCK_N - 1) // BLOCK_N, GROUP_M
@@ -64,9 +70,24 @@ def conv_bwd_data_kernel(
             acc = multiply(b, a.T, acc, PRECISION)
 
     out = (image * h + FIRST_H + row * STRIDE_H) * w + FIRST_W + column * STRIDE_W
-    offsets = out[:, None] * (IN * GROUPS) + (group * IN + channels)[None, :]
-    value = rounded(acc.T, grad_x_ptr.dtype.element_ty)
-    tl.store(grad_x_ptr + offsets, value, mask=pixel_in[:, None] & channel_in[None, :])
+    channels += group * IN
+    offsets = out[:, None] * (IN * GROUPS) + channels[None, :]
+    wanted = pixel_in[:, None] & channel_in[None, :]
+    g = rounded(acc.T, grad_x_ptr.dtype.element_ty)
+    if x_ptr is not None:
+        x = tl.load(x_ptr + offsets, mask=wanted, other=0.0)
+        if scale_ptr is not None:
+            scale = vector(scale_ptr, channels, channel_in)[None, :]
+            shift = vector(shift_ptr, channels, channel_in)[None, :]
+            g = before_relu(g, x, scale, shift)
+        mean = vector(mean_ptr, channels, channel_in)[None, :]
+        sums = sums_ptr + tile_m * (2 * IN * GROUPS) + channels
+        terms = g.to(tl.float32)
+        tl.store(sums, tl.sum(terms, 0), mask=channel_in)
+        # Outside the map g is zero, x - μ need not be finite.
+        terms = tl.where(wanted, terms * (x.to(tl.float32) - mean), 0.0)
+        tl.store(sums + IN * GROUPS, tl.sum(terms, 0), mask=channel_in)
+    tl.store(grad_x_ptr + offsets, g, mask=wanted)
 
 
 @triton.jit(do_not_specialize=["m", "h", "w", "oh", "ow", "steps"])
@@ -77,12 +98,14 @@ def conv_bwd_weight_kernel(
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     FLAT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    in_scale_ptr=None, in_shift_ptr=None, IN_RELU: tl.constexpr = False,
 ):  # fmt: skip
     """One tile of the weight's gradient: BLOCK_M output channels, BLOCK_N input channels of a tap.
 
     In a FLAT kernel the columns run over (tap, channel) as one axis. K runs over ``steps`` blocks
     of one part of the m output pixels; the result is a row (GROUPS · OUT) of (KH, KW, IN) for each
-    part, to be added in order.
+    part, to be added in order. With ``in_scale_ptr`` and ``in_shift_ptr`` the convolution's input
+    is act(x · scale + shift), rounded, and padding is zero behind that.
     """
     WIDTH: tl.constexpr = KH * KW * IN
     COLUMNS: tl.constexpr = WIDTH if FLAT else IN
@@ -100,7 +123,12 @@ def conv_bwd_weight_kernel(
     first = part * steps * BLOCK_K
     if FLAT:
         tap, channel = columns // IN, columns % IN
+    else:
+        channel = columns
     down, right = tap // KW * DIL_H - PAD_H, tap % KW * DIL_W - PAD_W
+    if in_scale_ptr is not None:
+        scale = vector(in_scale_ptr + group * IN, channel, column_in)[None, :]
+        shift = vector(in_shift_ptr + group * IN, channel, column_in)[None, :]
 
     PLAIN: tl.constexpr = KH * KW * STRIDE_H * STRIDE_W == 1 and PAD_H + PAD_W == 0 and not FLAT
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -125,7 +153,12 @@ def conv_bwd_weight_kernel(
             inside = pixel_in & (y_in >= 0) & (y_in < h) & (x_in >= 0) & (x_in < w)
             inside = inside[:, None]
             offsets = ((image + y_in) * w + x_in)[:, None] * (IN * GROUPS) + columns[None, :]
-        x = tl.load(x_ptr + group * IN + offsets, mask=inside & column_in[None, :], other=0.0)
+        inside &= column_in[None, :]
+        x = tl.load(x_ptr + group * IN + offsets, mask=inside, other=0.0)
+        if in_scale_ptr is not None:
+            x = rounded(normalise(x, scale, shift, IN_RELU), x.dtype)
+            # Where grad is zero, as behind the last pixel, x is to be finite; padding is zero.
+            x = tl.where(inside, x, 0.0)
         acc = multiply(grad.T, x, acc, PRECISION)
 
     if not FLAT:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from resnet_fused.backends.triton.kernels.shared import activate
+from resnet_fused.backends.triton.kernels.shared import activate, rounded
 
 
 @triton.jit
@@ -40,6 +40,17 @@ def normalise(x, scale, shift, RELU: tl.constexpr):
     in the next, and a sign at ReLU's kink would differ.
     """
     return activate(tl.fma(x.to(tl.float32), scale, shift), RELU)
+
+
+@triton.jit
+def before_relu(g, x, scale, shift):
+    """Return the gradient in front of relu(x · scale + shift), made again as the forward made it.
+
+    It passes where the sum is not below or at zero, which NaN is not; a rounding to zero counts as
+    zero.
+    """
+    y = rounded(normalise(x, scale, shift, False), x.dtype).to(tl.float32)
+    return tl.where(y <= 0.0, 0.0, g)
 
 
 @triton.jit(do_not_specialize=["eps"])

@@ -1,0 +1,213 @@
+"""The convolutions of training on the Triton kernels, each taking its op's arguments.
+
+This module does not import triton; what does is loaded by the first call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import _bn_math
+from resnet_fused.backends.triton.shapes import Problem
+from resnet_fused.backends.triton.training import empty_map, run_on
+
+if TYPE_CHECKING:
+    from resnet_fused.backends.triton.bn_launch import BatchNorm
+
+
+def conv_bn_stats(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the op; a tile's statistics are taken while it is in registers."""
+    problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups)
+    return _conv_bn_stats(x, weight, problem, None, None)
+
+
+def bn_act_conv_bn_stats(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the op; the input is normalised on its way from memory to the products."""
+    from resnet_fused.backends.triton import bn_launch
+
+    problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups)
+    own = bn_launch.BatchNorm(mean, var, bn_weight, bn_bias, eps)
+    return _conv_bn_stats(x, weight, problem, own, act)
+
+
+def _problem(
+    x_size: Sequence[int],
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Problem:
+    problem = Problem.of(x_size, weight_size, stride, padding, dilation, groups, False)
+    return dataclasses.replace(problem, training=True)
+
+
+def _conv_bn_stats(
+    x: Tensor, weight: Tensor, problem: Problem, own: BatchNorm | None, act: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from resnet_fused.backends.triton import conv_launch, run
+
+    y = empty_map(x, (problem.n, problem.o * problem.groups, *problem.out_size))
+    if not y.numel():
+        nothing = torch.full(y.shape[1:2], torch.nan, device=y.device)
+        return y, nothing, nothing.clone()
+    launches, mean, var = conv_launch.conv_bn_stats(
+        x, weight, y, problem, run.capability(x.device), own, act
+    )
+    run_on(x, launches)
+    return y, mean, var
+
+
+def conv_backward_data(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Run the op: a convolution of stride 1 for every phase of the input's pixels."""
+    from resnet_fused.backends.triton import conv_launch, run
+
+    problem = _problem(x_size, weight.shape, stride, padding, dilation, groups)
+    grad_x = empty_map(grad, x_size)
+    if grad_x.numel():
+        arch = run.capability(grad.device)
+        run_on(grad, conv_launch.backward_data(grad, weight, grad_x, problem, arch))
+    return grad_x
+
+
+def bn_act_conv_backward_data(
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Run the op: a tile passes ReLU's mask and is summed while it is in registers.
+
+    x's gradient is then written over it.
+    """
+    from resnet_fused.backends.triton import bn_launch, conv_launch, run
+
+    problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups)
+    own, g = bn_launch.BatchNorm(mean, var, bn_weight, bn_bias, eps), empty_map(x, x.shape)
+
+    def reduce(*_: object) -> tuple[Tensor, Tensor, Tensor]:
+        if not g.numel():
+            return torch.zeros_like(mean), torch.zeros_like(mean), g
+        arch = run.capability(grad.device)
+        launches, (sum_g, sum_gx) = conv_launch.bn_act_backward_data(
+            grad, weight, x, own, act, g, problem, arch
+        )
+        run_on(grad, launches)
+        return sum_g, sum_gx, g
+
+    def apply(*args: Any) -> Tensor:
+        sum_g, sum_gx, _, _, count = args[-5:]
+        if g.numel():
+            step = bn_launch.backward_apply(g, x, own, None, (sum_g, sum_gx), None, count, g)
+            run_on(x, [step])
+        return g
+
+    saved = (x, mean, var, bn_weight, bn_bias, None, eps, act)
+    return _bn_math.gradients(reduce, apply, grad, *saved, (*wanted, True))[:3]
+
+
+def conv_backward_weight(
+    grad: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """Run the op: a product over pixels, in parts that are added in order."""
+    problem = _problem(x.shape, weight_size, stride, padding, dilation, groups)
+    return _backward_weight(grad, x, weight_size, problem, None, None, channels_last)
+
+
+def bn_act_conv_backward_weight(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight_size: Sequence[int],
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """Run the op; the input is normalised on its way from memory to the products."""
+    from resnet_fused.backends.triton import bn_launch
+
+    problem = _problem(x.shape, weight_size, stride, padding, dilation, groups)
+    own = bn_launch.BatchNorm(mean, var, bn_weight, bn_bias, eps)
+    return _backward_weight(grad, x, weight_size, problem, own, act, channels_last)
+
+
+def _backward_weight(
+    grad: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    problem: Problem,
+    own: BatchNorm | None,
+    act: str | None,
+    channels_last: bool,
+) -> Tensor:
+    from resnet_fused.backends.triton import conv_launch, run
+
+    o, c, kh, kw = weight_size
+    rows = grad.new_empty((o, kh * kw * c))
+    if grad.numel():
+        arch = run.capability(grad.device)
+        run_on(grad, conv_launch.backward_weight(grad, x, rows, problem, arch, own, act))
+    else:
+        rows.zero_()
+    if channels_last:
+        return rows.as_strided((o, c, kh, kw), (kh * kw * c, 1, kw * c, c))
+    if kh * kw == 1 or c == 1:
+        return rows.view(o, c, kh, kw)
+    return rows.view(o, kh, kw, c).permute(0, 3, 1, 2).contiguous()
