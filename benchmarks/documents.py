@@ -17,6 +17,7 @@ from benchmarks import limits, marked, report, summaries
 from resnet_fused.bench import chart, options
 from resnet_fused.bench.options import UsageError
 from resnet_fused.bench.results import (
+    BLOCK,
     COLD,
     INFERENCE,
     OP,
@@ -49,6 +50,7 @@ SECTIONS = {
     TRAINING: Section("training", (TRAINING,), summaries.training),
     COLD: Section("cold", (COLD,), report.grids),
     OP: Section("ops", (OP, INFERENCE), functools.partial(limits.grids, most=LOSSES)),
+    BLOCK: Section("blocks", (BLOCK,), summaries.blocks),
     PASS: Section("bn", (PASS,), report.grids),
 }
 

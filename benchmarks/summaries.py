@@ -1,10 +1,21 @@
-"""What the documents show of whole models: a line per model, dtype and batch."""
+"""What the documents show of models and blocks: a line per case, eager torch and the best peer."""
 
 from __future__ import annotations
 
+import statistics
+
+from benchmarks import limits
 from resnet_fused.bench.contenders import FROZEN, FUSED, FUSED_LOW, REFERENCE
 from resnet_fused.bench.options import SHORT_DTYPES
-from resnet_fused.bench.results import Case, PeerCell, Record, Row, against_peers, cases_of
+from resnet_fused.bench.results import (
+    BLOCK,
+    Case,
+    PeerCell,
+    Record,
+    Row,
+    against_peers,
+    cases_of,
+)
 from resnet_fused.bench.tables import NONE, Grid, mean_text, ratio_text
 
 Found = dict[tuple[Case, str], Row]
@@ -51,6 +62,29 @@ def training(record: Record) -> list[Grid]:
     return [Grid("training steps", columns, rows, left=("model", "dtype", "best peer"))]
 
 
+def blocks(record: Record) -> list[Grid]:
+    """Return a block's time against eager and the best peer, and how often each model runs it."""
+    found = _by_contender(record)
+    peers = {cell.case: cell for cell in against_peers(record.rows)}
+    cases = cases_of(record.rows)
+    rows = [
+        [
+            case.layer, _uses(found, case), SHORT_DTYPES[case.dtype], str(case.batch),
+            _microseconds(found.get((case, REFERENCE))), *_ratios(found, case, FUSED, FROZEN),
+            *(_best_time(peers[case]) if case in peers else (NONE, NONE)),
+        ]
+        for case in cases
+    ]  # fmt: skip
+    of_peers = mean_text([cell.ratio.median for cell in peers.values() if cell.ratio])
+    fused, frozen = (_mean_ratio(found, cases, name) for name in (FUSED, FROZEN))
+    rows.append(["geometric mean", *[""] * 4, fused, frozen, "", of_peers])
+    columns = ("block", "times in", "dtype", "batch", "eager us", "fused", "frozen", "best peer us",
+               "frozen / peer")  # fmt: skip
+    left = ("block", "times in", "dtype", "best peer us")
+    kind = limits.caches(record).get(BLOCK, "unknown")
+    return [Grid(f"residual blocks, each with {kind} caches", columns, rows, left=left)]
+
+
 def _by_contender(record: Record) -> Found:
     return {(row.case, row.contender): row for row in record.rows}
 
@@ -69,8 +103,26 @@ def _ratios(found: Found, case: Case, *names: str) -> list[str]:
     return [ratio_text(row.ratio) if row else NONE for row in rows]
 
 
+def _mean_ratio(found: Found, cases: list[Case], name: str) -> str:
+    rows = [found.get((case, name)) for case in cases]
+    return mean_text([row.ratio.median for row in rows if row and row.ratio])
+
+
+def _uses(found: Found, case: Case) -> str:
+    uses = next((row.uses for (of, _), row in found.items() if of == case and row.uses), {})
+    return ", ".join(f"{model} {count}" for model, count in uses.items())
+
+
+def _microseconds(row: Row | None) -> str:
+    return f"{statistics.median(row.seconds) * 1e6:.1f}" if row and row.seconds else NONE
+
+
 def _best(cell: PeerCell) -> tuple[str, str]:
     return f"{cell.peer} {cell.peer_img_s:.1f}", ratio_text(cell.ratio)
+
+
+def _best_time(cell: PeerCell) -> tuple[str, str]:
+    return f"{cell.peer} {cell.case.batch / cell.peer_img_s * 1e6:.1f}", ratio_text(cell.ratio)
 
 
 def _memory(found: Found, case: Case, name: str, kind: str) -> str:

@@ -175,6 +175,37 @@ def test_training_is_kept_and_shown_the_same_way(
     ]  # fmt: skip
 
 
+def test_blocks_are_kept_and_shown_the_same_way(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "RESULTS", tmp_path)
+    case = Case("", "float32", 8, BLOCK, "256x56x56 bottleneck 64")
+    seconds = {"eager": [0.002] * 5, "fused": [0.001] * 5, "frozen": [0.0005] * 5,
+               "eager-nchw": [0.004] * 5}  # fmt: skip
+    rows = [
+        measure.with_speed(Row(case, name, OK, 0.2, 0.1, uses={"resnet50": 2, "a": 1}), seconds)
+        for name in seconds
+    ]
+    alone = replace(case, dtype="bfloat16")
+    rows.append(measure.with_speed(Row(alone, "eager", OK, 0.2, 0.1), {"eager": [0.003]}))
+    caches = {"caches": {BLOCK: "fed"}}
+    documents.keep(Record({**record.conditions, **caches}, rows), "some-cpu-blocks")
+    text = documents.section(BLOCK)
+    assert "Some CPU: residual blocks, each with fed caches" in text
+    found = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith(("| 256x", "| geo"))
+    ]
+    assert found == [
+        ["256x56x56 bottleneck 64", "resnet50 2, a 1", "fp32", "8", "2000.0", "2.00x", "4.00x",
+         "eager-nchw 4000.0", "8.00x"],
+        ["256x56x56 bottleneck 64", "", "bf16", "8", "3000.0", "-", "-", "-", "-"],
+        ["geometric mean", "", "", "", "", "2.00x", "4.00x", "", "8.00x"],
+    ]  # fmt: skip
+    assert "GPU: not measured yet (`python -m benchmarks blocks`, then `keep`)." in text
+
+
 def test_a_record_is_not_kept_in_the_place_of_one_that_shows_more(
     record: Record, trained: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
