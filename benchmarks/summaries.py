@@ -1,9 +1,14 @@
-"""What the documents show of models and blocks: a line per case, eager torch and the best peer."""
+"""What the documents show: a line per case, with eager torch and the best peer.
+
+Of convolutions, which are many, a line per kind: a model's sum.
+"""
 
 from __future__ import annotations
 
+import operator
 import statistics
 
+from benchmarks import convolutions as conv
 from benchmarks import limits
 from resnet_fused.bench.contenders import FROZEN, FUSED, FUSED_LOW, REFERENCE
 from resnet_fused.bench.options import SHORT_DTYPES
@@ -83,6 +88,60 @@ def blocks(record: Record) -> list[Grid]:
     left = ("block", "times in", "dtype", "best peer us")
     kind = limits.caches(record).get(BLOCK, "unknown")
     return [Grid(f"residual blocks, each with {kind} caches", columns, rows, left=left)]
+
+
+def convolutions(record: Record) -> list[Grid]:
+    """Return what torch and the kernels take for all of a model's convolutions of a kind."""
+    found = _by_contender(record)
+    cases = [case for case in cases_of(record.rows) if _took(found, case, REFERENCE)]
+    settings = dict.fromkeys(
+        (model, case.dtype, case.batch) for case in cases for model in found[case, REFERENCE].uses
+    )
+    kinds = dict.fromkeys(conv.part_of(case.layer)[0] for case in cases)
+    rows = [
+        line
+        for setting in settings
+        for kind in kinds
+        for what in conv.PASSES
+        if (line := _sums(found, cases, *setting, (kind, what)))
+    ]
+    columns = ("model", "dtype", "batch", "convolution", "pass", "shapes", "torch ms", "kernel ms",
+               "torch / kernel", "by shape")  # fmt: skip
+    left = ("model", "dtype", "convolution", "pass")
+    title = "convolutions of a training step, CPU time of one thread, sums over a model"
+    return [Grid(title, columns, rows, left=left)]
+
+
+def _sums(
+    found: Found, cases: list[Case], model: str, dtype: str, batch: int, part: tuple[str, str]
+) -> list[str]:
+    """Return a line over the shapes that the kernel runs, nothing where it runs none."""
+    every = [
+        case
+        for case in cases
+        if (case.dtype, case.batch, conv.part_of(case.layer)) == (dtype, batch, part)
+        and model in found[case, REFERENCE].uses
+    ]
+    here = [case for case in every if _took(found, case, conv.KERNEL)]
+    if not here:
+        return []
+    uses = [found[case, REFERENCE].uses[model] for case in here]
+    torchs, kernels = (
+        [_took(found, case, name) for case in here] for name in (REFERENCE, conv.KERNEL)
+    )
+    sums = [sum(map(operator.mul, uses, seconds)) for seconds in (torchs, kernels)]
+    ratios = list(map(operator.truediv, torchs, kernels))
+    return [
+        model, SHORT_DTYPES[dtype], str(batch), *part, f"{len(here)} of {len(every)}",
+        *(f"{seconds * 1e3:.1f}" for seconds in sums), f"{sums[0] / sums[1]:.2f}x",
+        f"{min(ratios):.2f}-{max(ratios):.2f}",
+    ]  # fmt: skip
+
+
+def _took(found: Found, case: Case, name: str) -> float:
+    """Return the median seconds of a call, 0 where there are none."""
+    row = found.get((case, name))
+    return statistics.median(row.seconds) if row and row.seconds else 0.0
 
 
 def _by_contender(record: Record) -> Found:

@@ -17,6 +17,7 @@ from resnet_fused.bench import measure
 from resnet_fused.bench.options import UsageError
 from resnet_fused.bench.results import (
     BLOCK,
+    EPOCH,
     INFERENCE,
     OK,
     OP,
@@ -67,6 +68,10 @@ def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         (["ops", "--seconds", "0"], "--seconds: 0 given"),
         (["bn", "--seconds", "0"], "--seconds: 0 given"),
         (["bn", "-b", "0"], "--batch: '0' given"),
+        (["convolutions", "-d", "fp16"], "--dtype: unknown value 'fp16'; did you mean"),
+        (["convolutions", "-m", "vgg16"], "--model: vgg16 makes no fused call; accepted: ResNets"),
+        (["epoch", "--rounds", "0"], "--rounds: 0 given; accepted: a whole number, 1 or more"),
+        (["epoch", "--peers", "openvino"], "--peers: openvino runs inference only; accepted: in"),
         (["bn", "-d", "fp16"], "--dtype: unknown value 'fp16'; did you mean"),
         (["all", "--backend", "ondnn"], "did you mean onednn"),
         (["compare", "/no/a", "/no/b"], "/no/a: No such file or directory"),
@@ -252,7 +257,8 @@ def test_the_documents_name_commands_that_are_there() -> None:
     text = (root / "README.md").read_text() + (root / "CONTRIBUTING.md").read_text()
     lines = re.findall(r"python -m benchmarks ((?:\w+(?: \| )?)+)", text)
     named = {name for line in lines for name in line.split(" | ")}
-    assert named == {"ops", "blocks", "models", "training", "cold", "bn", "keep", "all"}
+    assert named == {"ops", "blocks", "models", "training", "epoch", "cold", "bn", "convolutions",
+                     "keep", "all"}  # fmt: skip
     assert named < known
 
 
@@ -261,7 +267,7 @@ def begun(monkeypatch: pytest.MonkeyPatch, *words: object) -> Suite:
     found: list[Suite] = []
     monkeypatch.setattr("resnet_fused.bench.options.usable_device", lambda option, value: value)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
-    monkeypatch.setattr(command, "_begin", lambda wanted, resume, more: found.append(wanted))
+    monkeypatch.setattr("benchmarks.begin.run", lambda wanted, resume, more: found.append(wanted))
     result = call(*words, "--device", "cuda")
     assert result.exit_code == 0, result.output
     return found[0]
@@ -272,14 +278,16 @@ def test_the_default_suite_is_planned_to_end_within_ten_minutes(
 ) -> None:
     default = begun(monkeypatch, "all", "--out", tmp_path)
     cases = suite.plan(default)
-    assert {case.level for case in cases} == {OP, BLOCK, INFERENCE, TRAINING}
+    assert {case.level for case in cases} == {OP, BLOCK, INFERENCE, TRAINING, EPOCH}
+    of_an_epoch = cases.pop()
+    assert (of_an_epoch.level, of_an_epoch.model) == (EPOCH, "cifar_resnet20")
     assert {case.batch for case in cases if case.level == INFERENCE} == {1, 256}
     assert {case.batch for case in cases if case.level != INFERENCE} == {256}
     assert all("cudnn" in default.contenders(c) for c in cases if c.level != TRAINING)
     assert all(any("inductor" in n for n in default.contenders(c)) for c in cases if c.model)
     assert 300 < suite.planned_seconds(default) < suite.DEFAULT_SUITE_S == 600
     every = begun(monkeypatch, "all", "-m", "resnet50,resnet152", "-b", "8", "--out", tmp_path)
-    assert {case.batch for case in suite.plan(every)} == {8}
+    assert {case.batch for case in suite.plan(every) if case.level != EPOCH} == {8}
     assert suite.planned_seconds(every) > suite.planned_seconds(default)
 
 
