@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +73,18 @@ def test_a_wrong_kernel_is_not_timed(what: str, monkeypatch: pytest.MonkeyPatch)
     eager, kernel = run(ONE, what, "float32")
     assert eager.seconds
     assert (kernel.verdict, kernel.seconds) == (WRONG, [])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_what_is_freed_stays_with_the_process() -> None:
+    """Or oneDNN's outputs, which torch allocates anew, would be faulted in while they are timed."""
+    convolutions._keep_freed_memory()
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults) < 2**24 * 4 // 4096 // 10, faults
 
 
 @pytest.mark.parametrize("model", ["resnet34", "resnet50"])
