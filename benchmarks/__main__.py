@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import asked, begin, bn, convolutions, documents, epoch, suite
+from benchmarks import asked, begin, bn, convolutions, digits, documents, epoch, suite
 from benchmarks.begin import PROGRAM
 from benchmarks.suite import Suite
 from resnet_fused.backends import cpu
@@ -246,6 +246,7 @@ def _epoch(
             device=device, backend=backend, rounds=rounds, seed=seed, images=None, peers=None,
             out=out or Path("out") / str(context.info_name),
         )  # fmt: skip
+        digits.load()  # before the run, not in its first case
         usual = suite.usual((EPOCH,), settings.device)
         by_level, absent = suite.peers_by_level(
             "--peers", options.split(peers), settings.device, usual

@@ -35,22 +35,26 @@ def caches(asked_for: str | None, levels: tuple[str, ...]) -> Mapping[str, str]:
 
 
 def graphs(asked_for: bool | None, device: str) -> bool:
+    """Return whether contenders run as CUDA graphs: as asked for, else where there is a GPU."""
     if asked_for and device != "cuda":
         raise UsageError("--graphs: CUDA graphs need --device cuda")
     return device == "cuda" if asked_for is None else asked_for
 
 
 def seconds(asked_for: float | None) -> Mapping[str, float]:
+    """Return the seconds of timing by level: what was asked for at all of them."""
     if asked_for is None:
         return suite.SECONDS
     return dict.fromkeys(LEVELS, above_zero("--seconds", asked_for))
 
 
 def budget(minutes: float | None) -> float | None:
+    """Return the seconds after which no other case begins, None for no end."""
     return None if minutes is None else 60 * above_zero("--minutes", minutes)
 
 
 def above_zero(option: str, value: float) -> float:
+    """Return a number above 0, or raise `UsageError`."""
     if not value > 0:
         raise UsageError(f"{option}: {value:g} given; accepted: a number above 0")
     return value
@@ -103,6 +107,7 @@ def _measure(wanted: Suite, begun: Record) -> None:
 
 
 def written(record: Record, out: Path) -> None:
+    """Write every format of a record, and say so."""
     files = report.write(record, out)
     names = ", ".join(path.name for path in files)
     terminal.console().print(f"written to {out}: {names}", highlight=False, soft_wrap=True)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.training import autocast
+from resnet_fused.bench.options import UsageError
+from resnet_fused.bench.photos import NEEDS_EXTRA
 
 #: Height and width of the images as they come.
 SIDE = 8
@@ -36,9 +38,15 @@ class Digits(NamedTuple):
 
 
 def load(side: int = SIDE) -> Digits:
-    """Return the digits, normalised, as images of three equal channels, enlarged to a size."""
-    from sklearn.datasets import load_digits
+    """Return the digits, normalised, as images of three equal channels, enlarged to a size.
 
+    Raises:
+        UsageError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UsageError("the digits: " + NEEDS_EXTRA.format("scikit-learn")) from None
     data = load_digits()
     x = torch.tensor(data.images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
     if side != SIDE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,15 @@ def test_bad_input_gets_one_clear_line(words: list[str], message: str, tmp_path:
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("python -m benchmarks: ")
     assert message in result.stderr
+
+
+def test_without_scikit_learn_no_epoch_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    result = call("epoch", "--out", tmp_path)
+    assert result.exit_code == 2, result.output
+    assert "the digits: needs scikit-learn" in result.stderr
 
 
 def test_records_of_another_schema_are_refused(tmp_path: Path) -> None:
