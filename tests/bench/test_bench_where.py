@@ -103,7 +103,7 @@ def test_the_parts_add_up_to_the_step() -> None:
     [
         (["resnt50"], "--model: unknown value 'resnt50'; did you mean resnet50"),
         (["resnet50", "-d", "fp16"], "--dtype: unknown value 'fp16'"),
-        (["resnet50", "-b", "0"], "--batch: '0' given"),
+        (["resnet50", "-b", "0"], "--batch: 0 given; accepted: a whole number, 1 or more"),
     ],
 )
 def test_bad_input_gets_one_clear_line(words: list[str], message: str) -> None:
