@@ -252,13 +252,14 @@ def _epoch(
             "--peers", options.split(peers), settings.device, usual
         )
         wanted = _of_one(EPOCH, settings, None, limit, minutes)
-        begin.run(replace(wanted, peers=by_level), resume, {"absent": absent})
+        whole = replace(wanted, peers=by_level, image_size=epoch.SIDE)
+        begin.run(whole, resume, {"absent": absent})
 
 
 def _of_one(
     level: str, settings: Settings, seconds: float | None, limit: float, minutes: float | None
 ) -> Suite:
-    """Return a suite of a level that knows neither image sizes nor caches nor graphs."""
+    """Return a suite of one level, whose image sizes, caches and graphs are given."""
     return Suite(
         settings=settings,
         levels=(level,),

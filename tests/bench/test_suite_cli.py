@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from benchmarks import __main__ as command
 from benchmarks import documents, runner, suite
 from benchmarks.suite import Suite
-from resnet_fused.bench import measure
+from resnet_fused.bench import measure, timing
 from resnet_fused.bench.options import UsageError
 from resnet_fused.bench.results import (
     BLOCK,
@@ -272,13 +272,13 @@ def test_the_documents_name_commands_that_are_there() -> None:
     assert named < known
 
 
-def begun(monkeypatch: pytest.MonkeyPatch, *words: object) -> Suite:
-    """Return what a command would run on a GPU, which is not there."""
+def begun(monkeypatch: pytest.MonkeyPatch, *words: object, device: str = "cuda") -> Suite:
+    """Return what a command would run, on a GPU if not elsewhere, which is not there."""
     found: list[Suite] = []
     monkeypatch.setattr("resnet_fused.bench.options.usable_device", lambda option, value: value)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
     monkeypatch.setattr("benchmarks.begin.run", lambda wanted, resume, more: found.append(wanted))
-    result = call(*words, "--device", "cuda")
+    result = call(*words, "--device", device)
     assert result.exit_code == 0, result.output
     return found[0]
 
@@ -299,6 +299,20 @@ def test_the_default_suite_is_planned_to_end_within_ten_minutes(
     every = begun(monkeypatch, "all", "-m", "resnet50,resnet152", "-b", "8", "--out", tmp_path)
     assert {case.batch for case in suite.plan(every) if case.level != EPOCH} == {8}
     assert suite.planned_seconds(every) > suite.planned_seconds(default)
+
+
+def test_epochs_are_planned_to_end_within_two_minutes_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wanted = begun(monkeypatch, "epoch", "-d", "fp32,bf16", "--out", tmp_path, device="cpu")
+    cases = suite.plan(wanted)
+    assert [(case.dtype, case.batch) for case in cases] == [("float32", 128), ("bfloat16", 128)]
+    assert list(wanted.contenders(cases[0])) == ["eager", "fused", "fused-low"]
+    assert wanted.rounds(cases[0]) == timing.Rounds(11, 11)
+    assert wanted.image_size == 16
+    assert suite.planned_seconds(wanted) < 120
+    peer = begun(monkeypatch, "epoch", "--peers", "inductor-default", "--out", tmp_path)
+    assert list(peer.contenders(cases[0]))[3:] == ["inductor-default"]
 
 
 def test_caches_are_those_that_a_level_can_have(
