@@ -1,40 +1,37 @@
-"""``python -m benchmarks``: from one op to a training step, against every peer and the limit."""
+"""``python -m benchmarks``: from one op to an epoch, against every peer and the limit."""
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks import asked, bn, documents, report, runner, suite
+from benchmarks import asked, begin, bn, convolutions, digits, documents, epoch, suite
+from benchmarks.begin import PROGRAM
 from benchmarks.suite import Suite
 from resnet_fused.backends import cpu
-from resnet_fused.bench import conditions, options, photos, results, terminal
+from resnet_fused.bench import options, photos, results, terminal
 from resnet_fused.bench.options import Settings, UsageError
 from resnet_fused.bench.results import (
     BLOCK,
     COLD,
+    CONVOLUTION,
+    EPOCH,
     INFERENCE,
-    LEVELS,
     OP,
     PASS,
     TRAINING,
-    Record,
 )
-from resnet_fused.bench.timing import CACHES, FED, HOT
-
-PROGRAM = "python -m benchmarks"
 
 app = typer.Typer(
     rich_markup_mode="rich",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Measure ResNets from one op to a training step, on a CPU or a GPU.\n\n"
+    help="Measure ResNets from one op to an epoch of training, on a CPU or a GPU.\n\n"
     "Every contender of a case runs in the same interleaved rounds and is held against float64 "
     "first. A case that crashes, hangs or runs out of memory is recorded as such, and the run "
     "goes on; an interrupted one goes on with --resume.\n\n"
@@ -112,14 +109,14 @@ def _measuring(*levels: str) -> Callable[..., None]:
                 levels=usual.levels,
                 peers=by_level,
                 image_size=options.positive("--image-size", image_size, least=32),
-                caches=_caches(cache, usual.levels),
-                graphs=_graphs(graphs, settings.device),
-                seconds=_seconds(seconds),
-                limit=_above_zero("--limit", limit),
-                budget=_budget(minutes),
+                caches=begin.caches(cache, usual.levels),
+                graphs=begin.graphs(graphs, settings.device),
+                seconds=begin.seconds(seconds),
+                limit=begin.above_zero("--limit", limit),
+                budget=begin.budget(minutes),
                 layer_batches=None if batch else usual.layer_batches,
             )
-            _begin(wanted, resume, {"absent": absent})
+            begin.run(wanted, resume, {"absent": absent})
 
     return command
 
@@ -139,11 +136,11 @@ for _name, _levels, _help in (
      "highest point of a whole step."),
     ("cold", (COLD,), "What the first image costs, from the import on, in fresh processes.\n\n"
      "Compilers begin with empty caches. --rounds is the number of starts."),
-    ("all", suite.ALL, "Ops, blocks, models, cold starts and training, in one record.\n\n"
+    ("all", suite.ALL, "Ops, blocks, models, cold starts, training and epochs, in one record.\n\n"
      "On a GPU this is the default suite: ResNet-50 in bf16, models at batch 1 and 256, ops, "
-     "blocks and training at 256, without cold starts, planned to end within ten minutes; each "
-     "option changes its part.\n\nElsewhere it is long: --minutes stops it in time and --resume "
-     "goes on."),
+     "blocks and training at 256, epochs as ever, without cold starts, planned to end within ten "
+     "minutes; each option changes its part.\n\nElsewhere it is long: --minutes stops it in time "
+     "and --resume goes on."),
 ):  # fmt: skip
     app.command(_name, help=_help)(_measuring(*_levels))
 
@@ -178,18 +175,102 @@ def _bn(
             device="cpu", backend="cpu", rounds=rounds, seed=0, images=None, peers=None,
             out=out or Path("out") / str(context.info_name),
         )  # fmt: skip
-        wanted = Suite(
-            settings=settings,
-            levels=(PASS,),
-            peers={},
-            image_size=224,
-            caches=suite.CACHES,
-            graphs=False,
-            seconds=_seconds(seconds),
-            limit=_above_zero("--limit", limit),
-            budget=_budget(minutes),
+        wanted = _of_one(PASS, settings, seconds, limit, minutes)
+        begin.run(wanted, resume, {})
+
+
+@app.command(
+    "convolutions",
+    help="The convolutions of training on the CPU, beside torch's (oneDNN's).\n\n"
+    "Forward, data gradient and weight gradient of every distinct convolution of the models, in "
+    "CPU time on one thread, the packing of weights included, in memory that nobody has to fault "
+    "in. A ratio above 1 means that the kernel is faster; where torch's own is as fast, it is left "
+    "to it. On fewer than 16 images torch calls oneDNN for no 1x1 on one thread.",
+)
+def _convolutions(
+    context: typer.Context,
+    model: asked.Models = None,
+    batch: asked.Images = 16,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", "-d", help="fp32, bf16.", show_default="both")
+    ] = None,
+    rounds: asked.Rounds = None,
+    seconds: asked.Seconds = None,
+    limit: asked.Limit = 900.0,
+    minutes: asked.Minutes = None,
+    out: asked.Out = None,
+    resume: asked.Resume = None,
+) -> None:
+    with terminal.one_line_errors(PROGRAM):
+        if reason := cpu.available():
+            raise UsageError(f"convolutions: needs the native kernels: {reason}")
+        dtypes = [options.dtype_name("--dtype", d, bn.PRECISIONS) for d in options.split(dtype)]
+        settings = options.checked(
+            models=model or convolutions.MODELS, batches=[str(batch)],
+            dtypes=dtypes or bn.PRECISIONS, threads=1, device="cpu", backend="cpu", rounds=rounds,
+            seed=0, images=None, peers=None, out=out or Path("out") / str(context.info_name),
+        )  # fmt: skip
+        wanted = _of_one(CONVOLUTION, settings, seconds, limit, minutes)
+        suite.plan(wanted)  # a model without convolutions is refused before the run
+        begin.run(wanted, resume, {})
+
+
+@app.command(
+    "epoch",
+    help="Whole epochs of training: the paper's ResNet-20 learns scikit-learn's digits.\n\n"
+    "Data order, batches of 128 enlarged images, forward, backward and AdamW, in turns epoch by "
+    "epoch. At the end each is tested on images that it has not seen; one that takes more than one "
+    "in twenty for another has no speed. --rounds is the number of epochs that are timed.",
+)
+def _epoch(
+    context: typer.Context,
+    dtype: asked.Dtypes = None,
+    device: asked.Device = "cpu",
+    peers: Annotated[
+        list[str] | None, typer.Option(help="all, none, or names.", show_default="none")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Epochs.", show_default=str(epoch.EPOCHS))
+    ] = None,
+    threads: asked.Threads = None,
+    backend: asked.Backend = "auto",
+    seed: asked.Seed = 0,
+    limit: asked.Limit = 900.0,
+    minutes: asked.Minutes = None,
+    out: asked.Out = None,
+    resume: asked.Resume = None,
+) -> None:
+    with terminal.one_line_errors(PROGRAM):
+        settings = options.checked(
+            models=[epoch.MODEL], batches=[str(epoch.BATCH)], dtypes=dtype, threads=threads,
+            device=device, backend=backend, rounds=rounds, seed=seed, images=None, peers=None,
+            out=out or Path("out") / str(context.info_name),
+        )  # fmt: skip
+        digits.load()  # before the run, not in its first case
+        usual = suite.usual((EPOCH,), settings.device)
+        by_level, absent = suite.peers_by_level(
+            "--peers", options.split(peers), settings.device, usual
         )
-        _begin(wanted, resume, {})
+        wanted = _of_one(EPOCH, settings, None, limit, minutes)
+        whole = replace(wanted, peers=by_level, image_size=epoch.SIDE)
+        begin.run(whole, resume, {"absent": absent})
+
+
+def _of_one(
+    level: str, settings: Settings, seconds: float | None, limit: float, minutes: float | None
+) -> Suite:
+    """Return a suite of one level, whose image sizes, caches and graphs are given."""
+    return Suite(
+        settings=settings,
+        levels=(level,),
+        peers={},
+        image_size=224,
+        caches=suite.CACHES,
+        graphs=False,
+        seconds=begin.seconds(seconds),
+        limit=begin.above_zero("--limit", limit),
+        budget=begin.budget(minutes),
+    )
 
 
 @app.command(
@@ -223,7 +304,9 @@ def _report(
 ) -> None:  # fmt: skip
     """Write tables, pictures and the page of a record again; nothing is measured."""
     with terminal.one_line_errors(PROGRAM):
-        _written(results.load(record), options.writable_directory("--out", out or record.parent))
+        begin.written(
+            results.load(record), options.writable_directory("--out", out or record.parent)
+        )
 
 
 @app.command(
@@ -240,93 +323,6 @@ def keep(
     with terminal.one_line_errors(PROGRAM):
         kept = documents.keep(results.load(record), name)
     typer.echo(f"kept as {kept}; --save-table README.md --save-table benchmarks/CPU.md is next")
-
-
-def _caches(asked_for: str | None, levels: tuple[str, ...]) -> Mapping[str, str]:
-    """Return what calls find in the caches: what was asked for, at the levels that can have it."""
-    if asked_for is None:
-        return suite.CACHES
-    kind = options.one_of("--cache", asked_for, CACHES)
-    # A start finds what it finds, and a step's input comes from nowhere but memory.
-    able = [n for n in LEVELS if n != COLD and (n != TRAINING or kind != FED)]
-    if not set(levels) & set(able):
-        there = f"accepted: {HOT}, cold" if levels == (TRAINING,) else "leave it out"
-        raise UsageError(f"--cache: {kind} is nothing that {levels[0]} can have; {there}")
-    return {**suite.CACHES, **dict.fromkeys(able, kind)}
-
-
-def _graphs(asked_for: bool | None, device: str) -> bool:
-    if asked_for and device != "cuda":
-        raise UsageError("--graphs: CUDA graphs need --device cuda")
-    return device == "cuda" if asked_for is None else asked_for
-
-
-def _seconds(asked_for: float | None) -> Mapping[str, float]:
-    if asked_for is None:
-        return suite.SECONDS
-    return dict.fromkeys(LEVELS, _above_zero("--seconds", asked_for))
-
-
-def _budget(minutes: float | None) -> float | None:
-    return None if minutes is None else 60 * _above_zero("--minutes", minutes)
-
-
-def _above_zero(option: str, value: float) -> float:
-    if not value > 0:
-        raise UsageError(f"{option}: {value:g} given; accepted: a number above 0")
-    return value
-
-
-def _begin(wanted: Suite, resume: bool | None, more: dict[str, object]) -> None:
-    """Run what is wanted, in a new record or the one that lies there."""
-    settings = wanted.settings
-    found = {
-        **conditions.of(settings, shlex.join([*PROGRAM.split(), *sys.argv[1:]])),
-        "graphs": wanted.graphs, "caches": dict(wanted.caches), "image_size": wanted.image_size,
-        "rounds": settings.rounds, "seconds": dict(wanted.seconds),
-        "photographs_from": str(settings.images) if settings.images else "scikit-learn", **more,
-    }  # fmt: skip
-    _run(wanted, _begun(settings, found, resume))
-
-
-def _begun(settings: Settings, found: dict[str, object], resume: bool | None) -> Record:
-    """Return the record to go on with, or an empty one.
-
-    Raises:
-        UsageError: an unfinished run lies there and it was not said what to do with it, or it was
-            measured under other conditions.
-    """
-    path = settings.out / report.RECORD
-    if not path.exists() or resume is False:
-        return Record(found, [])
-    record = results.load(path)
-    if resume:
-        return runner.resumed(record, found, path)
-    if left := record.conditions.get(runner.UNFINISHED):
-        raise UsageError(
-            f"{path} holds a run of which {left} cases are left: --resume goes on, --fresh begins "
-            "again"
-        )
-    return Record(found, [])
-
-
-def _run(wanted: Suite, begun: Record) -> None:
-    path = wanted.settings.out / report.RECORD
-    try:
-        with terminal.progress() as watch:
-            record = runner.Runner(wanted, begun, lambda r: results.save(r, path), watch).run()
-    except KeyboardInterrupt:
-        typer.echo(f"{PROGRAM}: interrupted; the same command with --resume goes on", err=True)
-        raise typer.Exit(130) from None
-    report.show(record, terminal.console())
-    _written(record, wanted.settings.out)
-    raise typer.Exit(0 if record.right else 1)
-
-
-def _written(record: Record, out: Path) -> None:
-    files = report.write(record, out)
-    names = ", ".join(path.name for path in files)
-    terminal.console().print(f"written to {out}: {names}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A training step in a process of its own, which a call here runs once.
+"""Training in a process of its own, of which a call here runs a step, or an epoch.
 
 Whether what a step frees goes back to the system, to be faulted in anew by the next one, depends on
 what else the process has done, and makes up to a tenth of the step. So on a CPU nobody trains in a
@@ -42,6 +42,10 @@ class Apart:
         """Take a step."""
         self._call(_step)
 
+    def ask(self, method: str) -> Any:
+        """Return what a method of the step comes to there."""
+        return self._call(_ask, method)
+
     def _call(self, *call: Any) -> Any:
         outcome = self._worker.call(*call, limit=NO_LIMIT_S)
         if isinstance(outcome, Done):
@@ -65,3 +69,7 @@ def _enter(sent: bytes, threads: int, backend: str, *, watch: Watch) -> Row:
 
 def _step(*, watch: Watch) -> None:
     _entered[-1]()
+
+
+def _ask(method: str, *, watch: Watch) -> Any:
+    return getattr(_entered[-1], method)()

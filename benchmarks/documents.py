@@ -17,7 +17,10 @@ from benchmarks import limits, marked, report, summaries
 from resnet_fused.bench import chart, options
 from resnet_fused.bench.options import UsageError
 from resnet_fused.bench.results import (
+    BLOCK,
     COLD,
+    CONVOLUTION,
+    EPOCH,
     INFERENCE,
     OP,
     PASS,
@@ -47,10 +50,15 @@ class Section(NamedTuple):
 SECTIONS = {
     INFERENCE: Section("models", (INFERENCE,), summaries.inference),
     TRAINING: Section("training", (TRAINING,), summaries.training),
+    EPOCH: Section("epoch", (EPOCH,), report.grids),
     COLD: Section("cold", (COLD,), report.grids),
     OP: Section("ops", (OP, INFERENCE), functools.partial(limits.grids, most=LOSSES)),
+    BLOCK: Section("blocks", (BLOCK,), summaries.blocks),
     PASS: Section("bn", (PASS,), report.grids),
+    CONVOLUTION: Section("convolutions", (CONVOLUTION,), summaries.convolutions),
 }
+#: What there are kernels of on a CPU alone.
+ON_CPUS = (PASS, CONVOLUTION)
 
 
 def filled(text: str, name: str = "the text") -> str:
@@ -74,7 +82,7 @@ def section(level: str) -> str:
     kept = [(path, record) for path, record in every if level in _shown(record)]
     parts = [_of_record(path, record, level) for path, record in kept]
     kinds = {record.conditions.get("device_kind") for _, record in kept}
-    devices = {"cpu": "CPU"} if level == PASS else {"cpu": "CPU", "cuda": "GPU"}
+    devices = {"cpu": "CPU"} if level in ON_CPUS else {"cpu": "CPU", "cuda": "GPU"}
     if missing := [words for kind, words in devices.items() if kind not in kinds]:
         command = f"`python -m benchmarks {SECTIONS[level].command}`, then `keep`"
         parts.append(f"{' and '.join(missing)}: not measured yet ({command}).")

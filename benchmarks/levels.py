@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import resnet_fused as rf
-from benchmarks import bn, cold, subjects, training
+from benchmarks import bn, cold, convolutions, epoch, subjects, training
 from benchmarks.peaks import Peaks
 from benchmarks.suite import Suite
 from resnet_fused.bench import measure, networks, photos, timing
@@ -20,7 +20,17 @@ from resnet_fused.bench.contenders import Setup
 from resnet_fused.bench.networks import CALIBRATION_BATCH, CALIBRATION_PASSES, Network
 from resnet_fused.bench.options import PRECISIONS
 from resnet_fused.bench.progress import Watch
-from resnet_fused.bench.results import BLOCK, COLD, OP, PASS, TRAINING, Case, Row
+from resnet_fused.bench.results import (
+    BLOCK,
+    COLD,
+    CONVOLUTION,
+    EPOCH,
+    OP,
+    PASS,
+    TRAINING,
+    Case,
+    Row,
+)
 
 
 class Prepared(NamedTuple):
@@ -44,9 +54,10 @@ def run_case(
     """Return the rows of the named contenders in a case, with the bound that the peaks give."""
     torch.set_num_threads(suite.settings.threads)
     with rf.use_backend(suite.settings.backend):
-        if case.level == PASS:
-            method = _method(suite, case, {name: bn.contenders(case.layer)[name] for name in names})
-            return bn.run_case(case, method, peaks["bandwidth"] if peaks else None, watch)
+        if case.level in _ALONE:
+            builds = suite.contenders(case)
+            method = _method(suite, case, {name: builds[name] for name in names})
+            return _ALONE[case.level](suite, case, method, peaks, watch)
         watch.doing(f"{case}: weights, float64 answers")
         network, setup, contenders, uses = prepare(suite, case, scratch)
         if case.level == COLD:
@@ -57,6 +68,29 @@ def run_case(
         rows = measure.run_case(network, case, setup, method, watch)
         bounded = _bounded(rows, network, setup, peaks)
         return [replace(row, uses=uses) for row in bounded]
+
+
+def _pass(
+    suite: Suite, case: Case, method: measure.Method, peaks: dict[str, Any] | None, watch: Watch
+) -> list[Row]:
+    return bn.run_case(case, method, peaks["bandwidth"] if peaks else None, watch)
+
+
+def _convolution(
+    suite: Suite, case: Case, method: measure.Method, peaks: dict[str, Any] | None, watch: Watch
+) -> list[Row]:
+    layer = convolutions.layers(suite.settings.models)[case.layer]
+    return convolutions.run_case(case, layer, method, watch)
+
+
+def _epoch(
+    suite: Suite, case: Case, method: measure.Method, peaks: dict[str, Any] | None, watch: Watch
+) -> list[Row]:
+    return epoch.run_case(case, suite.settings, method, watch)
+
+
+#: By level, who runs what needs no model of those asked for.
+_ALONE = {PASS: _pass, CONVOLUTION: _convolution, EPOCH: _epoch}
 
 
 def prepare(suite: Suite, case: Case, scratch: Path) -> Prepared:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import bn, charts, limits, page
+from benchmarks import bn, charts, convolutions, limits, page, summaries
 from benchmarks.cold import STAGES
 from benchmarks.peaks import Peaks
 from resnet_fused.bench import tables
@@ -20,6 +20,8 @@ from resnet_fused.bench.options import SHORT_DTYPES
 from resnet_fused.bench.results import (
     BLOCK,
     COLD,
+    CONVOLUTION,
+    EPOCH,
     INFERENCE,
     LEVELS,
     OK,
@@ -35,6 +37,7 @@ from resnet_fused.bench.results import (
     save_text,
 )
 from resnet_fused.bench.tables import NONE, Grid, conditions_line, ratio_text
+from resnet_fused.bench.timing import spread
 
 RECORD = "suite.json"
 CSV_COLUMNS = (
@@ -60,9 +63,15 @@ NOTES = {
     "error: 1 - cosine between the gradient and float64's.",
     COLD: "cold start: import of torch and the package, building, the first image, in a fresh "
     "process with empty compiler caches; the weights are loaded in between, uncounted.",
+    EPOCH: "an epoch: a CIFAR ResNet learns scikit-learn's digits, enlarged; data order, batches, "
+    "forward, backward and AdamW. right: of 360 images held out, those taken for what they are; "
+    "with fewer than 95% of them there is no speed.",
     PASS: "of bandwidth: the bytes that a call must move over its time, beside a large copy's; "
     "more than 100% where the maps lie in a cache. copy: an addition into a third map, as many "
     "bytes as the first pass moves.",
+    CONVOLUTION: "convolutions: CPU time of one thread, weights packed anew, no page faulted in; "
+    "skipped where torch's own is as fast, which the package then calls. Sums: each shape's median "
+    "times how often the model has it, over the shapes that the kernel runs.",
 }
 
 
@@ -83,6 +92,8 @@ def grids(record: Record, most: int | None = limits.MOST) -> list[Grid]:
             found += _layers(level, part.rows)
         elif level == INFERENCE:
             found += tables.grids(part)
+        elif level == CONVOLUTION:
+            found += [_convolutions(part.rows), *summaries.convolutions(part)]
         else:
             found.append(_OF_LEVEL[level](part.rows))
     return [*found, *limits.grids(record, most)]
@@ -146,8 +157,8 @@ def csv_text(record: Record) -> str:
     writer.writerow(CSV_COLUMNS)
     for row in record.rows:
         case, speed, ratio = row.case, row.img_s, row.ratio
-        times = (case.batch / value for value in (speed.p80, speed.median, speed.p20)) if speed \
-            else ("", "", "")  # fmt: skip
+        of_call = spread(row.seconds) if row.seconds else None
+        times = (of_call.p20, of_call.median, of_call.p80) if of_call else ("", "", "")
         writer.writerow([
             case.level, case.model, case.layer,
             " ".join(f"{model}:{count}" for model, count in row.uses.items()),
@@ -218,6 +229,25 @@ def _passes(rows: Sequence[Row]) -> Grid:
     return Grid(title, columns, cells, left=("pass", "dtype"))
 
 
+def _convolutions(rows: Sequence[Row]) -> Grid:
+    found = {(row.case, row.contender): row for row in rows}
+    cells = []
+    for case in cases_of(rows):
+        eager, kernel = (found.get((case, name)) for name in (REFERENCE, convolutions.KERNEL))
+        speeds = [
+            f"{row.gflop_s / 1e3:.3f}" if row and row.gflop_s else NONE for row in (eager, kernel)
+        ]
+        ratio = ratio_text(kernel.ratio if kernel else None, spread=True)
+        cells.append([
+            case.layer, SHORT_DTYPES[case.dtype], str(case.batch), _microseconds(eager),
+            _microseconds(kernel), *speeds, ratio,
+        ])  # fmt: skip
+    columns = ("convolution", "dtype", "batch", "torch us", "kernel us", "torch TFLOP/s",
+               "kernel TFLOP/s", "torch / kernel (p20-p80)")  # fmt: skip
+    title = "Convolutions of a training step: torch's own and the kernels"
+    return Grid(title, columns, cells, left=("convolution", "dtype"))
+
+
 def _against(other: Row | None, own: Row | None) -> str:
     """Return how many times faster the package's own contender is than another."""
     if other is None or own is None or not other.seconds or not own.seconds:
@@ -260,4 +290,23 @@ def _training(rows: Sequence[Row]) -> Grid:
     return Grid("A training step", columns, cells, left=("model", "dtype", "run"))
 
 
-_OF_LEVEL = {COLD: _starts, TRAINING: _training, PASS: _passes}
+def _epochs(rows: Sequence[Row]) -> Grid:
+    found = {(row.case, row.contender): row for row in rows}
+    cells = [
+        [
+            row.case.model, SHORT_DTYPES[row.case.dtype], str(row.case.batch), row.contender,
+            f"{statistics.median(row.seconds):.3f}" if row.seconds else row.verdict,
+            f"{row.img_s.median:.0f}" if row.img_s else NONE,
+            ratio_text(row.ratio, spread=True),
+            _against(row, found.get((row.case, FUSED))),
+            NONE if row.error is None else f"{1 - row.error:.1%}",
+        ]
+        for row in rows
+        if row.verdict != SKIPPED
+    ]  # fmt: skip
+    columns = ("model", "dtype", "batch", "run", "epoch s", "img/s", "ratio (p20-p80)",
+               "fused / it", "right")  # fmt: skip
+    return Grid("An epoch of training", columns, cells, left=("model", "dtype", "run"))
+
+
+_OF_LEVEL = {COLD: _starts, TRAINING: _training, EPOCH: _epochs, PASS: _passes}

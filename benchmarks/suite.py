@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import bn, subjects, training
+from benchmarks import bn, convolutions, epoch, subjects, training
 from benchmarks.cold import STARTS
 from benchmarks.graphs import captured
 from resnet_fused.bench import measure, timing
 from resnet_fused.bench.contenders import Build
 from resnet_fused.bench.options import BATCHES, Settings, UsageError, default_dtypes, one_of
 from resnet_fused.bench.peers import NO_PEERS, PEERS, absence, usable_peers
-from resnet_fused.bench.results import BLOCK, COLD, INFERENCE, LEVELS, OP, PASS, TRAINING, Case
+from resnet_fused.bench.results import (
+    BLOCK,
+    COLD,
+    CONVOLUTION,
+    EPOCH,
+    INFERENCE,
+    LEVELS,
+    OP,
+    PASS,
+    TRAINING,
+    Case,
+)
 from resnet_fused.bench.timing import FED, HOT
 
 #: Peers that take part unless others are asked for. At the levels of single layers only those
@@ -23,31 +34,39 @@ DEFAULT_PEERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         **dict.fromkeys((OP, BLOCK), ("eager-nchw",)),
         **dict.fromkeys((INFERENCE, COLD), ("inductor", "onnxruntime", "openvino", "eager-nchw")),
         TRAINING: ("inductor-default", "eager-nchw"),
+        EPOCH: (),
     },
     "cuda": {
         **dict.fromkeys((OP, BLOCK), ("cudnn", "eager-nchw")),
         **dict.fromkeys((INFERENCE, COLD), ("inductor", "inductor-default", "cudnn", "eager-nchw")),
         TRAINING: ("inductor-default", "eager-nchw"),
+        EPOCH: (),
     },
 }
-#: Seconds of timing per contender and case, unless others are asked for.
+#: Seconds of timing per contender and case, unless others are asked for; of epochs, which are
+#: counted, what they should take.
 SECONDS: Mapping[str, float] = {
-    OP: 0.5, BLOCK: 0.5, INFERENCE: 3.0, COLD: 0.0, TRAINING: 5.0, PASS: 0.5,
+    OP: 0.5, BLOCK: 0.5, INFERENCE: 3.0, COLD: 0.0, TRAINING: 5.0, EPOCH: 6.0, PASS: 0.5,
+    CONVOLUTION: 0.5,
 }  # fmt: skip
 #: Unless others are asked for. In a model a layer's input has just been written, as far as a cache
 #: holds it, and its weights have been pushed out by those of the other layers.
-CACHES: Mapping[str, str] = {**dict.fromkeys(LEVELS, HOT), OP: FED, BLOCK: FED}
+CACHES: Mapping[str, str] = {
+    **dict.fromkeys(LEVELS, HOT), **dict.fromkeys((OP, BLOCK, CONVOLUTION), FED),
+}  # fmt: skip
 
 
 #: What `all` measures.
-ALL = (OP, BLOCK, INFERENCE, COLD, TRAINING)
+ALL = (OP, BLOCK, INFERENCE, COLD, TRAINING, EPOCH)
 #: The default suite, which is `all` on a GPU where nothing else was asked for, is planned to end
 #: within so many seconds; :func:`usual` says what it measures.
 DEFAULT_SUITE_S = 600.0
 #: Seconds that are planned for building and checking a contender in a case, for each compilation by
 #: Inductor (in training forward and backward are one each), for a cold start, and for the peaks.
 #: Allowances of a machine with a data center's GPU and a dozen cores, not yet held to one.
-BUILD_S: Mapping[str, float] = {OP: 1.5, BLOCK: 1.5, INFERENCE: 3.0, TRAINING: 3.0, PASS: 1.5}
+BUILD_S: Mapping[str, float] = {
+    OP: 1.5, BLOCK: 1.5, INFERENCE: 3.0, TRAINING: 3.0, EPOCH: 3.0, PASS: 1.5, CONVOLUTION: 1.5,
+}  # fmt: skip
 COMPILE_S, START_S, PEAKS_S = 45.0, 12.0, 15.0
 
 
@@ -108,10 +127,12 @@ class Suite:
 
     def contenders(self, case: Case) -> dict[str, Callable[..., Any]]:
         """Return who takes part in a case, the reference first."""
-        if case.level == TRAINING:
+        if case.level in (TRAINING, EPOCH):
             return dict(training.contenders(self.peers[case.level]))
         if case.level == PASS:
             return dict(bn.contenders(case.layer))
+        if case.level == CONVOLUTION:
+            return dict(convolutions.CONTENDERS)
         builds = measure.contenders(self.peers[case.level])
         return {name: self.prepared(case, build) for name, build in builds.items()}
 
@@ -130,7 +151,8 @@ class Suite:
 
     def rounds(self, case: Case) -> timing.Rounds:
         """Return how many rounds a case has: those asked for, or what fits into its seconds."""
-        if asked := self.settings.rounds:
+        asked = epoch.epochs(self.settings) if case.level == EPOCH else self.settings.rounds
+        if asked:
             return timing.Rounds(asked, asked)
         return timing.Rounds(seconds=self.seconds[case.level] * len(self.contenders(case)))
 
@@ -151,7 +173,7 @@ def planned(suite: Suite, case: Case) -> float:
     compiling = COMPILE_S * sum(name.startswith("inductor") for name in names)
     if case.level == COLD:
         return suite.starts * (START_S * len(names) + compiling)
-    passes = 2 if case.level == TRAINING else 1
+    passes = 2 if case.level in (TRAINING, EPOCH) else 1
     each = suite.seconds[case.level] + BUILD_S[case.level]
     return each * len(names) + passes * compiling
 
@@ -178,7 +200,7 @@ def peers_by_level(
                 raise UsageError(f"{option}: {name!r} stands alone, without other names")
             if device not in PEERS[name].devices:
                 raise UsageError(f"{option}: {name} {_why_not(name, device)}")
-            if usually and usually.levels == (TRAINING,) and name not in training.PEERS:
+            if usually and {*usually.levels} <= {TRAINING, EPOCH} and name not in training.PEERS:
                 able = ", ".join(training.PEERS)
                 raise UsageError(f"{option}: {name} runs inference only; accepted: {able}")
         usable = dict.fromkeys(DEFAULT_PEERS[device], usable_peers(option, asked))
@@ -199,7 +221,7 @@ def peers_by_level(
 
 def _inference_only(names: Sequence[str], usually: Usual | None) -> dict[str, str]:
     """Return which of the names the training of a command goes without, and why."""
-    if usually is None or TRAINING not in usually.levels:
+    if usually is None or not {TRAINING, EPOCH} & {*usually.levels}:
         return {}
     return {name: "in training: runs inference only" for name in names
             if name not in training.PEERS}  # fmt: skip
@@ -218,17 +240,17 @@ def _of_level(level: str, suite: Suite) -> list[Case]:
         batches = batches[:1]
     if level == TRAINING:  # one image has no statistics to speak of
         batches = tuple(size for size in batches if size > 1) or batches
-    if level not in (OP, BLOCK, PASS):
+    if level == EPOCH:
+        return [Case(epoch.MODEL, dtype, epoch.BATCH, level) for dtype in asked.dtypes]
+    found = _layers(level, suite)
+    if found is None:
         return [
             Case(model, dtype, batch, level)
             for model in asked.models
             for dtype in asked.dtypes
             for batch in batches
         ]
-    found: Mapping[str, object] = (
-        bn.layers() if level == PASS else subjects.layers(level, asked.models, suite.image_size)
-    )
-    if level != PASS:
+    if level in (OP, BLOCK):
         batches = suite.layer_batches or batches
     return [
         Case("", dtype, batch, level, layer)
@@ -236,3 +258,14 @@ def _of_level(level: str, suite: Suite) -> list[Case]:
         for batch in batches
         for layer in found
     ]
+
+
+def _layers(level: str, suite: Suite) -> Collection[str] | None:
+    """Return the names of what is measured of a level, None where it is whole models."""
+    if level == PASS:
+        return bn.layers()
+    if level == CONVOLUTION:
+        return convolutions.layers(suite.settings.models)
+    if level in (OP, BLOCK):
+        return subjects.layers(level, suite.settings.models, suite.image_size)
+    return None

@@ -2,7 +2,9 @@
 
 Grouped by case, so that its own tables and ``--benchmark-compare`` set the contenders side by side.
 They are run one after another, not in interleaved rounds: for ratios, ``python -m benchmarks``.
-Every answer is held against float64 before it is timed. ``-k "op and fused"`` and the like select.
+Every answer is held against float64 before it is timed. Cold starts, epochs and the convolutions of
+training, which are not timed by the clock alone, are not among them. ``-k "op and fused"`` and the
+like select.
 """
 
 from __future__ import annotations

@@ -53,13 +53,24 @@ PEERS: Mapping[str, Prepare] = {
     "inductor-max-autotune": functools.partial(
         torch.compile, dynamic=False, mode="max-autotune-no-cudagraphs"
     ),
-    "eager-nchw": _as_it_is,  # in its layout by `_trainer`
+    "eager-nchw": _as_it_is,  # in its layout by `layout_of`
 }
 
 
 def contenders(peers: Sequence[str]) -> dict[str, Prepare]:
     """Return who trains, the reference first; of the peers, those that are not for inference."""
     return {**OWN, **{name: PEERS[name] for name in peers if name in PEERS}}
+
+
+def layout_of(name: str) -> torch.memory_format:
+    """Return the layout that a contender trains in."""
+    return torch.contiguous_format if name == "eager-nchw" else torch.channels_last
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the mode in which float32 parameters train in a dtype."""
+    low = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device.type, dtype if low else torch.bfloat16, enabled=low)
 
 
 class Trainer:
@@ -82,9 +93,7 @@ class Trainer:
 
     def loss(self) -> Tensor:
         """Run forward."""
-        low = self._dtype in (torch.bfloat16, torch.float16)
-        kind = self._dtype if low else torch.bfloat16
-        with torch.autocast(self._x.device.type, kind, enabled=low):
+        with autocast(self._x.device, self._dtype):
             return F.cross_entropy(self._forward(self._x), self._target)
 
     def __call__(self) -> None:
@@ -189,7 +198,7 @@ def _trainer(
     name: str, prepare: Prepare, model: nn.Module, setup: Setup, images: Tensor
 ) -> Trainer:
     # TF32 is a precision of float32 and set by `precision`; 16 bits come by autocast.
-    layout = torch.contiguous_format if name == "eager-nchw" else torch.channels_last
+    layout = layout_of(name)
     twin = copy.deepcopy(model).to(device=setup.device, memory_format=layout).train()  # type: ignore[call-overload]
     x = images.to(setup.device).contiguous(memory_format=layout)
     return Trainer(twin, x, _targets(len(images)).to(setup.device), setup.dtype, prepare)

@@ -28,20 +28,20 @@ HUNG = "HUNG"
 #: What makes a run a failed one. Running out of memory is an answer about a batch size.
 FAULTS = (WRONG, FAILED, CRASHED, HUNG)
 
-LEVELS = ("op", "block", "inference", "cold", "training", "pass")
-OP, BLOCK, INFERENCE, COLD, TRAINING, PASS = LEVELS
+LEVELS = ("op", "block", "inference", "cold", "training", "epoch", "pass", "convolution")
+OP, BLOCK, INFERENCE, COLD, TRAINING, EPOCH, PASS, CONVOLUTION = LEVELS
 
 
 @dataclass(frozen=True)
 class Case:
     """One comparison: what runs, torch's name of a dtype (or tf32), and a batch size."""
 
-    #: Empty for an op, a block or a pass, which may be part of several.
+    #: Empty for an op, a block, a pass or a convolution, which may be part of several.
     model: str
     dtype: str
     batch: int
     level: str = INFERENCE
-    #: An op, a block or a pass of BatchNorm by its shape.
+    #: An op, a block, a pass of BatchNorm or of a convolution by its shape.
     layer: str = ""
 
     @property
@@ -60,8 +60,9 @@ class Row:
     """What one contender did in one case.
 
     Only a row whose verdict is `ok` has a speed. `error` is max|y - y64| / max|y64| (in training
-    1 - cosine of the gradient and float64's), None for an output that is not finite; `seconds`
-    holds one value per round, per call.
+    1 - cosine of the gradient and float64's, after epochs the share of held-out images that are
+    taken for others), None for an output that is not finite; `seconds` holds one value per round,
+    per call.
     """
 
     case: Case
@@ -84,7 +85,7 @@ class Row:
     saved_mib: float | None = None
     #: Seconds of each step of a cold start, by its name.
     stages: dict[str, float] = field(default_factory=dict)
-    #: How often each model runs the op or block.
+    #: How often each model runs the op, block or convolution.
     uses: dict[str, int] = field(default_factory=dict)
 
 

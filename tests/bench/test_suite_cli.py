@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from typer.testing import CliRunner, Result
 from benchmarks import __main__ as command
 from benchmarks import documents, runner, suite
 from benchmarks.suite import Suite
-from resnet_fused.bench import measure
+from resnet_fused.bench import measure, timing
 from resnet_fused.bench.options import UsageError
 from resnet_fused.bench.results import (
     BLOCK,
+    EPOCH,
     INFERENCE,
     OK,
     OP,
@@ -67,6 +69,10 @@ def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         (["ops", "--seconds", "0"], "--seconds: 0 given"),
         (["bn", "--seconds", "0"], "--seconds: 0 given"),
         (["bn", "-b", "0"], "--batch: '0' given"),
+        (["convolutions", "-d", "fp16"], "--dtype: unknown value 'fp16'; did you mean"),
+        (["convolutions", "-m", "vgg16"], "--model: vgg16 makes no fused call; accepted: ResNets"),
+        (["epoch", "--rounds", "0"], "--rounds: 0 given; accepted: a whole number, 1 or more"),
+        (["epoch", "--peers", "openvino"], "--peers: openvino runs inference only; accepted: in"),
         (["bn", "-d", "fp16"], "--dtype: unknown value 'fp16'; did you mean"),
         (["all", "--backend", "ondnn"], "did you mean onednn"),
         (["compare", "/no/a", "/no/b"], "/no/a: No such file or directory"),
@@ -81,6 +87,15 @@ def test_bad_input_gets_one_clear_line(words: list[str], message: str, tmp_path:
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("python -m benchmarks: ")
     assert message in result.stderr
+
+
+def test_without_scikit_learn_no_epoch_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    result = call("epoch", "--out", tmp_path)
+    assert result.exit_code == 2, result.output
+    assert "the digits: needs scikit-learn" in result.stderr
 
 
 def test_records_of_another_schema_are_refused(tmp_path: Path) -> None:
@@ -175,6 +190,37 @@ def test_training_is_kept_and_shown_the_same_way(
     ]  # fmt: skip
 
 
+def test_blocks_are_kept_and_shown_the_same_way(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "RESULTS", tmp_path)
+    case = Case("", "float32", 8, BLOCK, "256x56x56 bottleneck 64")
+    seconds = {"eager": [0.002] * 5, "fused": [0.001] * 5, "frozen": [0.0005] * 5,
+               "eager-nchw": [0.004] * 5}  # fmt: skip
+    rows = [
+        measure.with_speed(Row(case, name, OK, 0.2, 0.1, uses={"resnet50": 2, "a": 1}), seconds)
+        for name in seconds
+    ]
+    alone = replace(case, dtype="bfloat16")
+    rows.append(measure.with_speed(Row(alone, "eager", OK, 0.2, 0.1), {"eager": [0.003]}))
+    caches = {"caches": {BLOCK: "fed"}}
+    documents.keep(Record({**record.conditions, **caches}, rows), "some-cpu-blocks")
+    text = documents.section(BLOCK)
+    assert "Some CPU: residual blocks, each with fed caches" in text
+    found = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith(("| 256x", "| geo"))
+    ]
+    assert found == [
+        ["256x56x56 bottleneck 64", "resnet50 2, a 1", "fp32", "8", "2000.0", "2.00x", "4.00x",
+         "eager-nchw 4000.0", "8.00x"],
+        ["256x56x56 bottleneck 64", "", "bf16", "8", "3000.0", "-", "-", "-", "-"],
+        ["geometric mean", "", "", "", "", "2.00x", "4.00x", "", "8.00x"],
+    ]  # fmt: skip
+    assert "GPU: not measured yet (`python -m benchmarks blocks`, then `keep`)." in text
+
+
 def test_a_record_is_not_kept_in_the_place_of_one_that_shows_more(
     record: Record, trained: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,17 +267,18 @@ def test_the_documents_name_commands_that_are_there() -> None:
     text = (root / "README.md").read_text() + (root / "CONTRIBUTING.md").read_text()
     lines = re.findall(r"python -m benchmarks ((?:\w+(?: \| )?)+)", text)
     named = {name for line in lines for name in line.split(" | ")}
-    assert named == {"ops", "blocks", "models", "training", "cold", "bn", "keep", "all"}
+    assert named == {"ops", "blocks", "models", "training", "epoch", "cold", "bn", "convolutions",
+                     "keep", "all"}  # fmt: skip
     assert named < known
 
 
-def begun(monkeypatch: pytest.MonkeyPatch, *words: object) -> Suite:
-    """Return what a command would run on a GPU, which is not there."""
+def begun(monkeypatch: pytest.MonkeyPatch, *words: object, device: str = "cuda") -> Suite:
+    """Return what a command would run, on a GPU if not elsewhere, which is not there."""
     found: list[Suite] = []
     monkeypatch.setattr("resnet_fused.bench.options.usable_device", lambda option, value: value)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
-    monkeypatch.setattr(command, "_begin", lambda wanted, resume, more: found.append(wanted))
-    result = call(*words, "--device", "cuda")
+    monkeypatch.setattr("benchmarks.begin.run", lambda wanted, resume, more: found.append(wanted))
+    result = call(*words, "--device", device)
     assert result.exit_code == 0, result.output
     return found[0]
 
@@ -241,15 +288,31 @@ def test_the_default_suite_is_planned_to_end_within_ten_minutes(
 ) -> None:
     default = begun(monkeypatch, "all", "--out", tmp_path)
     cases = suite.plan(default)
-    assert {case.level for case in cases} == {OP, BLOCK, INFERENCE, TRAINING}
+    assert {case.level for case in cases} == {OP, BLOCK, INFERENCE, TRAINING, EPOCH}
+    of_an_epoch = cases.pop()
+    assert (of_an_epoch.level, of_an_epoch.model) == (EPOCH, "cifar_resnet20")
     assert {case.batch for case in cases if case.level == INFERENCE} == {1, 256}
     assert {case.batch for case in cases if case.level != INFERENCE} == {256}
     assert all("cudnn" in default.contenders(c) for c in cases if c.level != TRAINING)
     assert all(any("inductor" in n for n in default.contenders(c)) for c in cases if c.model)
     assert 300 < suite.planned_seconds(default) < suite.DEFAULT_SUITE_S == 600
     every = begun(monkeypatch, "all", "-m", "resnet50,resnet152", "-b", "8", "--out", tmp_path)
-    assert {case.batch for case in suite.plan(every)} == {8}
+    assert {case.batch for case in suite.plan(every) if case.level != EPOCH} == {8}
     assert suite.planned_seconds(every) > suite.planned_seconds(default)
+
+
+def test_epochs_are_planned_to_end_within_two_minutes_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wanted = begun(monkeypatch, "epoch", "-d", "fp32,bf16", "--out", tmp_path, device="cpu")
+    cases = suite.plan(wanted)
+    assert [(case.dtype, case.batch) for case in cases] == [("float32", 128), ("bfloat16", 128)]
+    assert list(wanted.contenders(cases[0])) == ["eager", "fused", "fused-low"]
+    assert wanted.rounds(cases[0]) == timing.Rounds(11, 11)
+    assert wanted.image_size == 16
+    assert suite.planned_seconds(wanted) < 120
+    peer = begun(monkeypatch, "epoch", "--peers", "inductor-default", "--out", tmp_path)
+    assert list(peer.contenders(cases[0]))[3:] == ["inductor-default"]
 
 
 def test_caches_are_those_that_a_level_can_have(

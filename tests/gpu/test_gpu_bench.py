@@ -1,6 +1,7 @@
 """The benchmarks on a GPU, at their smallest: every contender is right, captured or not."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from benchmarks import levels, subjects, suite
 from benchmarks.suite import Suite
 from resnet_fused.bench.options import Settings
 from resnet_fused.bench.progress import Watch
-from resnet_fused.bench.results import INFERENCE, OK, OP, TRAINING, Case
+from resnet_fused.bench.results import EPOCH, INFERENCE, OK, OP, TRAINING, Case
 
 NAME, SIZE = "resnet18", 64
-PEERS = {OP: ("cudnn", "eager-nchw"), INFERENCE: ("cudnn", "eager-nchw"), TRAINING: ()}
+PEERS = {OP: ("cudnn", "eager-nchw"), INFERENCE: ("cudnn", "eager-nchw"), TRAINING: (), EPOCH: ()}
 
 
 @pytest.fixture
@@ -39,3 +40,12 @@ def test_a_small_case(small, level, graphs, tmp_path):
         (row.contender, OK, "") for row in rows
     ]
     assert all(len(row.seconds) == 2 for row in rows)
+
+
+def test_epochs(small):
+    """All learn the digits, in one process on the device."""
+    pytest.importorskip("sklearn")
+    run = replace(small, settings=replace(small.settings, rounds=8), levels=(EPOCH,))
+    (case,) = suite.plan(run)
+    rows = levels.run_case(run, case, tuple(run.contenders(case)), None, Path(), watch=Watch())
+    assert [row.verdict for row in rows] == [OK] * 3, [row.note for row in rows]
