@@ -255,6 +255,9 @@ def tune(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    training: Annotated[
+        bool, typer.Option("--training", help="The calls of a training step, 16 bits by autocast.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is known.")] = False,
 ) -> None:
     """Measure which backend runs each layer of a model fastest, and remember it.
@@ -267,8 +270,8 @@ def tune(
         from resnet_fused.bench import tune as tuning
 
         report = tuning.run(
-            model, batch=batch, image_size=image_size, dtype=dtype, device=device, force=force,
-            console=terminal.console(stderr=True),
+            model, batch=batch, image_size=image_size, dtype=dtype, device=device,
+            training=training, force=force, console=terminal.console(stderr=True),
         )  # fmt: skip
         typer.echo(str(report))
         raise typer.Exit(0 if report.ok else 1)
