@@ -196,7 +196,7 @@ def _head_of(x: Any, weight: Any, bias: Any) -> _Head:
 
 
 def _head_candidates(problem: _Head, precision: str, capability: int) -> list[HeadConfig]:
-    return [head_config(problem.n, problem.classes, capability)]
+    return [head_config(problem.n, problem.classes, precision == "fp32", capability)]
 
 
 def _compile_head(problem: _Head, dtype: torch.dtype, config: HeadConfig, arch: int) -> Any:
