@@ -73,7 +73,10 @@ def _depthwise(problem: Problem, precision: str) -> Iterator[Config]:
     for block_n in dict.fromkeys((widest, max(16, widest // 2))):
         for pixels in (64, 32, 128):
             config = Config(pixels, block_n, 1, 4, 1)
-            if _loads_fit(problem, precision, config):
+            # With several outputs of a channel ptxas aimed at 40 registers for fewer sums a thread,
+            # and spilled 8 bytes: float16 on sm_100.
+            few = problem.o > 1 and pixels * block_n < 2048
+            if _loads_fit(problem, precision, config) and not few:
                 yield config
 
 
@@ -94,7 +97,9 @@ def _legal(problem: Problem, precision: str, capability: int) -> Iterator[Config
             if tma and not takes_tma(problem, precision, config, capability):
                 continue
             if shared_bytes(problem, precision, config, capability) <= arch.block_shared:
-                yield from _splits(problem, config, arch)
+                yield config
+                if not _parts_spill(precision, config, capability):
+                    yield from _splits(problem, config, arch)
 
 
 def at_once(problem: Problem, precision: str) -> int:
@@ -210,6 +215,12 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
     return sums <= (64 if precision == "tf32" and not config.tma else 128)
 
 
+def _parts_spill(precision: str, config: Config, capability: int) -> bool:
+    """Return whether K in parts spills under any limit of registers, as float32 did on sm_90."""
+    cut = (config.block_m, config.block_n, config.num_warps)
+    return precision == "fp32" and 90 <= capability < 100 and cut == (128, 32, 4)
+
+
 def register_limit(problem: Problem, precision: str, config: Config, capability: int) -> int | None:
     """Return the registers that a thread may have at most; None leaves it to ptxas.
 
@@ -229,8 +240,8 @@ def register_limit(problem: Problem, precision: str, config: Config, capability:
     if precision != "fp32":
         return 255 if config.split_k > 1 else None
     most = 168 if capability < 90 and config.block_m > 32 and sums > 16 else 128
-    if problem.flat:  # the addresses of a stem's 7x7 take up to 232
-        return most if problem.taps <= 9 else None
+    if problem.flat:  # a stem's three channels take what they do without aiming, up to 224
+        return most if at_once(problem, precision) > 1 else None
     if at_once(problem, precision) < 4:
         return 255
     if config.split_k > 1 or config.block_m == 32:
@@ -239,7 +250,6 @@ def register_limit(problem: Problem, precision: str, config: Config, capability:
 
 
 def _splits(problem: Problem, config: Config, arch: Arch) -> Iterator[Config]:
-    yield config
     if config.tma or problem.training:
         return
     tiles, steps = count(problem, config), problem.steps(config.block_k)

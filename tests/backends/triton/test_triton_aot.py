@@ -61,6 +61,8 @@ OTHERS = [
 BEYOND = [
     (NARROW, "bf16", 100), (ODD, "fp16", 100), (ODD, "tf32", 80), (ODD, "fp32", 90),
     (ODD_DEPTHWISE, "bf16", 80), (ATROUS, "bf16", 80),
+    (Problem.of((1, 32, 28, 28), (128, 1, 3, 3), (1, 1), (1, 1), (1, 1), 32, False), "fp16", 100),
+    (problem(1, 3, 224, 32, 3, 2), "fp32", 100), (problem(1, 40, 28, 72, 5), "fp32", 90),
     (problem(1, 32, 112, 96, 7), "fp32", 80), (problem(1, 512, 14, 512, 3, groups=32), "fp16", 100),
 ]  # fmt: skip
 
