@@ -4,12 +4,13 @@ import contextlib
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 import resnet_fused as rf
-from resnet_fused.backends import ORDER, _requested, trains, triton
+from resnet_fused.backends import ORDER, _requested, choose, trains, triton
 from resnet_fused.backends.triton.shapes import Config
 from resnet_fused.ops import TRAINING
 
@@ -195,15 +196,21 @@ def test_kernels_are_launched_on_the_device_of_x(monkeypatch):
     assert not current
 
 
-def test_training_is_not_chosen_but_by_name(monkeypatch):
-    """No GPU has measured it, so cuDNN's convolutions stay."""
+def test_training_is_not_chosen_unmeasured(monkeypatch):
+    """No GPU is known to be faster by it, so cuDNN's convolutions stay: all ops of training."""
     gpu(monkeypatch, (9, 0))
-    for op in TRAINING:
-        reason = None if TRAINING[op].mutates else "its kernels of training are not measured"
-        assert str(reason) in str(triton.supports(op, OnGpu()))
-    assert triton.supports("bn_apply", OnGpu()) is None
-    monkeypatch.setattr(_requested, "_name", "triton")
+    others = [op for op in TRAINING if not TRAINING[op].mutates]
+    assert set(triton.ONLY_MEASURED) == set(others)
     assert all(triton.supports(op, OnGpu()) is None for op in TRAINING)
+    alone = types.SimpleNamespace(
+        available=lambda: None, supports=lambda op, *args: None,
+        ONLY_MEASURED=triton.ONLY_MEASURED, **dict.fromkeys(TRAINING, print),
+    )  # fmt: skip
+    monkeypatch.setitem(choose.__globals__, "ORDER", {"triton": alone})
+    x = torch.empty(0)
+    assert [op for op in TRAINING if choose(op, x) is not None] == ["bn_update_stats"]
+    with rf.use_backend("triton"):
+        assert all(choose(op, x) is print for op in TRAINING)
 
 
 def test_trains_in_the_interpreter_by_name_only(monkeypatch):
