@@ -70,6 +70,7 @@ def joined(dtype: torch.dtype) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", [
     "sync_before_fuse", "sync_after_fuse", "sync_low_memory", "sync_float64", "sync_empty_part",
+    "sync_empty_part_by_name", "sync_empty_first_part_by_name",
 ])  # fmt: skip
 def test_synchronised_batch_norm_is_that_of_the_joined_batch(found, name):
     dtype = torch.float64 if name == "sync_float64" else torch.float32

@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 import resnet_fused as rf
 
 WORLD, IMAGES = 2, 8
+#: The native CPU kernels where they are there.
+NATIVE = "cpu" if rf.backends()[0].available else "reference"
 Results = dict[str, Tensor]
 
 
@@ -86,6 +88,17 @@ def sync_float64(rank: int) -> Results:
 
 def sync_empty_part(rank: int) -> Results:
     return synchronised(rank, IMAGES)
+
+
+def sync_empty_part_by_name(rank: int) -> Results:
+    """Backward of an empty part is run by the native kernels, or refused, where they are asked."""
+    with rf.use_backend(NATIVE):
+        return synchronised(rank, IMAGES)
+
+
+def sync_empty_first_part_by_name(rank: int) -> Results:
+    with rf.use_backend(NATIVE):
+        return synchronised(rank, 0, memory="low")
 
 
 def sync_calls(rank: int) -> Results:
@@ -181,7 +194,8 @@ def fsdp_plain(rank: int) -> Results:
 
 CASES: list[Callable[[int], Results]] = [
     sync_before_fuse, sync_after_fuse, sync_low_memory, sync_float64, sync_empty_part,
-    sync_calls, sync_one_value_each, ddp_fused, ddp_eager, fsdp_plain, fsdp, fsdp_low_memory,
+    sync_empty_part_by_name, sync_empty_first_part_by_name, sync_calls, sync_one_value_each,
+    ddp_fused, ddp_eager, fsdp_plain, fsdp, fsdp_low_memory,
 ]  # fmt: skip
 
 
