@@ -73,7 +73,7 @@ def run(
     geometry = (conv.stride, padding_of(conv), conv.dilation)
     shape = output_shape(raw.shape, conv.weight.shape, *geometry)
     dtype, group = result_dtype(raw), sharing_group(bn)
-    # SyncBatchNorm pays always, with one all-reduce for torch's two, and on the CPU at all.
+    # SyncBatchNorm pays always, in fewer collectives than torch's, and on the CPU at all.
     macs = math.prod(shape) * math.prod(conv.weight.shape[1:]) if group is None else math.inf
     if not trains(raw.device, dtype, macs):
         return None
