@@ -85,6 +85,24 @@ def test_only_needed_gradients_are_computed(kind):
 
 
 @each_backend
+@pytest.mark.parametrize("memory", ["default", "low"])
+def test_biases_written_between_forward_and_backward(backend, memory):
+    """As where biases alone are trained, and two losses share a forward's parameters."""
+    found = []
+    for fused in (False, True):
+        model = rf.fuse(net(), memory=memory) if fused else net()
+        model.requires_grad_(False)
+        biases = [m.bias.requires_grad_() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        with rf.use_backend(backend):
+            first, second = loss(model), loss(model, -X)
+            first.backward()
+            torch.optim.SGD(biases, lr=0.1).step()
+            second.backward()
+        found.append(model)
+    assert_same_gradients(found[1], found[0])
+
+
+@each_backend
 def test_every_norm_frozen(backend):
     """As for detection: no statistic of the batch is taken, none moves."""
     model = net()
