@@ -1,5 +1,6 @@
 """The ways people train: parts frozen, gradients scaled, hooked or accumulated, inputs far away."""
 
+import contextlib
 import copy
 
 import pytest
@@ -210,6 +211,28 @@ def test_accumulated_gradients_are_the_sum(memory):
         loss(model, part).backward()
     for p, first, second in zip(model.parameters(), *apart, strict=True):
         assert torch.equal(p.grad, first + second)
+
+
+# --- watched by others ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("watched", ["by nobody", "by a profiler", "by torch.compile"])
+@each_backend
+def test_an_average_over_batches_that_nobody_counts(backend, watched):
+    """It moves nothing, as with torch."""
+    model = nn.Sequential(*ConvBnRelu(3, 8)).train()
+    model[1].momentum, model[1].num_batches_tracked = None, None
+    run = fused = rf.fuse(model)
+    if watched == "by torch.compile":
+        torch._dynamo.reset()
+        run = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    profiler = torch.profiler.profile if watched == "by a profiler" else contextlib.nullcontext
+    with rf.use_backend(backend), profiler():
+        y = run(X)
+    torch.testing.assert_close(y, model(X))
+    for a, b in zip(fused.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(fused[1].running_mean, torch.zeros(8))
 
 
 # --- inputs --------------------------------------------------------------------------------------
