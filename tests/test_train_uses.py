@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from nets import ConvBnRelu, Ops, Residual, SmallNet, image
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 
 import resnet_fused as rf
 from resnet_fused.testing import max_error
@@ -233,6 +235,28 @@ def test_an_average_over_batches_that_nobody_counts(backend, watched):
     for a, b in zip(fused.buffers(), model.buffers(), strict=True):
         torch.testing.assert_close(a, b)
     assert torch.equal(fused[1].running_mean, torch.zeros(8))
+
+
+@each_backend
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_mode(backend, training):
+    """The ops have a backward alone, so that torch's own run: with its tangents, by either API."""
+    eager = net().train(training)
+    tangents = []
+    for model in (rf.fuse(eager), eager):
+        with rf.use_backend(backend), forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(model(forward_ad.make_dual(X, X.cos())))
+        state = dict(model.named_parameters())
+
+        def function(x: Tensor, model=model, state=state) -> Tensor:
+            return functional_call(
+                model, (state, {n: b.clone() for n, b in model.named_buffers()}), (x,)
+            )
+
+        with rf.use_backend(backend):
+            tangents += [dual.tangent, torch.func.jvp(function, (X,), (X.cos(),))[1]]
+    for tangent in tangents:
+        assert near(tangent, tangents[-1])
 
 
 # --- inputs --------------------------------------------------------------------------------------
