@@ -10,6 +10,7 @@ from nets import ConvBnRelu, Ops, Residual, SmallNet, image
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fused as rf
 from resnet_fused.testing import max_error
@@ -44,9 +45,12 @@ def assert_same_gradients(ours: nn.Module, eager: nn.Module) -> None:
 
 
 def backward_ops(model: nn.Module) -> dict[str, int]:
-    result = loss(model)
+    return backward_ops_of(loss(model))
+
+
+def backward_ops_of(result: Tensor) -> dict[str, int]:
     with Ops() as ops:
-        result.backward()
+        result.sum().backward()
     return dict(ops.found)
 
 
@@ -85,6 +89,67 @@ def test_only_needed_gradients_are_computed(kind):
         assert backward_ops(fused) == expected
     loss(model).backward()
     assert_same_gradients(fused, model)
+
+
+class Additions(TorchDispatchMode):
+    """Counts the additions of two feature maps, autograd's own among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        maps = [a for a in args if isinstance(a, Tensor) and a.dim() == 4 and a.numel() > 1]
+        adds = func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_)
+        self.found += adds and len(maps) == 2
+        return func(*args, **(kwargs or {}))
+
+
+@each_backend
+@pytest.mark.parametrize("memory", ["default", "low"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_by_all_readers_of_a_map_meet_in_a_kernel(backend, memory, autocast):
+    """A block's input has two readers, or three with what follows a block that hands it on."""
+    torch.manual_seed(0)
+    model = nn.Sequential(ConvBnRelu(3, 8), Residual(8, 12, 2), Residual(12, 12)).train()
+    fused = rf.fuse(model, memory=memory)
+
+    def step(m: nn.Module, counter: Additions) -> list[Tensor]:
+        m.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result = m(X).float().square().sum()
+        with counter:
+            result.backward()
+        return [p.grad for p in m.parameters()]
+
+    eager, watched = Additions(), Additions()
+    step(model, eager)
+    with rf.use_backend(backend):
+        grads = step(fused, watched)
+        unwatched = step(fused, contextlib.nullcontext())
+    assert (eager.found, watched.found) == (2, 0)
+    assert all(torch.equal(a, b) for a, b in zip(grads, unwatched, strict=True))
+    if not autocast:
+        assert_same_gradients(fused, model)
+
+
+def test_what_an_input_without_gradient_is_added_to_asks_for_none():
+    """The images themselves, read by a convolution and a shortcut."""
+    fused = rf.fuse(nn.Sequential(Residual(3, 3)).train())
+    with rf.use_backend("reference"):
+        assert backward_ops_of(fused(X)).get("conv_backward_data") is None
+
+
+@each_backend
+def test_writing_an_input_that_is_read_again_raises_as_in_torch(backend):
+    class Writes(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.bn1(self.conv1(x))
+            return out + x.relu_()
+
+    fused = rf.fuse(nn.Sequential(ConvBnRelu(3, 8), Writes(8, 8)).train())
+    with rf.use_backend(backend), pytest.raises(RuntimeError, match="modified by an inplace"):
+        fused(X).sum().backward()
 
 
 @each_backend

@@ -79,9 +79,10 @@ def convolve_once(
     dilation: Sequence[int],
     groups: int,
     *,
+    residual: Tensor | None = None,
     turned: bool = False,
 ) -> Tensor | None:
-    """Return the convolution alone, its weights packed into scratch memory and not kept.
+    """Return the convolution, its weights packed into scratch memory and not kept.
 
     For weights that change with every call, as in training: packing then has to pay, and where it
     does not, the result is None.
@@ -93,6 +94,7 @@ def convolve_once(
         padding: two integers.
         dilation: two integers.
         groups: one if turned.
+        residual: added to the output; any layout.
         turned: read ``weight`` as (C, O, KH, KW) with each kernel turned by half a turn, which
             makes the convolution of an output's gradient the input's.
     """
@@ -107,8 +109,10 @@ def convolve_once(
     work = scratch(start + plan.scratch_bytes)
     packed = _pack(weight, plan, work[:start], turned)
     x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
     y = empty_channels_last(plan.output_shape, x.dtype)
-    _bind(plan, x, packed, None, None, None, y, work[start:], None)()
+    _bind(plan, x, packed, None, None, residual, y, work[start:], None)()
     return y
 
 
@@ -120,11 +124,12 @@ def backward_data(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None,
 ) -> Tensor | None:
     """Return the gradient of a convolution's input, or None where torch's own is as fast.
 
     It is a convolution of ``grad`` with turned kernels. With a stride, that of a 1x1 kernel lies
-    between zeros.
+    between zeros, or between what is in ``residual``.
 
     Args:
         grad: the output's gradient, any layout.
@@ -134,17 +139,27 @@ def backward_data(
         padding: two integers.
         dilation: two integers.
         groups: how many.
+        residual: in the input's shape, any layout, added to its gradient; or None.
     """
     kernel = weight.shape[2:]
     outer = [d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
     strided = {*stride} != {1}
     if min(outer) < 0 or (strided and max(kernel) > 1):
         return None
-    own = convolve_once(grad, weight, (1, 1), outer, dilation, groups, turned=True)
+    own = convolve_once(
+        grad, weight, (1, 1), outer, dilation, groups,
+        residual=None if strided else residual, turned=True,
+    )  # fmt: skip
     if own is None or not strided:
         return own
-    grad_x = empty_channels_last(x_size, grad.dtype).zero_()
-    grad_x[:, :, :: stride[0], :: stride[1]] = own
+    grad_x = empty_channels_last(x_size, grad.dtype)
+    met = grad_x[:, :, :: stride[0], :: stride[1]]
+    if residual is None:
+        grad_x.zero_()
+        met.copy_(own)
+    else:
+        grad_x.copy_(residual)
+        met.add_(own)
     return grad_x
 
 

@@ -34,14 +34,17 @@ def backward_data(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None,
 ) -> Tensor:
-    """Return the input's gradient, channels_last."""
+    """Return the input's gradient plus residual, channels_last."""
     # Not read; an expanded scalar would be copied to its full size.
     x = empty_channels_last(x_size, grad.dtype, grad.device)
     geometry = (stride, padding, dilation, False, [0, 0], groups)
     grad_x = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *geometry, [True, False, False]
     )[0]
+    if residual is not None:
+        grad_x.add_(residual)
     return as_channels_last(grad_x)
 
 

@@ -206,7 +206,7 @@ def chained_backward_data(convolution: Callable[..., Tensor]) -> Callable[..., t
         wanted: Sequence[bool],
     ) -> tuple[Tensor, ...]:
         """Run the op by its two parts."""
-        grad_a = convolution(grad, weight, x.shape, stride, padding, dilation, groups)
+        grad_a = convolution(grad, weight, x.shape, stride, padding, dilation, groups, None)
         saved = (x, mean, var, bn_weight, bn_bias, None, eps, act)
         return bn_act_backward(grad_a, *saved, (*wanted, False))[:3]
 

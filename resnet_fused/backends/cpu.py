@@ -206,13 +206,12 @@ def conv_backward_data(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None,
 ) -> Tensor:
     """Run the op: a convolution of grad with turned kernels, or torch's own."""
-    if declines(grad) is None:
-        own = _cpu_conv.backward_data(grad, weight, x_size, stride, padding, dilation, groups)
-        if own is not None:
-            return own
-    return _torch_conv.backward_data(grad, weight, x_size, stride, padding, dilation, groups)
+    args = (grad, weight, x_size, stride, padding, dilation, groups, residual)
+    own = _cpu_conv.backward_data(*args) if declines(grad) is None else None
+    return _torch_conv.backward_data(*args) if own is None else own
 
 
 def conv_backward_weight(

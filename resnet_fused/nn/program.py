@@ -330,9 +330,12 @@ def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     conv, bn = bound[call.conv], bound[call.bn]
     x = results[step.args[0].index]
     residual = results[step.args[1].index] if call.adds else None
-    result = train.run(conv, bn, x, residual, call.act, call.memory)
-    if result is not None:
-        return result if call.defers else train.value(result)
+    place = step.args[0].index
+    read_again = place not in step.frees
+    ran = train.run(conv, bn, x, residual, call.act, call.memory, read_again=read_again)
+    if ran is not None:
+        results[place] = ran.x
+        return ran.result if call.defers else train.value(ran.result)
     x, residual = train.value(x), None if residual is None else train.value(residual)
     if not _fits(conv, bn, x, residual):
         results = list(results)

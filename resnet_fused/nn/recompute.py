@@ -146,6 +146,12 @@ def reading(x: Tensor) -> Iterator[None]:
     read.clear()  # torch keeps `pack` with what it packed
 
 
+def rename(x: Tensor, again: Tensor) -> None:
+    """Let ``again``, which is x to those who read it, be computed as x is, a block's output."""
+    if x in _outputs:
+        _outputs[again] = _outputs[x]
+
+
 def _unpack(saved: Kept | Output) -> Tensor:
     return saved.value()
 

@@ -38,6 +38,14 @@ class Pending(NamedTuple):
     act: str | None
 
 
+class Ran(NamedTuple):
+    """What :func:`run` made."""
+
+    result: Tensor | Pending
+    #: The input for the readers after this one; autograd brings their gradients here first.
+    x: Tensor | Pending
+
+
 def value(result: Tensor | Pending) -> Tensor:
     """Return the result as a tensor."""
     if not isinstance(result, Pending):
@@ -53,10 +61,13 @@ def run(
     residual: Tensor | Pending | None,
     act: str | None,
     memory: str,
-) -> Tensor | Pending | None:
+    *,
+    read_again: bool,
+) -> Ran | None:
     """Run convolution, statistics and block end; the result of a group without add is pending.
 
-    With ``memory="low"`` block ends are computed again in backward.
+    With ``memory="low"`` block ends are computed again in backward. ``read_again`` says whether x
+    has readers after this one.
 
     Returns:
         None where this call is torch's: see :func:`_applies`; where the residual is not of the
@@ -91,8 +102,10 @@ def run(
         )
     # Where autocast would cast the activation, it has to be there.
     pending = isinstance(x, Pending) and dtype == raw.dtype
-    y, mean, var = _convolve(
-        conv.weight, x if pending else value(x), (*geometry, conv.groups), memory
+    read = x if pending else value(x)
+    read_again = read_again and not isinstance(x, Pending) and dtype == raw.dtype
+    y, mean, var, read = _convolve(
+        conv.weight, read, (*geometry, conv.groups), memory, read_again=read_again
     )
     if conv.bias is not None:
         # The bias leaves no trace in BatchNorm's result but where it is not finite, as in torch.
@@ -104,7 +117,7 @@ def run(
     batch_mean = mean if conv.bias is None else mean + conv.bias.detach()
     _update(bn, batch_mean, var, count, _shared.shared(mean))
     result = Pending(y, mean, var, bn.weight, bn.bias, bn.eps, act)
-    return result if residual is None else _finish(result, residual, memory)
+    return Ran(result if residual is None else _finish(result, residual, memory), read)
 
 
 def _applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
@@ -144,13 +157,27 @@ class _Biased(torch.autograd.Function):
 
 
 def _convolve(
-    weight: Tensor, x: Tensor | Pending, geometry: tuple[object, ...], memory: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight: Tensor,
+    x: Tensor | Pending,
+    geometry: tuple[object, ...],
+    memory: str,
+    *,
+    read_again: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | Pending]:
+    """Return the output, its statistics, and x for its further readers."""
     if isinstance(x, Pending):
         *vectors, eps, act = x
-        return _direct.record("bn_act_conv_bn_stats", *vectors, weight, eps, act, *geometry)
+        op = "bn_act_conv_bn_stats"
+        return *_direct.record(op, *vectors, weight, eps, act, *geometry), x
+    op, recorded = "conv_bn_stats", x.requires_grad and torch.is_grad_enabled()
+    hands_on = read_again and recorded and not torch.compiler.is_compiling()
     with recompute.reading(x) if memory == "low" else contextlib.nullcontext():
-        return _direct.record("conv_bn_stats", x, weight, *geometry)
+        if not hands_on:
+            return *_direct.record(op, x, weight, *geometry), x
+        *made, again = _direct.record_handing_on(op, x, weight, *geometry)
+    if memory == "low":
+        recompute.rename(x, again)
+    return *made, again
 
 
 def _finish(result: Pending, residual: Tensor | Pending, memory: str) -> Tensor:

@@ -17,6 +17,8 @@ RUN: dict[str, Callable[..., Any]] = {}
 #: By an op's name, what checks its arguments, casts them for autocast, runs it and has autograd
 #: record it; filled by `_register` for the ops of a forward.
 RECORD: dict[str, Callable[..., Any]] = {}
+#: Likewise, with the first argument handed on as a last result.
+HANDING_ON: dict[str, Callable[..., Any]] = {}
 
 #: What an argument is of where nobody else has a say in it; a SymInt, say, is of none of them.
 _PLAIN = frozenset(
@@ -41,6 +43,16 @@ def record(name: str, *args: Any) -> Any:
     return RECORD[name](*args)
 
 
+def record_handing_on(name: str, x: Tensor, *args: Any) -> Any:
+    """Return ``torch.ops.resnet_fused.<name>(x, *args)`` and x, for its other readers to read.
+
+    The gradient by these goes to the op's backward, which adds it to its own while it writes it; by
+    themselves they would have autograd add two maps in a pass of its own. Not for torch.compile, to
+    which an op's result is never its argument.
+    """
+    return HANDING_ON[name](x, *args)
+
+
 def _watched(args: tuple[Any, ...]) -> bool:
     """Return whether a mode, a trace, a profiler or a subclass of Tensor wants to see the op."""
     return bool(
@@ -56,6 +68,8 @@ def recorded(
     run: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    *,
+    hands_on: bool = False,
 ) -> Callable[..., Any]:
     """Return ``run`` as a function with gradients, by the callables of an :class:`Op`."""
 
@@ -64,7 +78,8 @@ def recorded(
         def forward(ctx: Any, *args: Any) -> Any:
             result = run(*args)
             setup_context(ctx, args, result)
-            return result
+            # Not a view to autograd, but with x's memory and its count of writes.
+            return (*result, args[0].detach()) if hands_on else result
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:

@@ -41,3 +41,6 @@ class Op:
     decomposition: Callable[..., Any] | None = None
     #: The arguments, by place, that the op writes.
     mutates: tuple[int, ...] = ()
+    #: Whether ``backward`` takes, behind the gradients of the results, one of the first argument by
+    #: its other readers, and adds it to its own.
+    hands_on: bool = False

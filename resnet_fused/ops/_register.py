@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -41,8 +42,12 @@ def register(op: Op) -> None:
         # Of statistics that were just computed; a backend looks at the rest as it must anyway.
         _direct.RECORD[op.name] = run
     elif op.setup_context and op.backward:
-        recorded = _direct.recorded(checked, op.setup_context, op.backward)
-        _direct.RECORD[op.name] = _under_autocast(op, recorded)
+        callables = (op.setup_context, op.backward)
+        _direct.RECORD[op.name] = _under_autocast(op, _direct.recorded(checked, *callables))
+        if op.hands_on:
+            again = functools.partial(_direct.record, op.name)
+            recorded = _direct.recorded(again, *callables, hands_on=True)
+            _direct.HANDING_ON[op.name] = _under_autocast(op, recorded)
 
 
 def _refuse(op: Op) -> Callable[..., Any]:

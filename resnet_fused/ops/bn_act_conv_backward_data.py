@@ -80,7 +80,7 @@ def reference(
 ) -> Result:
     """Compute the gradients of x, bn_weight and bn_bias in plain torch; empty where not wanted."""
     geometry = (stride, padding, dilation, groups)
-    grad_a = conv_backward_data.reference(grad, weight, x.shape, *geometry)
+    grad_a = conv_backward_data.reference(grad, weight, x.shape, *geometry, None)
     saved = (x, mean, var, bn_weight, bn_bias, None, eps, act)
     return bn_act_backward.reference(grad_a, *saved, (*wanted, False))[:3]
 

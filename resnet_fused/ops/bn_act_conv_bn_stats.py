@@ -120,7 +120,7 @@ def _before(
     if not any(needs):
         return (None,) * 3
     if ctx.shared is not None:
-        grad_a = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry)
+        grad_a = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry, None)
         rest: tuple[Any, ...] = (None, ctx.eps, ctx.act, (*needs, False), ctx.shared)
         return bn_act.gradients(grad_a, x, *vectors, *rest)[:3]
     wanted = [n and t is not None for n, t in zip(needs, (x, *vectors[2:]), strict=True)]

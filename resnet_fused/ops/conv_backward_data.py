@@ -1,4 +1,4 @@
-"""conv_backward_data: the gradient of a convolution's input."""
+"""conv_backward_data: the gradient of a convolution's input, added to what others have of it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def check(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None,
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
     check_gradient(NAME, grad, weight, x_size, stride, padding, dilation, groups)
+    _checks.check_residual(NAME, residual, x_size, grad)
 
 
 def check_gradient(
@@ -59,15 +61,15 @@ def reference(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None,
 ) -> Tensor:
-    """Compute the op in plain torch."""
+    """Compute the op in plain torch; ``residual`` is the gradient by the input's other readers."""
     x = grad.new_empty(()).expand(tuple(x_size))
-    return _checks.channels_last(
-        torch.ops.aten.convolution_backward(
-            grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
-            [True, False, False],
-        )[0]
-    )  # fmt: skip
+    grad_x = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
+        [True, False, False],
+    )[0]  # fmt: skip
+    return _checks.channels_last(grad_x if residual is None else grad_x + residual)
 
 
 def fake(
@@ -78,9 +80,10 @@ def fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None,
 ) -> Tensor:
     """Return an empty channels_last tensor of the input's shape."""
-    check(grad, weight, x_size, stride, padding, dilation, groups)
+    check(grad, weight, x_size, stride, padding, dilation, groups, residual)
     return _checks.empty_channels_last(grad, x_size)
 
 
@@ -104,32 +107,39 @@ def nbytes(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None,
 ) -> int:
-    """Grad and weight read once, the input's gradient written once."""
-    return grad.nbytes + weight.nbytes + torch.Size(x_size).numel() * grad.element_size()
+    """grad, weight and residual read once, the input's gradient written once."""
+    read = sum(t.nbytes for t in (grad, weight, residual) if t is not None)
+    return read + torch.Size(x_size).numel() * grad.element_size()
 
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """Yield over the convolutions of conv_bn_stats."""
+    """Yield over the convolutions of conv_bn_stats, with and without a residual."""
     generator = torch.Generator().manual_seed(2)
-    for x, weight, stride, padding, dilation, groups in conv_bn_stats.samples(device, dtype):
-        shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
-        grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
-        yield grad, weight, list(x.shape), stride, padding, dilation, groups
+
+    def draw(shape: Sequence[int]) -> Tensor:
+        drawn = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+        return drawn.to(device, dtype)
+
+    for i, (x, weight, *geometry) in enumerate(conv_bn_stats.samples(device, dtype)):
+        grad = draw(output_shape(x.shape, weight.shape, *geometry[:3]))
+        residual = draw(x.shape) if i % 3 == 1 else None
+        yield grad, weight, list(x.shape), *geometry, residual
 
 
 OP = Op(
     name=NAME,
     schema=(
         "(Tensor grad, Tensor weight, SymInt[] x_size, SymInt[2] stride, SymInt[2] padding, "
-        "SymInt[2] dilation, SymInt groups) -> Tensor"
+        "SymInt[2] dilation, SymInt groups, Tensor? residual) -> Tensor"
     ),
     check=check,
     reference=reference,
     fake=fake,
     setup_context=None,
     backward=None,
-    autocast=("grad", "weight"),
+    autocast=("grad", "weight", "residual"),
     flops=flops,
     nbytes=nbytes,
     samples=samples,

@@ -70,14 +70,17 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     ctx.set_materialize_grads(False)
 
 
-def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """Gradients of the convolution, each only if it is wanted."""
+def backward(
+    ctx: Any, grad: Tensor | None, mean: None, var: None, others: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the convolution, each only if it is wanted; ``others`` is added to x's."""
     if grad is None:
-        return (None,) * 6
+        return others, *(None,) * 5
     x, weight = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad[:2]
-    grad_x = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry) if need_x else None
-    grad_weight = None
+    grad_x = grad_weight = None
+    if need_x:
+        grad_x = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry, others)
     if need_weight:
         # In the weight's own layout, or the accumulation would copy it.
         channels_last = not weight.is_contiguous()
@@ -141,4 +144,5 @@ OP = Op(
     flops=flops,
     nbytes=nbytes,
     samples=samples,
+    hands_on=True,
 )

@@ -47,6 +47,7 @@ def test_no_activation_within_a_block_is_written(steps):
     """All that reads one has it from the raw output in front."""
     names = moved(steps[True])
     assert not names.keys() & {"aten::relu_", "aten::native_batch_norm"}
+    assert all(work.nbytes < 1e6 for work in steps[True] if work.name == "aten::add.Tensor")
     ends = 16
     assert sum(work.name.endswith(("::bn_act", "::dual_bn_act")) for work in steps[True]) == ends
 

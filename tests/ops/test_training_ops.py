@@ -312,6 +312,7 @@ def test_statistics_far_from_zero(offset, backend):
 
 X, VECTOR = torch.randn(2, 3, 4, 4), torch.ones(3)
 WEIGHT = torch.randn(5, 3, 3, 3)
+GRAD, X_SIZE, BN = torch.randn(2, 5, 4, 4), [2, 3, 4, 4], (VECTOR, VECTOR, None, None)
 SAME = ([1, 1], [1, 1], [1, 1], 1)
 LARGE = ([9, 9], [1, 1], [0, 0])
 BAD = {
@@ -324,7 +325,14 @@ BAD = {
     "channels": ("conv_bn_stats", (X[:, :2], WEIGHT, *SAME), "groups=1 does not fit"),
     "stride": ("conv_bn_stats", (X, WEIGHT, [0, 1], [1, 1], [1, 1], 1), "stride must"),
     "integer": ("conv_bn_stats", (X.long(), WEIGHT.long(), *SAME), "x must be one of"),
-    "grad's shape": ("conv_backward_data", (X, WEIGHT, [2, 3, 4, 4], *SAME), "do not belong"),
+    "grad's shape": ("conv_backward_data", (X, WEIGHT, X_SIZE, *SAME, None), "do not belong"),
+    "residual's shape": ("conv_backward_data", (GRAD, WEIGHT, X_SIZE, *SAME, X[:1]),
+                         "residual must have the output's shape"),
+    "wanted": ("bn_act_conv_backward_data",
+               (GRAD, WEIGHT, X, *BN, 0.1, None, *SAME, [True, True, False]),
+               "wanted must be False for bn_weight"),
+    "an activation's grad": ("bn_act_conv_backward_weight",
+                             (X, X, *BN, [5, 3, 3, 3], 0.1, None, *SAME, False), "do not belong"),
     "x's shape": ("conv_backward_weight", (X, X[..., :2], [3, 3, 3, 3], *SAME, False), "belong"),
     "one value": ("bn_update_stats", (VECTOR, VECTOR, None, VECTOR, VECTOR, 1, 0.1), "count must"),
     "no count": ("bn_update_stats", (VECTOR, VECTOR, None, VECTOR, VECTOR, 2, None), "batches"),

@@ -83,21 +83,27 @@ def _depthwise(
 
 
 def backward_data(
-    grad: Tensor, weight: Tensor, grad_x: Tensor, problem: Problem, capability: int
+    grad: Tensor,
+    weight: Tensor,
+    grad_x: Tensor,
+    problem: Problem,
+    capability: int,
+    residual: Tensor | None = None,
 ) -> list[Launch]:
-    """Return the launches of the input's gradient, one for each pair of phases.
+    """Return the launches of the input's gradient plus residual, one for each pair of phases.
 
     Pixels that no tap meets, such as three in four at a strided 1x1 convolution, get their zeros
     from a launch without products.
     """
     grad = channels_last(grad)
+    residual = None if residual is None else channels_last(residual)
     packed, strides = _packed(weight, problem)
     vertical, horizontal = (
         gradients.phases(size, *axis)
         for size, axis in zip((problem.h, problem.w), _axes(problem), strict=True)
     )
     return [
-        _phase(grad, packed, strides, grad_x, problem, capability, v, h)
+        _phase(grad, packed, strides, grad_x, residual, problem, capability, v, h)
         for v in vertical
         for h in horizontal
     ]
@@ -171,6 +177,7 @@ def _phase(
     packed: Tensor,
     strides: dict[str, int],
     grad_x: Tensor,
+    residual: Tensor | None,
     problem: Problem,
     capability: int,
     vertical: gradients.Phase,
@@ -183,8 +190,9 @@ def _phase(
     gh, gw = grad.shape[2:]
     m = problem.n * vertical.size * horizontal.size
     arguments = {
-        "grad_ptr": grad, "w_ptr": packed, "grad_x_ptr": grad_x, "m": m, "gh": gh, "gw": gw,
-        "h": problem.h, "w": problem.w, "rows": vertical.size, "columns": horizontal.size,
+        "grad_ptr": grad, "w_ptr": packed, "grad_x_ptr": grad_x, "residual_ptr": residual,
+        "m": m, "gh": gh, "gw": gw, "h": problem.h, "w": problem.w, "rows": vertical.size,
+        "columns": horizontal.size,
         "IN": problem.c, "OUT": problem.o, "GROUPS": problem.groups, **strides,
         "KW": problem.kernel[1], "STRIDE_H": problem.stride[0], "STRIDE_W": problem.stride[1],
         "LEAVES": vertical.leaves(gh) or horizontal.leaves(gw),

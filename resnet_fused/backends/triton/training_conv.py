@@ -91,6 +91,7 @@ def conv_backward_data(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    residual: Tensor | None,
 ) -> Tensor:
     """Run the op: a convolution of stride 1 for every phase of the input's pixels."""
     from resnet_fused.backends.triton import conv_launch, run
@@ -99,7 +100,7 @@ def conv_backward_data(
     grad_x = empty_map(grad, x_size)
     if grad_x.numel():
         arch = run.capability(grad.device)
-        run_on(grad, conv_launch.backward_data(grad, weight, grad_x, problem, arch))
+        run_on(grad, conv_launch.backward_data(grad, weight, grad_x, problem, arch, residual))
     return grad_x
 
 

@@ -198,7 +198,7 @@ def test_drawn_convolutions(args):
     grad, last = torch.randn(y.shape).to(x.dtype), (*geometry, not weight.is_contiguous())
     vectors = (mean, var, None, None)
     for op, drawn in {
-        "conv_backward_data": (grad, weight, list(x.shape), *geometry),
+        "conv_backward_data": (grad, weight, list(x.shape), *geometry, x),
         "conv_backward_weight": (grad, x, list(weight.shape), *last),
         "bn_act_conv_backward_data": (
             grad, weight, x, *vectors, 1e-5, act, *geometry, (True, False, False)

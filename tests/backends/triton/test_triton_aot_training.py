@@ -31,6 +31,7 @@ LAYERS = {
     "strided": problem(256, 128, 56, 128, 3, 2),
     "shortcut": problem(256, 256, 56, 512, 1, 2),
     "expand": problem(256, 256, 14, 1024, 1),
+    "reduce": problem(256, 1024, 14, 256, 1),
 }
 
 
@@ -59,11 +60,17 @@ def statistics(layer, dtype, capability):
     return launches
 
 
-def data(layer, dtype, capability):
+def data(layer, dtype, capability, *, joined=False):
     from resnet_fused.backends.triton import conv_launch
 
     x, weight, y = maps(LAYERS[layer], dtype)
-    return conv_launch.backward_data(y, weight, x, LAYERS[layer], capability)
+    residual = x if joined else None
+    return conv_launch.backward_data(y, weight, x, LAYERS[layer], capability, residual)
+
+
+def joined(layer, dtype, capability):
+    """The input's gradient, added to what its other readers gave."""
+    return data(layer, dtype, capability, joined=True)
 
 
 def before(layer, dtype, capability):
@@ -119,6 +126,8 @@ CASES = [
     *((data, layer, "bf16", 90) for layer in ("3x3", "strided", "shortcut")),
     *((data, *case) for case in (("3x3", "fp16", 80), ("3x3", "tf32", 90))),
     (data, "expand", "bf16", 100),
+    *((joined, *case) for case in (("3x3", "bf16", 90), ("reduce", "bf16", 90))),
+    *((joined, *case) for case in (("reduce", "fp16", 80), ("reduce", "bf16", 100))),
     *((weight, layer, "bf16", 90) for layer in ("stem", "3x3", "shortcut")),
     *((weight, *case) for case in (("strided", "fp16", 80), ("3x3", "tf32", 90))),
     (weight, "expand", "bf16", 100),

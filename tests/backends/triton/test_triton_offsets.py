@@ -68,7 +68,7 @@ def gradients(x, o, k) -> list:
     p = Problem.of(x, weight, *(PADDED if k == 3 else ONE), 1, False)
     y, out = meta(x[0], o, *x[2:]), meta(o, k * k * x[1])
     return [
-        *conv_launch.backward_data(y, meta(*weight), meta(*x), p, CAPABILITY),
+        *conv_launch.backward_data(y, meta(*weight), meta(*x), p, CAPABILITY, meta(*x)),
         *conv_launch.backward_weight(y, meta(*x), out, p, CAPABILITY),
     ]
 

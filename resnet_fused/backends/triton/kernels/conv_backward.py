@@ -18,13 +18,13 @@ def conv_bwd_data_kernel(
     SHIFT_H: tl.constexpr, SHIFT_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     LEAVES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    x_ptr=None, mean_ptr=None, scale_ptr=None, shift_ptr=None, sums_ptr=None,
+    residual_ptr=None, x_ptr=None, mean_ptr=None, scale_ptr=None, shift_ptr=None, sums_ptr=None,
 ):  # fmt: skip
     """One tile of the input's gradient: BLOCK_M of a phase's m pixels, BLOCK_N channels of a group.
 
     A phase, see :class:`gradients.Phase`, is (rows, columns) pixels of each image. IN and OUT count
     the channels of one group of the convolution; K runs over its taps and, inside, over OUT.
-    W_IN to W_GROUP are the weight's strides.
+    W_IN to W_GROUP are the weight's strides. What is at ``residual_ptr`` is added.
 
     With ``x_ptr`` the convolution's input was BN(x), and the tile's part of Σ g and Σ g · (x - μ)
     goes to ``sums_ptr``, (tiles, 2, GROUPS · IN); with ``scale_ptr`` and ``shift_ptr`` it was
@@ -73,7 +73,10 @@ def conv_bwd_data_kernel(
     channels += group * IN
     offsets = out[:, None] * (IN * GROUPS) + channels[None, :]
     wanted = pixel_in[:, None] & channel_in[None, :]
-    g = rounded(acc.T, grad_x_ptr.dtype.element_ty)
+    g = acc.T
+    if residual_ptr is not None:
+        g += tl.load(residual_ptr + offsets, mask=wanted, other=0.0).to(tl.float32)
+    g = rounded(g, grad_x_ptr.dtype.element_ty)
     if x_ptr is not None:
         x = tl.load(x_ptr + offsets, mask=wanted, other=0.0)
         if scale_ptr is not None:
