@@ -265,6 +265,18 @@ def test_hooks_on_blocks_and_parameters(backend):
     assert_same_gradients(fused, model)
 
 
+@each_backend
+def test_a_gradient_that_is_the_negative_of_what_its_memory_holds(backend):
+    """As that of the imaginary part of a conjugate."""
+    model = Residual(3, 8).train()
+    fused = rf.fuse(model)
+    grad = image(4, 8, 32, 32).contiguous(memory_format=torch.channels_last)
+    with rf.use_backend(backend):
+        fused(X).backward(torch._neg_view(-grad))
+    model(X).backward(grad)
+    assert_same_gradients(fused, model)
+
+
 @pytest.mark.parametrize("memory", ["default", "low"])
 def test_accumulated_gradients_are_the_sum(memory):
     model = rf.fuse(net(), memory=memory)

@@ -72,6 +72,8 @@ def _runner(op: Op) -> Callable[..., Any]:
     otherwise = op.decomposition or op.reference
 
     def runner(*args: Any) -> Any:
+        if not op.mutates:
+            args = _as_written(args)
         run = choose(op.name, *args)
         try:
             return (run or otherwise)(*args)
@@ -80,6 +82,17 @@ def _runner(op: Op) -> Callable[..., Any]:
             raise torch.OutOfMemoryError(f"{op.name} on {_in_words(op, args)}: {error}") from error
 
     return runner
+
+
+def _as_written(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments with their values in memory, as kernels take addresses.
+
+    A tensor may be the negative of what its memory holds, such as the gradient of an imaginary
+    part. torch's dispatcher takes care of it, but not every call goes there.
+    """
+    if any(isinstance(a, torch.Tensor) and a.is_neg() for a in args):
+        return tuple(a.resolve_neg() if isinstance(a, torch.Tensor) else a for a in args)
+    return args
 
 
 def _in_words(op: Op, args: tuple[Any, ...]) -> str:
