@@ -143,7 +143,9 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return each channel's mean and biased variance (arXiv 1502.03167, algorithm 1).
 
     One pass over x, with shifted sums merged in double precision: as exact where the mean is far
-    larger than the deviation. The same bits on any number of threads.
+    larger than the deviation. The same bits on any number of threads. Sums within a part are
+    float32: the variance is infinite from deviations of about 1e17 on, as torch's is from 2e19 on,
+    and the mean NaN from values of about 1e36 on.
     """
     maps = _Maps(x)
     mean, var = maps.new_vectors(2)

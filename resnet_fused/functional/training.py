@@ -55,7 +55,9 @@ def conv_bn_stats(
 
     Returns:
         z: (N, O, OH, OW) in x's dtype, channels_last.
-        mean: (O,) in float32 (float64 for float64), of z as it was rounded; NaN for an empty batch.
+        mean: (O,) in float32 (float64 for float64), of z as it was rounded; NaN for an empty batch,
+            and by the native kernels from values of about 1e36 on, the variance infinite from
+            deviations of about 1e17 on: their sums are float32.
         var: likewise, biased.
 
     Differentiable in x and weight; mean and var carry no gradient. Saved for backward: x and
