@@ -6,6 +6,7 @@ Every case returns tensors; they are saved as FOLDER/RANK.pt, an exception as it
 import copy
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -93,7 +94,9 @@ def sync_large_means(rank: int) -> Results:
     for name, first in (("uneven", 3), ("empty", 0)):
         x = part(rank, first, torch.float64) + 1e8
         count = _bn.values_per_channel(x.shape)
-        mean, var = _shared.join(*_bn.statistics(x), count, torch.distributed.group.WORLD)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            mean, var = _shared.join(*_bn.statistics(x), count, torch.distributed.group.WORLD)
         found |= {f"{name} mean": mean, f"{name} var": var}
     return found
 

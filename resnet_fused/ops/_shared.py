@@ -56,9 +56,9 @@ def join(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Ten
     if count:
         part[0] = count
         part[1:] = torch.cat([mean, var])
-    parts = part.new_empty(group.size() * len(part))  # flat: gloo does not stack
-    torch.distributed.all_gather_into_tensor(parts, part, group=group)
-    counts, means, variances = parts.view(-1, len(part)).split([1, len(mean), len(mean)], dim=1)
+    parts = part.new_empty(group.size(), len(part))
+    torch.distributed.all_gather(list(parts), part, group=group)
+    counts, means, variances = parts.split([1, len(mean), len(mean)], dim=1)
     total = counts.sum()
     joined = (counts * means).sum(0) / total
     variance = (counts * (variances + (means - joined).square())).sum(0) / total
