@@ -234,7 +234,7 @@ def by_torch(what: str, geometry: Geometry, t: Tensors) -> Tensor:
     if what == FORWARD:
         return _torch_conv.forward(t.x, t.weight, *geometry.steps)
     if what == DATA:
-        return _torch_conv.backward_data(t.grad, t.weight, t.x.shape, *geometry.steps)
+        return _torch_conv.backward_data(t.grad, t.weight, t.x.shape, *geometry.steps, None)
     return _torch_conv.backward_weight(t.grad, t.x, geometry.weight, *geometry.steps, True)
 
 
@@ -245,7 +245,7 @@ def by_kernel(what: str, geometry: Geometry, t: Tensors) -> Tensor | None:
     if what == FORWARD:
         return _cpu_conv.convolve_once(t.x, t.weight, *geometry.steps)
     if what == DATA:
-        return _cpu_conv.backward_data(t.grad, t.weight, t.x.shape, *geometry.steps)
+        return _cpu_conv.backward_data(t.grad, t.weight, t.x.shape, *geometry.steps, None)
     return _cpu_conv.backward_weight(t.grad, t.x, geometry.weight, *geometry.steps, True)
 
 

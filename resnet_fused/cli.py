@@ -50,6 +50,10 @@ inspect -m resnet50 --arch 90  [dim]# what runs where nothing was tuned[/dim]
 
 inspect --shape 256,64,56,56,64,3,1 --all  [dim]# images, C, H, W, O, K, stride[/dim]
 
+inspect --shape 32,128,56,56,128,3,1 --groups 32  [dim]# of ResNeXt-50 32x4d[/dim]
+
+inspect --shape 8,512,65,65,512,3,1 --dilation 4  [dim]# of DeepLab, padded to keep the size[/dim]
+
 inspect --op conv_bn_act_conv_bn_act --shape 256,64,56,56,64,3,1,256  [dim]# ..., O of the 1x1[/dim]
 
 inspect --op conv_bn_act_max_pool --shape 256,3,224,224,64,7,2
@@ -255,6 +259,9 @@ def tune(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    training: Annotated[
+        bool, typer.Option("--training", help="The calls of a training step, 16 bits by autocast.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Measure again what is known.")] = False,
 ) -> None:
     """Measure which backend runs each layer of a model fastest, and remember it.
@@ -267,8 +274,8 @@ def tune(
         from resnet_fused.bench import tune as tuning
 
         report = tuning.run(
-            model, batch=batch, image_size=image_size, dtype=dtype, device=device, force=force,
-            console=terminal.console(stderr=True),
+            model, batch=batch, image_size=image_size, dtype=dtype, device=device,
+            training=training, force=force, console=terminal.console(stderr=True),
         )  # fmt: skip
         typer.echo(str(report))
         raise typer.Exit(0 if report.ok else 1)
@@ -282,6 +289,16 @@ def inspect(
     shape: Annotated[
         str | None,
         typer.Option(help="One call instead; its numbers follow from --op.", metavar="N,C,H,W,..."),
+    ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(help="Groups of --shape's convolution; C and O count all.", show_default="1"),
+    ] = None,
+    dilation: Annotated[
+        str | None,
+        typer.Option(
+            help="Dilation of --shape's convolution; its padding grows with it.", show_default="1"
+        ),
     ] = None,
     op: Annotated[
         str,
@@ -314,9 +331,11 @@ def inspect(
         from resnet_fused import inspection
         from resnet_fused.bench import options
 
+        geometry = {"groups": groups, "dilation": dilation}
         clean = inspection.show(
             terminal.console(), terminal.console(stderr=True), op=op, model=model, batch=batch,
             dtype=dtype, archs=options.split(arch), shape=shape, every=every,
+            geometry={name: value for name, value in geometry.items() if value is not None},
         )  # fmt: skip
         raise typer.Exit(0 if clean else 1)
 

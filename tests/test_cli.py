@@ -208,6 +208,13 @@ def small_tune(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
+def test_tune_of_a_training_step(small_tune: Path) -> None:
+    shown = tune("-d", "bf16", "--training")
+    assert shown.exit_code == 0, shown.output
+    assert "conv_bn_stats" in shown.stdout
+    assert "conv_backward_weight" in shown.stdout
+
+
 def test_tune_shows_a_table_and_where_the_cache_is(
     small_tune: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +276,14 @@ def test_tune_on_a_terminal_shows_a_bar(small_tune: Path) -> None:
 
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     command.run(
-        "resnet50", batch=2, image_size=16, dtype="fp32", device="cpu", force=False, console=console
+        "resnet50",
+        batch=2,
+        image_size=16,
+        dtype="fp32",
+        device="cpu",
+        training=False,
+        force=False,
+        console=console,
     )
     shown = console.file.getvalue()
     assert "2/2" in shown

@@ -124,6 +124,27 @@ def test_shapes_are_read():
         subject.parse("--shape", subject.example)
 
 
+def test_groups_and_dilation_are_read():
+    conv = SUBJECTS["conv_bn_act"]
+    geometry = {"groups": "32", "dilation": "2"}
+    found = conv.parse("--shape", "2,128,9,8,64,3,1", geometry)
+    pairs = ((1, 1), (2, 2), (2, 2))
+    assert found == Problem.of((2, 128, 9, 8), (64, 4, 3, 3), *pairs, 32, False)
+    assert found.out_size == (9, 8)  # padded for it
+    assert conv.words(found)[1] == "3x3 64 groups 32 dilation 2"
+    apart = {"dilation": "2"}
+    assert SUBJECTS[PAIR].parse("--shape", "2,64,9,8,32,3,2,128", apart).first.dilation == (2, 2)
+    assert SUBJECTS[STEM].parse("--shape", "2,64,9,8,32,3,2", apart).conv.padding == (2, 2)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_resnext_s_convolution_is_compiled():
+    result = call("--shape", "2,128,14,14,128,3,1", "--groups", "32", "--arch", "80")
+    assert result.exit_code == 0, result.output
+    (row,) = [line for line in result.stdout.splitlines() if "2x128x14x14" in line]
+    assert "3x3 128 groups 32" in row
+
+
 @pytest.mark.parametrize(
     ("op", "distinct", "calls"), [("conv_bn_act", 24, 53), (PAIR, 3, 7), (STEM, 1, 1), (HEAD, 1, 1)]
 )
@@ -165,6 +186,23 @@ def test_the_calls_of_a_resnet50(op, distinct, calls):
             ("--op", HEAD),
             f"--model or --shape: one of the two is needed, such as --model resnet50 or "
             f"--op {HEAD} --shape 256,2048,7,7,1000",
+        ),
+        (
+            ("--shape", "1,64,9,9,96,3,1", "--groups", "48"),
+            "--groups: 48 given; accepted: a divisor of the channels, 64 in and 96 out",
+        ),
+        (("--shape", "1,64,9,9,96,3,1", "--dilation", "0"), "--dilation: '0' given; accepted: a"),
+        (
+            ("--shape", "1,64,9,9,96,3,1", "--groups", "2", "--op", STEM),
+            "--groups: not a number of this --op; accepted by conv_bn_act",
+        ),
+        (
+            ("--shape", "8,512,7,7,100", "--dilation", "2", "--op", HEAD),
+            f"--dilation: not a number of this --op; accepted by conv_bn_act, {PAIR}, {STEM}",
+        ),
+        (
+            ("-m", "resnet18", "--groups", "2"),
+            "--groups: '2' given; accepted with --shape, a model has its own",
         ),
         (("-m", "resnet18", "--arch", "70"), "--arch: unknown value '70'; "),
         (("-m", "resnet18", "-b", "0"), "--batch: '0' given"),

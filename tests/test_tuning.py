@@ -10,16 +10,25 @@ import types
 
 import pytest
 import torch
-from nets import ConvBnRelu
+from nets import ConvBnRelu, Ops, SmallNet, image
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.backends import ORDER, REFERENCE, _tuned, _tuned_file, choose, cudnn
+from resnet_fused.backends import (
+    ORDER,
+    REFERENCE,
+    _tuned,
+    _tuned_file,
+    choose,
+    cpu,
+    cudnn,
+    trains,
+)
 from resnet_fused.backends._tuned_file import Choice
 from resnet_fused.models import create_model
-from resnet_fused.ops import INFERENCE, OPS
+from resnet_fused.ops import INFERENCE, OPS, TRAINING
 from resnet_fused.tuning import tune_calls
-from resnet_fused.tuning.calls import draw, harvest, harvest_merged
+from resnet_fused.tuning.calls import Call, draw, harvest, harvest_merged
 from resnet_fused.tuning.measure import (
     FINALISTS,
     ROUNDS,
@@ -32,6 +41,7 @@ from resnet_fused.tuning.measure import (
 )
 
 CPU = torch.device("cpu")
+X = image(4, 3, 32, 32)
 
 
 class Ticks:
@@ -146,8 +156,8 @@ def test_the_cuda_clock_flushes_then_times_one_call(monkeypatch):
 
 def arguments(batch=3, act="relu", dtype=torch.float32):
     shapes = (batch, 4, 6, 6), (5, 4, 3, 3), (5,), (5,), (batch, 5, 6, 6)
-    tensors = draw([torch.empty(s, dtype=dtype, device="meta") for s in shapes], CPU)
-    return (*tensors, [1, 1], [1, 1], [1, 1], 1, act)
+    tensors = [torch.empty(s, dtype=dtype, device="meta") for s in shapes]
+    return draw(Call("conv_bn_act", (*tensors, [1, 1], [1, 1], [1, 1], 1, act)), CPU)
 
 
 reference = OPS["conv_bn_act"].reference
@@ -243,12 +253,47 @@ def test_every_op_can_be_measured(op, cache):
             assert (REFERENCE, "default") not in outcome.faults, outcome.faults
 
 
+@pytest.mark.parametrize("op", [n for n, op in TRAINING.items() if not op.mutates])
+def test_every_op_of_training_can_be_measured(op, cache):
+    """By what runs here: nothing that is right is dropped."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for args in list(OPS[op].samples("cpu", dtype))[:6]:
+            if all(a.numel() for a in args if isinstance(a, torch.Tensor)):
+                outcome = measure(op, args, lambda run: 1.0)
+                assert not outcome.faults, args
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_wrong_result_of_several_is_found(place, backend):
+    """The map, its mean or its variance; a mean of nearly nothing by the size of its terms."""
+    right = OPS["conv_bn_stats"].reference
+
+    def wrong(*args):
+        results = list(right(*args))
+        results[place] = results[place] + 0.1
+        return tuple(results)
+
+    backend.conv_bn_stats, backend.ways = right, {"right": right, "wrong": wrong}
+    args = (torch.randn(4, 8, 9, 9), torch.randn(8, 8, 3, 3), [1, 1], [1, 1], [1, 1], 1)
+    outcome = measure("conv_bn_stats", args, lambda run: 1.0)
+    assert list(outcome.faults) == [("made_up", "wrong")]
+    assert outcome.faults["made_up", "wrong"].startswith("wrong: error")
+
+
 # --- a model's calls -----------------------------------------------------------------------------
 
 
 def small_net():
     """Three convolutions, two of them the same call."""
     return nn.Sequential(ConvBnRelu(3, 8), ConvBnRelu(8, 8), ConvBnRelu(8, 8)).eval()
+
+
+def reflecting(net):
+    """A way of padding that is torch's alone."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.padding_mode = "reflect"
+    return net
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -269,7 +314,7 @@ def test_harvest_keeps_layout_and_dtype():
     x = torch.randn(1, 3, 8, 8).bfloat16()
     for layout in (torch.contiguous_format, torch.channels_last):
         first = harvest(small_net().bfloat16(), x.contiguous(memory_format=layout))[0]
-        (drawn, *_), strides = draw(first.args, CPU), x.contiguous(memory_format=layout).stride()
+        (drawn, *_), strides = draw(first, CPU), x.contiguous(memory_format=layout).stride()
         assert (drawn.stride(), drawn.dtype, drawn.shape) == (strides, torch.bfloat16, x.shape)
 
 
@@ -279,7 +324,8 @@ def test_draw_follows_any_strides():
         torch.empty(2, 3, 9, 9)[:, :, ::2, 1::3],
         torch.empty(1, 3, 4, 4).expand(2, -1, -1, -1),
     ):
-        first, second = (draw([like.to("meta"), None, [1, 2]], CPU) for _ in range(2))
+        call = Call("avg_pool_linear", (like.to("meta"), None, [1, 2]))
+        first, second = (draw(call, CPU) for _ in range(2))
         assert first[0].stride() == like.to("meta").stride()
         assert torch.equal(first[0], second[0])
         assert first[1:] == (None, [1, 2])
@@ -290,7 +336,7 @@ def test_harvest_under_autocast_is_what_the_ops_get():
     model, x, seen = small_net(), torch.randn(1, 3, 8, 8), []
     with torch.autocast("cpu", torch.bfloat16):
         calls = harvest(model, x)
-    keys = {_tuned.signature(call.op, draw(call.args, CPU)) for call in calls}
+    keys = {_tuned.signature(call.op, draw(call, CPU)) for call in calls}
 
     def spy(op, *args):
         seen.append(_tuned.signature(op, args))
@@ -304,6 +350,55 @@ def test_harvest_under_autocast_is_what_the_ops_get():
     assert all(call.args[0].dtype == torch.bfloat16 for call in calls)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_harvest_in_training_mode_is_what_a_step_calls(autocast, monkeypatch):
+    """Forward and backward, but what moves statistics, and what reads an index."""
+    model, x, seen = SmallNet().train(), torch.randn(2, 3, 16, 16), []
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with mixed:
+        calls = harvest(model, x)
+    keys = {_tuned.signature(call.op, draw(call, CPU)) for call in calls}
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+    def spy(op, *args):
+        seen.append(_tuned.signature(op, args))
+
+    monkeypatch.setattr("resnet_fused.ops._register.choose", spy)
+    fused = rf.fuse(model)
+    with mixed:
+        loss = fused(x).sum()
+    loss.backward()
+    others = {"bn_update_stats", "max_pool_backward"}
+    assert {key for key in seen if key[0] not in others} == keys
+    assert {"bn_act_conv_backward_data", "conv_backward_weight"} <= {call.op for call in calls}
+
+
+def test_harvest_in_training_mode_leaves_frozen_parts_out():
+    model = SmallNet().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("fc" in name)
+    assert not [call for call in harvest(model, X) if "backward" in call.op]
+
+
+def test_what_was_tuned_in_training_mode_trains_fused(cache, monkeypatch):
+    """Where nobody knows of a dtype that a fused step is faster in it, as on every GPU so far."""
+    monkeypatch.setattr(cpu, "FASTER_IN_TRAINING", {})
+    model = SmallNet().train()
+    fused = rf.fuse(model)
+
+    def training_ops() -> set[str]:
+        with Ops() as ops:
+            fused(X).sum().backward()
+        return ops.found.keys() & TRAINING.keys()
+
+    assert not training_ops()
+    report = tune_calls(harvest(model, X), CPU, clock=lambda run: 1.0)
+    assert report.ok
+    assert {"conv_bn_stats", "bn_act_conv_backward_weight"} <= training_ops()
+    assert not trains(CPU, torch.float64, 10**9)
+
+
 @pytest.mark.parametrize(
     ("model", "x", "error", "message"),
     [
@@ -311,7 +406,7 @@ def test_harvest_under_autocast_is_what_the_ops_get():
         (small_net, torch.ones(1, 3, 8, 8, dtype=torch.int64), TypeError, "got torch.int64"),
         (small_net, None, TypeError, "got NoneType"),
         (small_net, torch.randn(1, 5, 8, 8), ValueError, "failed on an example_input of shape"),
-        (lambda: small_net().train(), torch.randn(1, 3, 8, 8), ValueError, "makes no fused call"),
+        (lambda: reflecting(small_net()), torch.randn(1, 3, 8, 8), ValueError, "no fused call"),
         (lambda: nn.ReLU(), torch.randn(1, 3, 8, 8), ValueError, "has no Conv2d"),
         (
             lambda: rf.freeze(small_net(), torch.randn(1, 3, 8, 8)),
@@ -337,7 +432,7 @@ def test_the_fastest_backend_runs_from_then_on(cache):
     """On the CPU's own backends with a clock that prefers each in turn."""
     model, x = small_net(), torch.randn(2, 3, 8, 8)
     calls = harvest(model, x)
-    args = draw(calls[1].args, CPU)
+    args = draw(calls[1], CPU)
     usual = rf.explain("conv_bn_act", *args).chosen
     names = [b.name for b in rf.backends() if b.available]
     functions = {n: reference if n == REFERENCE else ORDER[n].conv_bn_act for n in names}
@@ -352,7 +447,7 @@ def test_the_fastest_backend_runs_from_then_on(cache):
         assert all(v.chosen == (not v.reason) for v in explained)
         with rf.use_backend(usual):
             assert choose("conv_bn_act", *args) is functions[usual]
-    assert rf.explain("conv_bn_act", *draw(harvest(model, x[:1])[1].args, CPU)).chosen == usual
+    assert rf.explain("conv_bn_act", *draw(harvest(model, x[:1])[1], CPU)).chosen == usual
 
 
 def test_a_candidate_of_a_backend_is_what_runs(cache, backend):
@@ -361,7 +456,7 @@ def test_a_candidate_of_a_backend_is_what_runs(cache, backend):
     backend.ways = {"default": in_float64, "big tile": big}
     calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
     tune_calls(calls, CPU, clock=lambda run: 1.0 if run.func is big else 1.4)
-    args = draw(calls[0].args, CPU)
+    args = draw(calls[0], CPU)
     assert choose("conv_bn_act", *args) is big
     backend.ways = {}
     assert choose("conv_bn_act", *args) is big, "the candidates were listed again"
@@ -413,7 +508,7 @@ def test_a_call_that_nobody_answers_rightly_has_no_choice(cache, backend, monkey
     assert not report.ok
     assert held() == {}
     assert "none was right" in str(report)
-    assert choose("conv_bn_act", *draw(calls[0].args, CPU)) is in_float64
+    assert choose("conv_bn_act", *draw(calls[0], CPU)) is in_float64
 
 
 @pytest.mark.parametrize("where", ["draw", "to_float64"])
@@ -423,7 +518,7 @@ def test_a_call_whose_check_needs_too_much_memory_is_that_row_s_fault(where, cac
     real = getattr(module, where)
 
     def short_of_memory(args, *rest):
-        if args[0].shape[1] == 3:
+        if (args.args if where == "draw" else args)[0].shape[1] == 3:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
         return real(args, *rest)
 
@@ -459,7 +554,7 @@ def test_without_a_cache_file_the_choices_hold_in_the_process(cache, backend, mo
     assert sum("cannot be written to" in w for w in words) == 1
     assert report.cache is None
     assert "kept in this process only" in str(report)
-    assert choose("conv_bn_act", *draw(calls[0].args, CPU)) is backend.ways["other"]
+    assert choose("conv_bn_act", *draw(calls[0], CPU)) is backend.ways["other"]
 
 
 def test_the_report_is_a_table(cache, backend):
@@ -498,7 +593,7 @@ def test_tune_end_to_end_on_the_cpu(cache):
 def test_on_the_cpu_choices_hold_only_where_tune_was_called(cache):
     """A process that did not keeps its order; one that does measures nothing again."""
     calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
-    args = draw(calls[0].args, CPU)
+    args = draw(calls[0], CPU)
     usual = choose("conv_bn_act", *args)
     assert usual is not None
     tune_calls(calls, CPU, clock=lambda run: 1.0 if run.func is reference else 2.0)

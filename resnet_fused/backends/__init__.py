@@ -218,20 +218,27 @@ _trains: dict[tuple[str, str, torch.dtype], float] = {}
 def trains(device: torch.device, dtype: torch.dtype, macs: float) -> bool:
     """Return whether a backend has kernels for the ops of training that make a step faster.
 
-    One asked for by name, the reference included, need not be faster: it saves memory. While
-    torch.compile traces, nothing can be probed: what was not asked before counts as no.
+    One asked for by name, the reference included, need not be faster: it saves memory. Where none
+    is known to be, it is enough that ``tune`` measured a training model of the dtype on the device.
+    On the meta device, where nothing takes time, all trains. While torch.compile traces, nothing
+    can be probed: what was not asked before counts as no.
 
     Args:
         device: where the convolution runs.
         dtype: of its result.
         macs: its multiply-adds; each op costs a time that few of them do not make up for.
     """
+    if device.type == "meta":
+        return True
     key = (requested(), device.type, dtype)
     if key not in _trains and not torch.compiler.is_compiling():
         _trains[key] = _least_to_train(
             key[0], torch.empty((1, 1, 1, 1), dtype=dtype, device=device)
         )
-    return macs >= _trains.get(key, math.inf)
+    least = _trains.get(key, math.inf)
+    if least == math.inf and key[0] == AUTO:
+        return _tuned.trains(device, dtype)
+    return macs >= least
 
 
 def _least_to_train(name: str, probe: torch.Tensor) -> float:

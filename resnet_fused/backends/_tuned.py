@@ -31,6 +31,8 @@ class Entry:
 
 #: By device, what is in force there. A device that was never looked at has no table.
 _tables: dict[torch.device, dict[Signature, Entry]] = {}
+#: By device, the dtypes of which convolutions in training were measured.
+_trained: dict[torch.device, frozenset[torch.dtype]] = {}
 _loading = threading.Lock()
 
 
@@ -63,7 +65,7 @@ def lookup(op: str, args: Sequence[Any]) -> Entry | None:
 
 def remember(device: torch.device, choices: dict[Signature, Choice]) -> None:
     """Put choices in force for this process."""
-    _tables[device] = {**_first_look(device), **_entries(choices)}
+    _keep(device, {**_first_look(device), **_entries(choices)})
 
 
 def forget() -> None:
@@ -71,12 +73,24 @@ def forget() -> None:
     _tables.clear()
 
 
+def trains(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether convolutions of a training model of the dtype were measured on the device."""
+    _first_look(device)
+    return dtype in _trained[device]
+
+
 def _first_look(device: torch.device) -> dict[Signature, Entry]:
     with _loading:
         if device not in _tables:
             found = _tuned_file.load(device) if device.type == "cuda" else {}
-            _tables[device] = _entries(found)
+            _keep(device, _entries(found))
         return _tables[device]
+
+
+def _keep(device: torch.device, table: dict[Signature, Entry]) -> None:
+    # Of a signature, the fourth part is the first tensor's dtype and shape.
+    _trained[device] = frozenset(key[3][0] for key in table if key[0] == "conv_bn_stats")
+    _tables[device] = table
 
 
 def _entries(choices: dict[Signature, Choice]) -> dict[Signature, Entry]:

@@ -29,6 +29,7 @@ def run(
     image_size: int,
     dtype: str | None,
     device: str,
+    training: bool,
     force: bool,
     console: Console,
 ) -> TuneReport:
@@ -44,7 +45,7 @@ def run(
     size = options.positive("--image-size", image_size)
     shape = (options.positive("--batch", batch), 3, size, size)
     where = torch.empty(0, device=place).device  # a GPU with its number
-    calls = _calls(name, shape, options.DTYPES[kind], where)
+    calls = (_calls_of_a_step if training else _calls)(name, shape, options.DTYPES[kind], where)
     with warnings.catch_warnings(record=True) as caught, _shown(console, len(calls)) as on_row:
         warnings.simplefilter("default")
         report = tune_calls(calls, where, force=force, on_row=on_row)
@@ -66,6 +67,24 @@ def _calls(
         example = torch.empty(shape, dtype=dtype).contiguous(memory_format=layout)
     try:
         return [*harvest(network, example), *harvest_merged(network, example, device)]
+    except ValueError as error:
+        raise options.UsageError(str(error)) from None
+
+
+def _calls_of_a_step(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> list[Call]:
+    """Return the calls of a training step, in 16 bits under autocast; nothing is computed."""
+    from resnet_fused.models import create_model
+
+    with torch.device("meta"):
+        network = create_model(name).train()
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    example = torch.empty(shape, device=device, memory_format=torch.channels_last)
+    mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    try:
+        with mixed:
+            return harvest(network, example)
     except ValueError as error:
         raise options.UsageError(str(error)) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -32,6 +32,7 @@ def show(
     dtype: str,
     archs: Iterable[str] | None,
     shape: str | None,
+    geometry: Mapping[str, str],
     every: bool,
 ) -> bool:
     """Compile an op's kernels for a shape or a model and print a table; return if nothing spills.
@@ -45,6 +46,7 @@ def show(
         dtype: bf16, fp16, tf32 or fp32.
         archs: of :data:`ARCHS`; None means all.
         shape: as the op's subject reads it; or None.
+        geometry: of the shape's convolution, "groups" and "dilation", where they are not 1.
         every: every config that the tuner would measure, not the one used untuned alone.
 
     Raises:
@@ -57,7 +59,7 @@ def show(
         accepted = ", ".join(subject.precisions)
         raise UsageError(f"--dtype: {short} given; accepted by {op}: {accepted}")
     capabilities = [int(options.one_of("--arch", arch, ARCHS)) for arch in archs or ARCHS]
-    problems = _problems(subject, op, model, shape, batch, kind)
+    problems = _problems(subject, op, model, shape, geometry, batch, kind)
     _check_compiler()
     cuts = [
         (problem, calls, capability, config)
@@ -74,7 +76,13 @@ def show(
 
 
 def _problems(
-    subject: Subject, op: str, model: str | None, shape: str | None, batch: str, dtype: str
+    subject: Subject,
+    op: str,
+    model: str | None,
+    shape: str | None,
+    geometry: Mapping[str, str],
+    batch: str,
+    dtype: str,
 ) -> Counter[Any]:
     size = options.positive("--batch", batch)
     if (model is None) == (shape is None):
@@ -83,7 +91,10 @@ def _problems(
             f"--op {op} --shape {subject.example}"
         )
     if shape is not None:
-        return Counter([subject.parse("--shape", shape)])
+        return Counter([subject.parse("--shape", shape, geometry)])
+    if geometry:
+        name, value = next(iter(geometry.items()))
+        raise UsageError(f"--{name}: {value!r} given; accepted with --shape, a model has its own")
     (name,) = options.usable_models("--model", [str(model)])
     found = subject.of_model(name, size, options.PRECISIONS[dtype])
     if not found:

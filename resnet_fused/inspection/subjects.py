@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from resnet_fused.backends.triton.aot import Compiled
 
 ALL_PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
+#: Neither groups nor a dilation.
+_PLAIN: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,19 @@ class Subject:
     precisions: tuple[str, ...] = ALL_PRECISIONS
     #: Why the kernel does not take a problem, or None.
     declines: Callable[[Any], str | None] = lambda problem: None
+    #: What the command line may say of a convolution beside its shape: keywords of ``of_numbers``.
+    geometry: tuple[str, ...] = ("dilation",)
 
-    def parse(self, option: str, text: str) -> Any:
-        """Return the problem of numbers separated by commas.
+    def parse(self, option: str, text: str, geometry: Mapping[str, str] = _PLAIN) -> Any:
+        """Return the problem of numbers separated by commas, and of groups and dilation beside.
 
         Raises:
             UsageError: the text is not that, or no kernel takes the problem.
         """
+        for name in geometry:
+            if name not in self.geometry:
+                takers = ", ".join(op for op, s in SUBJECTS.items() if name in s.geometry)
+                raise UsageError(f"--{name}: not a number of this --op; accepted by {takers}")
         parts, names = text.split(","), self.numbers.split(",")
         if len(parts) != len(names):
             raise UsageError(
@@ -62,7 +71,8 @@ class Subject:
             *(
                 options.positive(f"{option}, its {name}", part)
                 for name, part in zip(names, parts, strict=True)
-            )
+            ),
+            **{name: options.positive(f"--{name}", value) for name, value in geometry.items()},
         )
         if reason := self.declines(problem):
             raise UsageError(f"{option}: the kernel {reason}")
@@ -84,8 +94,12 @@ class Subject:
         return Counter(problem for problem in found if self.declines(problem) is None)
 
 
-def _geometry(k: int, stride: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    return (stride, stride), (k // 2, k // 2), (1, 1)
+def _geometry(
+    k: int, stride: int, dilation: int
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Return stride, padding, dilation; padded as networks do, so that stride 1 keeps the size."""
+    padding = dilation * (k // 2)
+    return (stride, stride), (padding, padding), (dilation, dilation)
 
 
 def _map(n: int, c: int, h: int, w: int) -> str:
@@ -95,8 +109,16 @@ def _map(n: int, c: int, h: int, w: int) -> str:
 # --- conv_bn_act ---------------------------------------------------------------------------------
 
 
-def _conv(n: int, c: int, h: int, w: int, o: int, k: int, stride: int) -> Problem:
-    return Problem.of((n, c, h, w), (o, c, k, k), *_geometry(k, stride), 1, False)
+def _conv(
+    n: int, c: int, h: int, w: int, o: int, k: int, stride: int, *, groups: int = 1,
+    dilation: int = 1,
+) -> Problem:  # fmt: skip
+    if c % groups or o % groups:
+        raise UsageError(
+            f"--groups: {groups} given; accepted: a divisor of the channels, {c} in and {o} out"
+        )
+    shapes = (n, c, h, w), (o, c // groups, k, k)
+    return Problem.of(*shapes, *_geometry(k, stride, dilation), groups, False)
 
 
 def _conv_of(x: Any, weight: Any, scale: Any, shift: Any, residual: Any, *rest: Any) -> Problem:
@@ -121,6 +143,7 @@ def _conv_words(problem: Problem) -> tuple[str, str]:
     kernel = f"{kh}x{kw} {outputs}"
     kernel += f" /{problem.stride[0]}" if problem.stride[0] > 1 else ""
     kernel += f" groups {problem.groups}" if problem.groups > 1 else ""
+    kernel += f" dilation {problem.dilation[0]}" if problem.dilation[0] > 1 else ""
     kernel += " + r" if problem.residual else ""
     return _map(problem.n, channels, problem.h, problem.w), kernel
 
@@ -128,9 +151,11 @@ def _conv_words(problem: Problem) -> tuple[str, str]:
 # --- conv_bn_act_conv_bn_act, as a bottleneck has it: with a residual ----------------------------
 
 
-def _pair(n: int, c: int, h: int, w: int, between: int, k: int, stride: int, o: int) -> Pair:
+def _pair(
+    n: int, c: int, h: int, w: int, between: int, k: int, stride: int, o: int, *, dilation: int = 1
+) -> Pair:
     shapes = (n, c, h, w), (between, c, k, k), (o, between, 1, 1)
-    return Pair.of(*shapes, *_geometry(k, stride), residual=True)
+    return Pair.of(*shapes, *_geometry(k, stride, dilation), residual=True)
 
 
 def _pair_of(x: Any, weight: Any, scale: Any, shift: Any, weight2: Any, *rest: Any) -> Pair:
@@ -157,9 +182,11 @@ def _pair_words(problem: Pair) -> tuple[str, str]:
 # --- conv_bn_act_max_pool, with the pool of the ResNets: 3x3, stride 2, padding 1 ----------------
 
 
-def _stem(n: int, c: int, h: int, w: int, o: int, k: int, stride: int) -> Stem:
+def _stem(
+    n: int, c: int, h: int, w: int, o: int, k: int, stride: int, *, dilation: int = 1
+) -> Stem:
     pool = (3, 3), (2, 2), (1, 1)
-    return Stem.of((n, c, h, w), (o, c, k, k), *_geometry(k, stride), *pool)
+    return Stem.of((n, c, h, w), (o, c, k, k), *_geometry(k, stride, dilation), *pool)
 
 
 def _stem_of(x: Any, weight: Any, scale: Any, shift: Any, *rest: Any) -> Stem:
@@ -196,7 +223,7 @@ def _head_of(x: Any, weight: Any, bias: Any) -> _Head:
 
 
 def _head_candidates(problem: _Head, precision: str, capability: int) -> list[HeadConfig]:
-    return [head_config(problem.n, problem.classes, capability)]
+    return [head_config(problem.n, problem.classes, precision == "fp32", capability)]
 
 
 def _compile_head(problem: _Head, dtype: torch.dtype, config: HeadConfig, arch: int) -> Any:
@@ -212,7 +239,7 @@ def _head_words(problem: _Head) -> tuple[str, str]:
 SUBJECTS = {
     "conv_bn_act": Subject(
         "N,C,H,W,O,K,STRIDE", "256,64,56,56,64,3,1", _conv, _conv_of, _conv_calls,
-        im2col.beside_tiles, _compile_conv, _conv_words,
+        im2col.beside_tiles, _compile_conv, _conv_words, geometry=("groups", "dilation"),
     ),
     "conv_bn_act_conv_bn_act": Subject(
         "N,C,H,W,BETWEEN,K,STRIDE,O", "256,64,56,56,64,3,1,256", _pair, _pair_of, _pair_calls,
@@ -224,7 +251,7 @@ SUBJECTS = {
     ),
     "avg_pool_linear": Subject(
         "N,C,H,W,CLASSES", "256,2048,7,7,1000", _Head, _head_of, merge.heads,
-        _head_candidates, _compile_head, _head_words,
+        _head_candidates, _compile_head, _head_words, geometry=(),
     ),
 }  # fmt: skip
 

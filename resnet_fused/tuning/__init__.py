@@ -34,6 +34,9 @@ def tune(model: nn.Module, example_input: Tensor, *, force: bool = False) -> Tun
     after their parts: two convolutions are merged only where that was faster than the fastest of
     each, a stem that one kernel runs unless its parts were faster.
 
+    In training mode the calls are those of a step, forward and backward. Once they are measured on
+    a GPU, fused models train by them there without being asked to.
+
     Args:
         model: a module in the mode it will run in, fused or not.
         example_input: what the model takes, in the dtype, layout and on the device it will run on.
@@ -81,7 +84,7 @@ def tune_calls(
         clock = clock or (CudaClock(device) if cuda else wall_clock)
         for call in calls:
             try:
-                args = draw(call.args, device)
+                args = draw(call, device)
                 key = _tuned.signature(call.op, args)
                 if key in known and not force:
                     row = Row(call, known[key], {}, 0)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from resnet_fused.backends import ORDER, candidates
 from resnet_fused.backends._tuned import signature
@@ -18,6 +19,7 @@ from resnet_fused.engine.capture import capture, fill
 from resnet_fused.engine.merge import STEM_IN_TWO, heads, pairs, stems
 from resnet_fused.flops import meta_copy
 from resnet_fused.freeze import FrozenModule
+from resnet_fused.nn.bn import BATCH_NORMS
 from resnet_fused.nn.fused import program_of
 from resnet_fused.ops import OPS
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
@@ -42,9 +44,10 @@ class Call:
     def __str__(self) -> str:
         """Return the call in a few words, such as ``8x64x56x56 3x3 to 64 add relu``."""
         weight, stride, groups = map(self.argument, ("weight", "stride", "groups"))
+        size = self.argument("weight_size") if weight is None else weight.shape
         words = [_shape(self.args[0].shape), *([self.op] if self.op != "conv_bn_act" else [])]
         if stride is not None:
-            words.append(f"{_shape(weight.shape[2:])} to {weight.shape[0]}")
+            words.append(f"{_shape(size[2:])} to {size[0]}")
             words += [f"stride {_shape(sorted(set(stride)))}"] if max(stride) > 1 else []
             words += [f"groups {groups}"] if (groups or 1) > 1 else []
         second = self.argument("weight2")
@@ -59,10 +62,11 @@ def argument_names(op: str) -> list[str]:
 
 
 def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
-    """Return the different op calls that one forward of ``model`` makes, each with its count.
+    """Return the different op calls that ``model`` makes, each with its count.
 
-    The forward runs on a meta copy, in the mode the model is in; one that is not fused is fused
-    there. Under autocast the calls are those that the ops see behind it.
+    Of one forward, and of the backward too if the model is in training mode. They run on a meta
+    copy; one that is not fused is fused there. Under autocast the calls are those that the ops see
+    behind it.
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_input`` not a floating point tensor.
@@ -70,10 +74,18 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
     """
     _check_arguments(model, example_input)
     twin = _fused_copy(model)
-    recorder = _Recorder(_autocast_dtype(example_input))
+    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)
+    dtype, x = _autocast_dtype(example_input), example_input.detach().to("meta")
+    if twin.training and dtype is not None:
+        x, dtype = _autocast(twin, x, dtype), None
+    recorder = _Recorder(dtype)
     try:
-        with torch.inference_mode(False), torch.no_grad(), recorder:
-            twin(example_input.detach().to("meta"))
+        with torch.inference_mode(False), torch.set_grad_enabled(twin.training), recorder:
+            out = twin(x)
+            if twin.training:
+                results = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+                torch.autograd.backward(results, [torch.ones_like(t) for t in results])
     except _FAILURES as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -82,8 +94,7 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
         ) from error
     if not recorder.calls:
         raise ValueError(
-            f"tune: {type(model).__name__} makes no fused call here; fusion_report says why "
-            "(BatchNorm in training mode runs as torch runs it: call model.eval() first)"
+            f"tune: {type(model).__name__} makes no fused call here; fusion_report says why"
         )
     return list(recorder.calls.values())
 
@@ -118,12 +129,24 @@ def harvest_merged(model: nn.Module, example_input: Tensor, device: torch.device
 
 def _runs_whole(call: Call, device: torch.device) -> bool:
     try:
-        backends = {name for name, _ in candidates(call.op, *draw(call.args, device))}
+        backends = {name for name, _ in candidates(call.op, *draw(call, device))}
     except torch.OutOfMemoryError:
         return True  # tuning it says so
     if call.op == "conv_bn_act_max_pool":
         backends -= {name for name, module in ORDER.items() if module in STEM_IN_TWO}
     return bool(backends)
+
+
+def _autocast(twin: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give all but BatchNorms the dtype that autocast casts to, and return x in it.
+
+    On meta tensors autocast does nothing, and BatchNorm's maps have the dtype of what is before.
+    """
+    for module in twin.modules():
+        if type(module) not in BATCH_NORMS:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+    return x.to(dtype)
 
 
 def _fused_copy(model: nn.Module) -> nn.Module:
@@ -152,7 +175,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps every call that maps floating point tensors, none empty, to one new tensor."""
+    """Keeps every call that maps floating point tensors, none empty, to new ones."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -165,7 +188,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = self._names.get(func)
-        if name is not None and isinstance(out, Tensor) and _is_plain(func, args):
+        if name is not None and _is_plain(func, args):
             args = self._behind_autocast(name, args)
             key = signature(name, args)
             if key in self.calls:
@@ -191,18 +214,23 @@ def _is_plain(func: Any, args: tuple[Any, ...]) -> bool:
     return not writes and all(t.is_floating_point() and t.numel() for t in tensors)
 
 
-def draw(args: Sequence[Any], device: torch.device) -> tuple[Any, ...]:
-    """Return the arguments of a call with random normal tensors of the same strides on a device."""
+def draw(call: Call, device: torch.device) -> tuple[Any, ...]:
+    """Return the arguments of a call with random normal tensors of the same strides on a device.
+
+    Of variances, their absolute values.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
-    def drawn(value: Any) -> Any:
+    def drawn(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
         flat = torch.randn(extent, generator=generator, dtype=value.dtype, device=device)
+        if name.endswith("var"):
+            flat.abs_()
         return flat.as_strided(value.shape, value.stride())
 
-    return tuple(map(drawn, args))
+    return tuple(map(drawn, argument_names(call.op), call.args))
 
 
 def _shape(sizes: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import REFERENCE, candidates
-from resnet_fused.ops import OPS
+from resnet_fused.ops import OPS, TRAINING
 from resnet_fused.testing import to_float64, two_x_rule
 from resnet_fused.tuning.calls import argument_names
 
@@ -93,45 +93,77 @@ def fastest(
 
 
 class _Answers:
-    """What a call must answer: float64's values, and NaN where NaN goes in."""
+    """What a call must answer: float64's values, and NaN where NaN goes in.
+
+    Of an op of inference, for some images; in training statistics and sums are those of all.
+    """
 
     def __init__(self, op: str, args: Sequence[Any]) -> None:
         reference, x = OPS[op].reference, args[0]
-        self._args = tuple(args)
+        self._args, self._of_all = tuple(args), op in TRAINING
         batch = len(x)
         self._images = torch.linspace(0, batch - 1, min(batch, CHECKED_IMAGES)).round().long()
         part = self._of_images(op, self._images.to(x.device))
-        self._eager, self._oracle = reference(*part), reference(*to_float64(part))
+        self._eager, self._oracle = (
+            _several(reference(*part)),
+            _several(reference(*to_float64(part))),
+        )
         shapes = [a.shape if isinstance(a, Tensor) else a for a in part]
-        flops = OPS[op].flops(*shapes, out_shape=self._oracle.shape)
-        self._reduced = max(1, flops // (2 * self._oracle.numel()))
+        given = [o.shape for o in self._oracle]
+        flops = OPS[op].flops(*shapes, out_shape=given if len(given) > 1 else given[0])
+        terms = flops // (2 * max(1, self._oracle[0].numel()))
+        # What is summed over a channel; its terms may cancel.
+        self._summed = x.numel() // x.shape[1] if self._of_all else 0
+        self._size = max(float(a.abs().max()) for a in part if isinstance(a, Tensor))
+        self._reduced = max(1, terms, self._summed)
         # A channel as a whole: NaN at one pixel would be spread further by some algorithms.
         self._spoiled = x.clone()
         self._spoiled[:, 0] = torch.nan
         first = self._of_images(op, self._images[:1].to(x.device), self._spoiled)
-        self._nan = reference(*to_float64(first)).isnan()
+        self._nan = [o.isnan() for o in _several(reference(*to_float64(first)))]
 
     def _of_images(self, op: str, images: Tensor, x: Tensor | None = None) -> tuple[Any, ...]:
         """Return the arguments for some images alone, and for another x if one is given."""
         args = self._args if x is None else (x, *self._args[1:])
+        if self._of_all:
+            return args
         named = zip(argument_names(op), args, strict=True)
         maps = ("x", "residual")
         return tuple(a[images] if n in maps and a is not None else a for n, a in named)
 
-    def fault(self, run: Callable[..., Tensor]) -> str | None:
+    def fault(self, run: Callable[..., Any]) -> str | None:
         """Return what is wrong with the answers of ``run``, or None."""
         try:
-            value = run(*self._args)
-            if value.shape[1:] != self._oracle.shape[1:] or len(value) != len(self._args[0]):
-                return f"wrong: gives the shape {tuple(value.shape)}"
-            checked = value[self._images.to(value.device)]
-            check = two_x_rule(checked, self._eager, self._oracle, self._reduced)
-            if not check.ok:
-                return f"wrong: error {check.error:.1e}, allowed {check.allowed:.1e}"
-            nan = run(self._spoiled, *self._args[1:])[:1].isnan()
-            return None if torch.equal(nan, self._nan) else "wrong: does not keep NaN"
+            values = _several(run(*self._args))
+            faults = map(self._fault, values, self._eager, self._oracle)
+            if fault := next(filter(None, faults), None):
+                return fault
+            nan = [
+                v if self._of_all else v[:1] for v in _several(run(self._spoiled, *self._args[1:]))
+            ]
+            kept = all(torch.equal(v.isnan(), n) for v, n in zip(nan, self._nan, strict=True))
+            return None if kept else "wrong: does not keep NaN"
         except Exception as error:  # a candidate may die in any way, a compiler's among them
             return in_short(error)
+
+    def _fault(self, value: Tensor, eager: Tensor, oracle: Tensor) -> str | None:
+        images = len(oracle) if self._of_all else len(self._args[0])
+        if value.shape != (images, *oracle.shape[1:]):
+            return f"wrong: gives the shape {tuple(value.shape)}"
+        if self._of_all:
+            # Float32 sums are of terms in the input's dtype.
+            dtype, size = self._args[0].dtype, self._size if value.dim() == 1 else 0.0
+            check = two_x_rule(value, eager, oracle, self._reduced, dtype, size)
+        else:
+            checked = value[self._images.to(value.device)]
+            check = two_x_rule(checked, eager, oracle, self._reduced)
+        if check.ok:
+            return None
+        return f"wrong: error {check.error:.1e}, allowed {check.allowed:.1e}"
+
+
+def _several(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
 
 
 def in_short(error: Exception) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resnet_fused.backends import _requested
 from resnet_fused.backends._bn_math import bn_update_stats as bn_update_stats
-from resnet_fused.backends.triton import pair_tiles, training, training_conv
+from resnet_fused.backends.triton import pair_tiles
 from resnet_fused.backends.triton.stem import Stem
 
 # Ops of training, run as they stand there.
@@ -97,13 +97,16 @@ def _too_old(device: int) -> bool:
     return torch.cuda.get_device_capability(device) < LEAST_CAPABILITY
 
 
-#: Dtypes in which a fused training step was measured to be no slower than torch's: none yet. In the
-#: others the ops of training run where this backend is asked for by name.
+#: Dtypes in which a fused training step was measured to be no slower than torch's: none yet.
 FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {}
-
-
-def _trains(op: str) -> bool:
-    return hasattr(training, op) or hasattr(training_conv, op)
+#: So "auto" leaves the ops of training to others where `tune` has not measured a call.
+ONLY_MEASURED = (
+    "conv_bn_stats", "bn_act_conv_bn_stats", "bn_act", "dual_bn_act", "bn_act_max_pool",
+    "bn_act_backward", "bn_act_backward_reduce", "bn_act_backward_apply",
+    "dual_bn_act_backward_reduce", "dual_bn_act_backward_apply", "max_pool_backward",
+    "conv_backward_data", "conv_backward_weight", "bn_act_conv_backward_data",
+    "bn_act_conv_backward_weight",
+)  # fmt: skip
 
 
 def available() -> str | None:
@@ -123,8 +126,6 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
         return f"runs on CUDA GPUs, x is on {x.device}"
     elif _too_old(x.device.index):
         return f"needs a GPU of sm_80 or later, {_name(x.device.index)}"
-    elif not by_name and x.dtype not in FASTER_IN_TRAINING and _trains(op):
-        return "its kernels of training are not measured: by name only"
     return _DECLINES[op](x, *args) if op in _DECLINES else None
 
 

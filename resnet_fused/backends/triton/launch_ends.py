@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends._derived import derived
-from resnet_fused.backends.triton.head import head_config
+from resnet_fused.backends.triton.head import head_config, register_limit
 from resnet_fused.backends.triton.kernels.head import linear_kernel, mean_kernel
 from resnet_fused.backends.triton.kernels.stem import stem_fwd_kernel
 from resnet_fused.backends.triton.launch import (
@@ -90,18 +90,23 @@ def head(
         "x_ptr": x, "y_ptr": means, "pixels": h * w, "CHANNELS": c,
         "WIDE": is_wide(x.numel()), "BLOCK_P": _MEAN_PIXELS, "BLOCK_C": _MEAN_CHANNELS,
     }  # fmt: skip
-    config = head_config(n, classes, capability)
+    kind = _mean_precision(x.dtype)
+    exact = kind == "ieee"
+    config = head_config(n, classes, exact, capability)
     multiplied = {
         "x_ptr": means, "w_ptr": vector(weight), "bias_ptr": vector(bias), "y_ptr": y, "m": n,
-        "IN": c, "OUT": classes, "PRECISION": _mean_precision(x.dtype),
+        "IN": c, "OUT": classes, "PRECISION": kind,
         "WIDE": is_wide(means.numel(), weight.numel(), y.numel()), "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     grid = (math.ceil(classes / config.block_n), math.ceil(n / config.block_m), 1)
     return [
         Launch(mean_kernel, (n, math.ceil(c / _MEAN_CHANNELS), 1), averaged),
-        Launch(linear_kernel, grid, multiplied, config.num_warps, config.num_stages),
-    ]
+        Launch(
+            linear_kernel, grid, multiplied, config.num_warps, config.num_stages,
+            register_limit(config, exact),
+        ),
+    ]  # fmt: skip
 
 
 def _mean_precision(dtype: torch.dtype) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compiling import compilers
+from compiling import NEWER_TRITON, compilers
 from test_triton_aot import DTYPES, PRODUCTS
 
 from resnet_fused.backends.triton import stem
@@ -56,6 +56,31 @@ def test_the_stem(kernels, case):
     assert "async 16" in widths or precision == "fp32"
     assert widths
     assert widths <= {"async 16", "async 8"}
+
+
+def heads(*cases) -> list:
+    from resnet_fused.backends.triton import aot
+
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    return [kernel for case in cases for kernel in aot.compile_head(*case)]
+
+
+@pytest.mark.skipif(not NEWER_TRITON.exists(), reason=f"{NEWER_TRITON} is not there")
+def test_the_head_spills_on_a_newer_triton_neither(tmp_path):
+    exact = [((batch, 512, 7, 7), 1000, torch.float32, 80) for batch in (32, 256, 1024)]
+    cases = (*exact, ((64, 512, 7, 7), 100, torch.bfloat16, 90))
+    with compilers(tmp_path, NEWER_TRITON) as pool:
+        made = pool.submit(heads, *cases).result()
+    assert [kernel.spilled for kernel in made] == [0] * 8, made
+
+
+def test_the_head_of_many_classes_fits_small_devices(tmp_path):
+    case = ((1, 512, 7, 7), 21841, torch.bfloat16, 86)
+    with compilers(tmp_path) as pool:
+        made = pool.submit(heads, case).result()
+    for kernel in made:
+        assert kernel.shared <= arch_of(86).block_shared, kernel
+        assert kernel.spilled == 0, kernel
 
 
 def expected(config, capability: int) -> str:

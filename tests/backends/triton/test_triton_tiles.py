@@ -57,6 +57,21 @@ def test_every_config_fits_the_device_and_the_problem(problems, precision, capab
             assert not c.tma or tiles.takes_tma(p, precision, c, capability)
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+def test_channels_of_any_number_have_configs_that_load_little_at_a_time(precision, capability):
+    for c, o, batch in itertools.product((1, 12, 17, 20, 63, 130), (1, 17, 65, 250), (1, 32)):
+        p = problem((batch, 3 * c, 14, 14), (3 * o, c, 3, 3), padding=1, groups=3, residual=True)
+        configs = tiles.candidates(p, precision, capability)
+        assert configs
+        width = tiles.at_once(p, precision)
+        if p.depthwise or p.flat or width * ITEMSIZE[precision] == 16:
+            continue
+        for x in configs:
+            loads = (x.block_m + x.block_n) * x.block_k / (32 * x.num_warps * width)
+            assert loads <= 16 or x.block_m * x.block_n <= 1024, (p, x)
+
+
 def test_tiles_cover_the_output(problems):
     for p in problems:
         c = tiles.heuristic(p, "bf16", 90)
@@ -84,6 +99,31 @@ def test_small_maps_split_k_and_large_ones_do_not():
     assert tiles.heuristic(small, "bf16", 80).split_k > 1
     large = problem((256, 512, 7, 7), (512, 512, 3, 3), padding=1)
     assert all(c.split_k == 1 for c in tiles.candidates(large, "bf16", 80))
+
+
+@pytest.mark.parametrize("precision", ITEMSIZE)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_k_is_split_on_small_maps_wherever_the_model_says_it_pays(precision, capability):
+    """And is measured at any batch whose tiles leave processors idle."""
+    seen = set()
+    for size, batch in itertools.product((7, 4), (1, 8, 16, 32, 64, 128, 256)):
+        p = problem((batch, 512, size, size), (512, 512, 3, 3), padding=1)
+        configs = tiles.candidates(p, precision, capability)
+        legal = list(tiles._legal(p, precision, capability))
+        assert configs[0] in legal
+        least = {
+            parts: min(
+                (cost(p, precision, c, capability) for c in legal if (c.split_k > 1) == parts),
+                default=math.inf,
+            )
+            for parts in (False, True)
+        }
+        if abs(least[True] - least[False]) > 1:
+            assert (configs[0].split_k > 1) == (least[True] < least[False])
+        if count(p, configs[0]) < arch_of(capability).processors:
+            assert any(c.split_k > 1 for c in configs), (size, batch)
+        seen.add(configs[0].split_k > 1)
+    assert seen == {True, False}
 
 
 def test_tma_where_descriptors_can_say_it():
