@@ -43,6 +43,10 @@ def fuse(
     Parameters may be changed in place at any time under ``torch.no_grad()``; writes through
     ``parameter.data`` are not seen by the caches of packed weights.
 
+    On the CPU outputs of 1 MiB and more lie in memory that is used again, which torch cannot
+    resize: neither by ``untyped_storage().resize_`` nor as an ``out=`` of another size. There is no
+    switch for it; a ``clone()`` is torch's own, as is what the backend "reference" returns.
+
     A CUDA graph of one's own of a fused model derives scale, shift and packed weights anew at every
     replay, as it must see weights that changed; :func:`freeze` and :func:`capture_step` are made
     for graphs, and faster.
@@ -55,8 +59,10 @@ def fuse(
         memory: in training, "low" keeps no block's output for backward but computes those of a
             stage again, bit for bit, when its last block's gradient is due: another fifth of the
             activations less, for one more pass over each block's end. They then live until their
-            block's backward is done, or as long as the graph if it is retained. torch.compile
-            decides itself what to keep, in either case.
+            block's backward is done, or as long as the graph if it is retained. A map that was
+            written in between unseen by its version counter (``.data``, a NumPy view) gives other
+            gradients; other writes raise, as in torch. torch.compile decides itself what to keep,
+            in either case.
 
     Returns:
         The model, fused. :func:`fusion_report` says what was and was not, and why.

@@ -89,6 +89,20 @@ def test_bn_stats_where_the_mean_is_far_larger_than_the_deviation(shape, mean, i
     assert ((naive - oracle_var).abs() > 40 * eps * oracle_var).any()
 
 
+@each_run
+@pytest.mark.parametrize("size", [1e16, 1e30])
+def test_bn_stats_of_large_values(size, isa, dtype):
+    """Squares of deviations from 1e17 on are more than float32 holds, before the mean is."""
+    _C.set_cpu_isa(isa)
+    x = maps((4, 21, 14, 14), dtype)[0] * size
+    mean, var = kernels.bn_stats(x)
+    assert max_error(mean, mean_formula(x.double())) < 1e-6 * size
+    if size < 1e17:
+        torch.testing.assert_close(var.double(), var_formula(x.double()), rtol=1e-5, atol=0)
+    else:
+        assert var.isposinf().all()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("place", [0, 3, 100, -1])
 def test_bn_stats_with_an_outlier(place, isa):

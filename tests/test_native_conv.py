@@ -247,6 +247,21 @@ def test_not_finite(shape, value, isa, dtype):
             assert (got - want)[~bad].abs().max() <= 0.05 * want[~bad].abs().max()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", ["3x3", "3x3 odd", "3x3 7x7 map"])
+def test_values_too_large_for_a_transform(shape, isa):
+    """Where a transform overflows and the convolution does not, the tile is computed directly."""
+    _C.set_cpu_isa(isa)
+    x, w, scale, shift, _, conv = make(*SHAPES[shape])
+    x = x / x.abs().max() * 3e38
+    w = w / w.abs().sum((1, 2, 3), keepdim=True)
+    one, none = torch.ones_like(scale), torch.zeros_like(shift)
+    want = eager(x.double(), w.double(), one.double(), none.double(), None, False, conv)
+    for name in algorithms(x, w, conv):
+        got = native(x, w, name, one, none, None, False, **conv).double()
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 @pytest.mark.parametrize(("isa", "dtype"), RUNS, ids=str)
 @pytest.mark.parametrize(
     "shape", ["1x1 wide", "3x3 blocks", "3x3 7x7 map", "3x3 many panels", "stem"]

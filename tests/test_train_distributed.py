@@ -70,6 +70,7 @@ def joined(dtype: torch.dtype) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", [
     "sync_before_fuse", "sync_after_fuse", "sync_low_memory", "sync_float64", "sync_empty_part",
+    "sync_empty_part_by_name", "sync_empty_first_part_by_name",
 ])  # fmt: skip
 def test_synchronised_batch_norm_is_that_of_the_joined_batch(found, name):
     dtype = torch.float64 if name == "sync_float64" else torch.float32
@@ -84,8 +85,20 @@ def test_low_memory_gives_the_same_bits(found):
         assert all(torch.equal(default[name], low[name]) for name in default)
 
 
-def test_one_all_reduce_forward_and_one_backward(found):
-    """Of nine BatchNorms; two share the block's end with a projection, and its sums."""
+def test_means_far_larger_than_deviations(found):
+    """In float64 the variance is as good as that of one process, and the same in both."""
+    x = two_processes.batch(torch.float64) + 1e8
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    for result in case(found, "sync_large_means"):
+        for name in ("uneven", "empty"):
+            torch.testing.assert_close(result[f"{name} mean"], mean, rtol=1e-14, atol=0)
+            torch.testing.assert_close(result[f"{name} var"], var, rtol=1e-7, atol=0)
+    zero, one = case(found, "sync_large_means")
+    assert all(torch.equal(zero[name], one[name]) for name in zero)
+
+
+def test_one_collective_forward_and_one_backward(found):
+    """Of eight BatchNorms; two share the block's end with a projection, and its sums."""
     for result in case(found, "sync_calls"):
         assert result["calls"].tolist() == [8, 7]
 

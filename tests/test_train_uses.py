@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from nets import ConvBnRelu, Ops, Residual, SmallNet, image
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fused as rf
@@ -151,6 +153,24 @@ def test_writing_an_input_that_is_read_again_raises_as_in_torch(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("memory", ["default", "low"])
+def test_biases_written_between_forward_and_backward(backend, memory):
+    """As where biases alone are trained, and two losses share a forward's parameters."""
+    found = []
+    for fused in (False, True):
+        model = rf.fuse(net(), memory=memory) if fused else net()
+        model.requires_grad_(False)
+        biases = [m.bias.requires_grad_() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        with rf.use_backend(backend):
+            first, second = loss(model), loss(model, -X)
+            first.backward()
+            torch.optim.SGD(biases, lr=0.1).step()
+            second.backward()
+        found.append(model)
+    assert_same_gradients(found[1], found[0])
+
+
+@each_backend
 def test_every_norm_frozen(backend):
     """As for detection: no statistic of the batch is taken, none moves."""
     model = net()
@@ -245,6 +265,18 @@ def test_hooks_on_blocks_and_parameters(backend):
     assert_same_gradients(fused, model)
 
 
+@each_backend
+def test_a_gradient_that_is_the_negative_of_what_its_memory_holds(backend):
+    """As that of the imaginary part of a conjugate."""
+    model = Residual(3, 8).train()
+    fused = rf.fuse(model)
+    grad = image(4, 8, 32, 32).contiguous(memory_format=torch.channels_last)
+    with rf.use_backend(backend):
+        fused(X).backward(torch._neg_view(-grad))
+    model(X).backward(grad)
+    assert_same_gradients(fused, model)
+
+
 @pytest.mark.parametrize("memory", ["default", "low"])
 def test_accumulated_gradients_are_the_sum(memory):
     model = rf.fuse(net(), memory=memory)
@@ -258,6 +290,50 @@ def test_accumulated_gradients_are_the_sum(memory):
         loss(model, part).backward()
     for p, first, second in zip(model.parameters(), *apart, strict=True):
         assert torch.equal(p.grad, first + second)
+
+
+# --- watched by others ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("watched", ["by nobody", "by a profiler", "by torch.compile"])
+@each_backend
+def test_an_average_over_batches_that_nobody_counts(backend, watched):
+    """It moves nothing, as with torch."""
+    model = nn.Sequential(*ConvBnRelu(3, 8)).train()
+    model[1].momentum, model[1].num_batches_tracked = None, None
+    run = fused = rf.fuse(model)
+    if watched == "by torch.compile":
+        torch._dynamo.reset()
+        run = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    profiler = torch.profiler.profile if watched == "by a profiler" else contextlib.nullcontext
+    with rf.use_backend(backend), profiler():
+        y = run(X)
+    torch.testing.assert_close(y, model(X))
+    for a, b in zip(fused.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(fused[1].running_mean, torch.zeros(8))
+
+
+@each_backend
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_mode(backend, training):
+    """The ops have a backward alone, so that torch's own run: with its tangents, by either API."""
+    eager = net().train(training)
+    tangents = []
+    for model in (rf.fuse(eager), eager):
+        with rf.use_backend(backend), forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(model(forward_ad.make_dual(X, X.cos())))
+        state = dict(model.named_parameters())
+
+        def function(x: Tensor, model=model, state=state) -> Tensor:
+            return functional_call(
+                model, (state, {n: b.clone() for n, b in model.named_buffers()}), (x,)
+            )
+
+        with rf.use_backend(backend):
+            tangents += [dual.tangent, torch.func.jvp(function, (X,), (X.cos(),))[1]]
+    for tangent in tangents:
+        assert near(tangent, tangents[-1])
 
 
 # --- inputs --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Every case returns tensors; they are saved as FOLDER/RANK.pt, an exception as it
 import copy
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,8 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import resnet_fused as rf
+from resnet_fused.ops import _bn, _shared
 
 WORLD, IMAGES = 2, 8
+#: The native CPU kernels where they are there.
+NATIVE = "cpu" if rf.backends()[0].available else "reference"
 Results = dict[str, Tensor]
 
 
@@ -84,27 +88,44 @@ def sync_float64(rank: int) -> Results:
         return synchronised(rank, 3, torch.float64)
 
 
+def sync_large_means(rank: int) -> Results:
+    """Means a hundred million deviations away, of uneven parts; and none from one process."""
+    found = {}
+    for name, first in (("uneven", 3), ("empty", 0)):
+        x = part(rank, first, torch.float64) + 1e8
+        count = _bn.values_per_channel(x.shape)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            mean, var = _shared.join(*_bn.statistics(x), count, torch.distributed.group.WORLD)
+        found |= {f"{name} mean": mean, f"{name} var": var}
+    return found
+
+
 def sync_empty_part(rank: int) -> Results:
     return synchronised(rank, IMAGES)
+
+
+def sync_empty_part_by_name(rank: int) -> Results:
+    """Backward of an empty part is run by the native kernels, or refused, where they are asked."""
+    with rf.use_backend(NATIVE):
+        return synchronised(rank, IMAGES)
+
+
+def sync_empty_first_part_by_name(rank: int) -> Results:
+    with rf.use_backend(NATIVE):
+        return synchronised(rank, 0, memory="low")
 
 
 def sync_calls(rank: int) -> Results:
     """How often the processes talk, forward and backward."""
     model = rf.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(net()))
-    calls, plain = [0, 0], torch.distributed.all_reduce
-
-    def counted(*args, **kwargs):
-        calls[-1] += 1
-        return plain(*args, **kwargs)
-
-    torch.distributed.all_reduce = counted
-    try:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as forward:
         result = loss(model, part(rank, 4, torch.float32))
-        calls.append(0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as backward:
         result.backward()
-    finally:
-        torch.distributed.all_reduce = plain
-    return {"calls": torch.tensor(calls[1:])}
+    calls = [{e.key: e.count for e in p.key_averages() if e.key.startswith("c10d::")}
+             for p in (forward, backward)]  # fmt: skip
+    return {"calls": torch.tensor([sum(c.values()) for c in calls])}
 
 
 def sync_one_value_each(rank: int) -> Results:
@@ -181,7 +202,8 @@ def fsdp_plain(rank: int) -> Results:
 
 CASES: list[Callable[[int], Results]] = [
     sync_before_fuse, sync_after_fuse, sync_low_memory, sync_float64, sync_empty_part,
-    sync_calls, sync_one_value_each, ddp_fused, ddp_eager, fsdp_plain, fsdp, fsdp_low_memory,
+    sync_empty_part_by_name, sync_empty_first_part_by_name, sync_calls, sync_one_value_each,
+    sync_large_means, ddp_fused, ddp_eager, fsdp_plain, fsdp, fsdp_low_memory,
 ]  # fmt: skip
 
 

@@ -143,7 +143,9 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return each channel's mean and biased variance (arXiv 1502.03167, algorithm 1).
 
     One pass over x, with shifted sums merged in double precision: as exact where the mean is far
-    larger than the deviation. The same bits on any number of threads.
+    larger than the deviation. The same bits on any number of threads. Sums within a part are
+    float32: the variance is infinite from deviations of about 1e17 on, as torch's is from 2e19 on,
+    and the mean NaN from values of about 1e36 on.
     """
     maps = _Maps(x)
     mean, var = maps.new_vectors(2)
@@ -224,7 +226,7 @@ def bn_act_backward(
     """Return the gradients of x, weight, bias and residual, None for those that are not wanted.
 
     It is :func:`bn_act_backward_reduce`, :func:`gradient_vectors` and :func:`bn_act_backward_apply`
-    in one call. x is not empty; vectors' gradients are float32.
+    in one call; vectors' gradients are float32, zeros where x is empty.
 
     Args:
         grad: the gradient of bn_act's result.
@@ -245,6 +247,8 @@ def bn_act_backward(
         *(maps.new_vectors(1)[0] if want else None for want in (want_weight, want_bias)),
         maps.output("grad_residual", None) if want_residual else None,
     )
+    if not x.numel():  # this kernel divides by the rows
+        return tuple(None if t is None else t.zero_() for t in made)
     kernel = "bn_act_backward"
     maps.run(
         kernel, maps.map("grad", grad), maps.map("x", x), *maps.affine(mean, var, weight, bias),

@@ -72,8 +72,6 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
     if op == "bn_update_stats":
         return None if x.is_cpu else f"runs on the CPU, running_mean is on {x.device}"
     reason = declines(x) if op in _DOT_PRODUCTS else _declines_type(x)
-    if reason is None and "backward" in op and not x.numel():
-        return "the gradient is empty"
     if reason is None and op in _POOLS:
         return _declines_pool(*args[-3:])
     return reason

@@ -55,7 +55,9 @@ def conv_bn_stats(
 
     Returns:
         z: (N, O, OH, OW) in x's dtype, channels_last.
-        mean: (O,) in float32 (float64 for float64), of z as it was rounded; NaN for an empty batch.
+        mean: (O,) in float32 (float64 for float64), of z as it was rounded; NaN for an empty batch,
+            and by the native kernels from values of about 1e36 on, the variance infinite from
+            deviations of about 1e17 on: their sums are float32.
         var: likewise, biased.
 
     Differentiable in x and weight; mean and var carry no gradient. Saved for backward: x and
@@ -110,8 +112,9 @@ def bn_act_conv_bn_stats(
     Returns:
         As :func:`conv_bn_stats`.
 
-    Differentiable in x, bn_weight, bn_bias and weight. Saved for backward: x, the vectors and
-    weight; the activation is computed again. Under autocast weight alone is cast.
+    Differentiable in x, bn_weight, bn_bias and weight. Saved for backward: x, the vectors,
+    bn_bias as a copy, and weight; the activation is computed again. Under autocast weight alone is
+    cast.
 
     Raises:
         ValueError: shapes, devices, geometry, eps or act do not fit; nothing has run.
@@ -159,8 +162,9 @@ def bn_act(
     Returns:
         (N, C, H, W) in x's dtype, channels_last; computed in float32 (float64), rounded once.
 
-    Differentiable in x, weight, bias and residual. Saved for backward: x, the vectors, and y if act
-    is "relu" and there is a residual; without one ReLU's mask is computed again.
+    Differentiable in x, weight, bias and residual. Saved for backward: x, the vectors but
+    bias, and if act is "relu" y, or without a residual, where ReLU's mask is computed again, a copy
+    of bias.
 
     Raises:
         ValueError: shapes, devices, eps or act do not fit; nothing has run.
@@ -212,7 +216,7 @@ def dual_bn_act(
         (N, C, H, W) in x's dtype, channels_last; computed in float32 (float64), rounded once.
 
     Differentiable in x, residual, and the weights and biases. Saved for backward: x, residual, the
-    vectors, and y if act is "relu".
+    vectors but the biases, and y if act is "relu".
 
     Raises:
         ValueError: shapes, devices, eps or act do not fit; nothing has run.
@@ -261,7 +265,7 @@ def bn_act_max_pool(
         (N, C, PH, PW) in x's dtype, channels_last. A window that holds NaN gives NaN.
 
     Differentiable in x, weight and bias; among equal maxima the first of a window has the gradient.
-    Saved for backward: x, the vectors, and a byte per output.
+    Saved for backward: x, the vectors, bias as a copy, and a byte per output.
 
     Raises:
         ValueError: shapes, devices, eps, act or the pool do not fit; nothing has run.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from resnet_fused import functional
 from resnet_fused.backends._sizes import output_shape
@@ -118,9 +119,10 @@ class Program:
 
         It may with the usual arguments, no hook passed by, and no change to the module since:
         children exchanged or removed, a flag set that the forward was traced with. Under
-        ``torch.func`` it may not: ops registered from Python have no gradients there.
+        ``torch.func`` and in forward mode it may not: ops registered from Python have no gradients
+        there.
         """
-        if not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None:
+        if not torch.compiler.is_compiling() and _differentiates_otherwise():
             return None
         if kwargs or len(args) != self.inputs or (self.eval_only and module.training):
             return None
@@ -150,6 +152,11 @@ class Program:
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         """Return itself: nothing in it changes or belongs to one module."""
         return self
+
+
+def _differentiates_otherwise() -> bool:
+    """Return whether somebody differentiates by other means than a backward."""
+    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def build(module: nn.Module, trace: Trace, matches: Matches, memory: str) -> Program:

@@ -84,7 +84,7 @@ def run(
     geometry = (conv.stride, padding_of(conv), conv.dilation)
     shape = output_shape(raw.shape, conv.weight.shape, *geometry)
     dtype, group = result_dtype(raw), sharing_group(bn)
-    # SyncBatchNorm pays always, with one all-reduce for torch's two, and on the CPU at all.
+    # SyncBatchNorm pays always, in fewer collectives than torch's, and on the CPU at all.
     macs = math.prod(shape) * math.prod(conv.weight.shape[1:]) if group is None else math.inf
     if not trains(raw.device, dtype, macs):
         return None
@@ -97,7 +97,8 @@ def run(
         if count == 0:
             return None
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {shape}"
+            "Expected more than 1 value per channel when training, "
+            f"got input size {torch.Size(shape)}"
         )
     # Where autocast would cast the activation, it has to be there.
     pending = isinstance(x, Pending) and dtype == raw.dtype
@@ -219,7 +220,9 @@ def _update(bn: Any, mean: Tensor, var: Tensor, count: int, batch: _shared.Share
             # The op makes the variance unbiased by a count that it has to know; for 2, it doubles.
             var, count = var * (batch.values / (batch.values - 1) / 2).to(var.dtype), 2
         running = bn.running_mean, bn.running_var, bn.num_batches_tracked
-        _direct.record("bn_update_stats", *running, mean, var, count, bn.momentum)
+        # Nothing to average over: torch then moves nothing, and the op refuses.
+        momentum = 0.0 if bn.momentum is None and running[2] is None else bn.momentum
+        _direct.record("bn_update_stats", *running, mean, var, count, momentum)
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, ...]:

@@ -45,6 +45,14 @@ def check_affine(
     _checks.check_channels(op, prefix + "bias", bias, x.shape[1], x)
 
 
+def kept_bias(bias: Tensor | None) -> Tensor | None:
+    """Return a bias to save for backward, where ReLU's mask is made of it again.
+
+    A copy, as torch's BatchNorm saves none: its owner may write it between forward and backward.
+    """
+    return None if bias is None else bias.detach().clone()
+
+
 def check_eps(op: str, eps: float) -> None:
     """Check the constant under the root."""
     if not eps >= 0:

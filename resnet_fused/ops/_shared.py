@@ -1,14 +1,14 @@
-"""Statistics of a batch that is spread over several processes: SyncBatchNorm's sums.
+"""Statistics of a batch that is spread over several processes: SyncBatchNorm's.
 
-Forward, the processes' counts, means and variances become the joined batch's; backward, each
-needs its two sums. Either is one all-reduce, and empty or uneven parts are right, as
-the counts are summed too. Which processes share a batch is known by its mean, the tensor that every
-op of BatchNorm takes, so that no op needs an argument for it.
+Forward, the processes' counts, means and variances are gathered and merged to the joined batch's;
+backward, its two sums are reduced. Either is one collective, and empty or uneven parts are right,
+as the counts are gathered too. Which processes share a batch is known by its mean, the tensor that
+every op of BatchNorm takes, so that no op needs an argument for it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,10 +40,11 @@ def shared(mean: Tensor) -> Shared | None:
     return None if torch.compiler.is_compiling() or not _shared else _shared.get(mean)
 
 
-def join(mean: Tensor, var: Tensor, count: int, group: object) -> tuple[Tensor, Tensor]:
-    """Return mean and biased variance of the joined batch.
+def join(mean: Tensor, var: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of the joined batch, the same bits in every process.
 
-    Sums are float64: subtracting the squared mean costs no more than the float32 of the parts.
+    Parts are merged by their distances from the joined mean (Chan, Golub and LeVeque 1983): squares
+    of the means themselves would leave nothing of a variance that is far smaller.
 
     Args:
         mean: of this process's part; not read if that is empty.
@@ -53,13 +54,14 @@ def join(mean: Tensor, var: Tensor, count: int, group: object) -> tuple[Tensor, 
     """
     part = torch.zeros(1 + 2 * len(mean), dtype=torch.float64, device=mean.device)
     if count:
-        wide = mean.double()
         part[0] = count
-        part[1:] = count * torch.cat([wide, var.double() + wide * wide])
-    torch.distributed.all_reduce(part, group=group)
-    means, squares = (part[1:] / part[0]).split(len(mean))
-    joined = means.to(mean.dtype)
-    # A max that keeps NaN.
-    variance = torch.clamp(squares - means * means, min=0).to(var.dtype)
-    _shared[joined] = Shared(group, part[0])
-    return joined, variance
+        part[1:] = torch.cat([mean, var])
+    parts = part.new_empty(group.size(), len(part))
+    torch.distributed.all_gather(list(parts), part, group=group)
+    counts, means, variances = parts.split([1, len(mean), len(mean)], dim=1)
+    total = counts.sum()
+    joined = (counts * means).sum(0) / total
+    variance = (counts * (variances + (means - joined).square())).sum(0) / total
+    joined = joined.to(mean.dtype)
+    _shared[joined] = Shared(group, total)
+    return joined, variance.to(var.dtype)

@@ -73,22 +73,28 @@ def fake(
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Save x, the vectors, and the output where a residual decided about ReLU too."""
+    """Save x, the vectors, and for ReLU's mask bias, or the output if a residual decided too."""
     x, mean, var, weight, bias, residual, eps, act = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    kept_bias = _bn.kept_bias(bias) if act == "relu" and residual is None else None
     kept = output if act == "relu" and residual is not None else None
-    ctx.save_for_backward(x, mean, var, weight, bias, kept)
+    ctx.save_for_backward(x, mean, var, weight, kept_bias, kept)
     ctx.eps, ctx.act, ctx.shared = eps, act, shared(mean)
 
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients through the statistics too, as mean and var are x's own."""
     x, mean, var, weight, bias, y = ctx.saved_tensors
+    if ctx.bias_dtype is not None and bias is None:
+        bias = mean  # says that there is one; its values are not read
     wants = ctx.needs_input_grad
     needs = (wants[0], wants[3], wants[4], wants[5])
     *grads, grad_residual = gradients(
         grad, x, mean, var, weight, bias, y, ctx.eps, ctx.act, needs, ctx.shared
     )
     grad_x, grad_weight, grad_bias = grads
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(ctx.bias_dtype)
     return grad_x, None, None, grad_weight, grad_bias, grad_residual, None, None
 
 

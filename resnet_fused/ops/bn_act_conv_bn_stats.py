@@ -84,7 +84,7 @@ def fake(
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: conv_bn_stats.Result) -> None:
     """Save x, the vectors and weight; the activation is made again in backward."""
     x, mean, var, bn_weight, bn_bias, weight, ctx.eps, ctx.act, *ctx.geometry = inputs
-    ctx.save_for_backward(x, mean, var, bn_weight, bn_bias, weight)
+    ctx.save_for_backward(x, mean, var, bn_weight, _bn.kept_bias(bn_bias), weight)
     ctx.shared = shared(mean)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)

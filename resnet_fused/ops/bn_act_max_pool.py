@@ -105,10 +105,10 @@ def fake(
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save x, the vectors and the indices."""
-    *tensors, ctx.eps, ctx.act, size, stride, padding = inputs
-    ctx.shared = shared(tensors[1])
+    x, mean, var, weight, bias, ctx.eps, ctx.act, size, stride, padding = inputs
+    ctx.shared = shared(mean)
     ctx.pool = (list(size), list(stride), list(padding))
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(x, mean, var, weight, _bn.kept_bias(bias), output[1])
     ctx.mark_non_differentiable(output[1])
 
 

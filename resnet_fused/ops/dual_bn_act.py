@@ -78,15 +78,19 @@ def fake(x: Tensor, *args: Any) -> Tensor:
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Save both inputs, the vectors, and the output where ReLU needs its sign."""
-    *tensors, ctx.eps, ctx.residual_eps, ctx.act = inputs
-    ctx.shared = shared(tensors[1])
-    ctx.save_for_backward(*tensors, output if ctx.act == "relu" else None)
+    """Save both inputs, all vectors but the biases, and the output where ReLU needs its sign."""
+    x, mean, var, weight, bias, *residual, residual_bias, ctx.eps, ctx.residual_eps, ctx.act = (
+        inputs
+    )
+    ctx.shared = shared(mean)
+    ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias, residual_bias)]
+    y = output if ctx.act == "relu" else None
+    ctx.save_for_backward(x, mean, var, weight, *residual, y)
 
 
 def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of both BatchNorms through their statistics; ReLU's mask is common to both."""
-    x, mean, var, weight, bias, r, r_mean, r_var, r_weight, r_bias, y = ctx.saved_tensors
+    x, mean, var, weight, r, r_mean, r_var, r_weight, y = ctx.saved_tensors
     wants = ctx.needs_input_grad
     sum_g, sum_gx, sum_gr = call(
         "dual_bn_act_backward_reduce", grad, x, mean, r, r_mean, y, ctx.act
@@ -109,9 +113,9 @@ def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     ):
         if own is not None and wants[place]:
             grads[place] = (sums * _bn_math.invstd(variance, eps)).to(own.dtype)
-    for place, own in ((4, bias), (9, r_bias)):
-        if own is not None and wants[place]:
-            grads[place] = sum_g.to(own.dtype)
+    for place, dtype in zip((4, 9), ctx.bias_dtypes, strict=True):
+        if dtype is not None and wants[place]:
+            grads[place] = sum_g.to(dtype)
     return tuple(grads)
 
 

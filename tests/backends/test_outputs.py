@@ -22,6 +22,14 @@ def _make(shape=SHAPE, dtype=torch.float32) -> torch.Tensor:
     return _outputs.empty_channels_last(shape, dtype)
 
 
+def test_large_ones_cannot_be_resized_but_their_clones() -> None:
+    """As `fuse` says."""
+    y = _outputs.empty_channels_last((1, 64, 64, 64), torch.float32)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        y.untyped_storage().resize_(0)
+    y.clone().untyped_storage().resize_(0)
+
+
 def test_layout_is_that_of_torch_empty() -> None:
     for shape in (SHAPE, (1, 4, 3, 3), (0, 4, 3, 3)):
         expected = torch.empty(shape, memory_format=torch.channels_last)

@@ -1,12 +1,17 @@
 """Ops go past the dispatcher, but where somebody has to see them."""
 
 import functools
+import itertools
 from typing import ClassVar
 
 import pytest
 import torch
+from devices import device_of
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import resnet_fused as rf
+from resnet_fused.backends import ORDER
 from resnet_fused.ops import OPS, _direct
 
 ARGS = (torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4))
@@ -86,6 +91,35 @@ def test_a_subclass_sees_it(direct, way):
     with torch.no_grad():
         y = way("add_relu", *(t.as_subclass(Subclass) for t in ARGS))
     assert torch.equal(y, torch.relu(sum(ARGS)))
+
+
+# --- tensors that are the negative of what their memory holds -------------------------------------
+
+BACKENDS = [b.name for b in rf.backends() if b.available]
+
+
+def negated(args: tuple) -> tuple:
+    """The same values, with the other sign in memory."""
+    return tuple(
+        torch._neg_view(-a) if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in args
+    )
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if not op.mutates])
+def test_values_count_not_what_is_in_memory(op, backend, direct):
+    run = _direct.RUN[op] if direct else getattr(torch.ops.resnet_fused, op)
+    if backend in ORDER and not hasattr(ORDER[backend], op):
+        pytest.skip(f"{backend} has no {op}")
+    for args in itertools.islice(OPS[op].samples(device_of(backend), torch.float32), 0, None, 3):
+        with rf.use_backend(backend), torch.no_grad():
+            if backend in ORDER and ORDER[backend].supports(op, *args):
+                continue
+            plain, found = run(*args), run(*negated(args))
+        results = zip(tree_leaves(found), tree_leaves(plain), strict=True)
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in results)
 
 
 # --- a recorded forward is what the dispatcher gives ---------------------------------------------
