@@ -46,6 +46,11 @@ class Ran(NamedTuple):
     x: Tensor | Pending
 
 
+def _raw(result: Tensor | Pending) -> Tensor:
+    """Return the tensor, of a pending result what is there of it."""
+    return result.x if isinstance(result, Pending) else result
+
+
 def value(result: Tensor | Pending) -> Tensor:
     """Return the result as a tensor."""
     if not isinstance(result, Pending):
@@ -80,7 +85,7 @@ def run(
         return None
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
-    raw = x.x if isinstance(x, Pending) else x
+    raw = _raw(x)
     geometry = (conv.stride, padding_of(conv), conv.dilation)
     shape = output_shape(raw.shape, conv.weight.shape, *geometry)
     dtype, group = result_dtype(raw), sharing_group(bn)
@@ -89,7 +94,7 @@ def run(
     if not trains(raw.device, dtype, macs):
         return None
     if residual is not None:
-        tensor = residual.x if isinstance(residual, Pending) else residual
+        tensor = _raw(residual)
         if tensor.shape != shape or tensor.dtype != dtype:
             return None
     count = _bn.values_per_channel(shape)
@@ -134,7 +139,7 @@ def _applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
         return False  # torch says what is wrong, before any statistic moves
     if torch.compiler.is_compiling() and sharing_group(bn) is not None:
         return False
-    return (x.x if isinstance(x, Pending) else x).dim() == 4
+    return _raw(x).dim() == 4
 
 
 class _Biased(torch.autograd.Function):

@@ -12,7 +12,7 @@ from formulas import call
 from hypothesis import given, settings
 from nets import SmallNet
 from test_drawn import calls
-from test_training_ops import fresh, peak, terms
+from test_training_ops import fresh, peak, rounded_to, terms
 
 import resnet_fused as rf
 from resnet_fused.backends import triton
@@ -51,7 +51,7 @@ def assert_right(op: str, args: tuple, outs: tuple) -> None:
         if not out.is_floating_point():
             assert torch.equal(out, plain)
             continue
-        check = two_x_rule(out, plain, oracle, terms(args))
+        check = two_x_rule(out, plain, oracle, terms(args), rounded_to(op, args))
         slack = 0.0
         if out.dim() == 1 and out.numel():  # sums cancel: the size of their terms counts
             slack = torch.finfo(torch.float32).eps * peak(args) * terms(args) ** 0.5
