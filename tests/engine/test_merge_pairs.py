@@ -18,7 +18,7 @@ from resnet_fused.engine.merge import PAIR, merge, pairs
 from resnet_fused.models import create_model
 from resnet_fused.ops import OPS
 from resnet_fused.tuning import tune_calls
-from resnet_fused.tuning.calls import draw, harvest, harvest_merged
+from resnet_fused.tuning.calls import Call, draw, harvest, harvest_merged
 
 CPU, NAME = torch.device("cpu"), "conv_bn_act_conv_bn_act"
 X = image(2, 3, 12, 12)
@@ -114,7 +114,7 @@ def test_apart_where_it_was_slower(whole):
     assert not whole.ran
     # Whoever asks for the op itself has what was faster, too.
     (_, call), *_ = pairs(captured(model))
-    args = draw(fill(call.args, list(captured(model).examples)), CPU)
+    args = draw(Call(NAME, fill(call.args, list(captured(model).examples))), CPU)
     assert measured(NAME, *args) == rf.explain(NAME, *args).chosen == "reference"
     getattr(torch.ops.resnet_fused, NAME)(*args)
     assert not whole.ran
@@ -222,7 +222,7 @@ def test_a_merged_call_computes_what_the_two_do():
     values = list(passed.examples)
     for first, call in pairs(passed):
         second = next(c for c in passed.calls if c.out == call.out)
-        args = draw(fill(call.args, values), CPU)
+        args = draw(Call(NAME, fill(call.args, values)), CPU)
         x, weight, scale, shift, weight2, scale2, shift2, residual, *geometry, act, act2 = args
         z = first.target(x, weight, scale, shift, None, *geometry, 1, act)
         y = second.target(z, weight2, scale2, shift2, residual, *second.args[5:9], act2)
