@@ -5,6 +5,7 @@ backends are the candidates where the whole is.
 """
 
 import json
+import math
 import sys
 import types
 
@@ -379,6 +380,8 @@ def test_harvest_in_training_mode_leaves_frozen_parts_out():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("fc" in name)
     assert not [call for call in harvest(model, X) if "backward" in call.op]
+    forward = harvest(model.requires_grad_(False), X)
+    assert {"conv_bn_stats", "bn_act_conv_bn_stats"} <= {call.op for call in forward}
 
 
 def test_what_was_tuned_in_training_mode_trains_fused(cache, monkeypatch):
@@ -397,6 +400,7 @@ def test_what_was_tuned_in_training_mode_trains_fused(cache, monkeypatch):
     assert report.ok
     assert {"conv_bn_stats", "bn_act_conv_backward_weight"} <= training_ops()
     assert not trains(CPU, torch.float64, 10**9)
+    assert trains(CPU, torch.float64, math.inf)  # SyncBatchNorm's, in any dtype
 
 
 @pytest.mark.parametrize(

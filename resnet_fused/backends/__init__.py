@@ -226,7 +226,8 @@ def trains(device: torch.device, dtype: torch.dtype, macs: float) -> bool:
     Args:
         device: where the convolution runs.
         dtype: of its result.
-        macs: its multiply-adds; each op costs a time that few of them do not make up for.
+        macs: its multiply-adds; each op costs a time that few of them do not make up for;
+            infinitely many are enough anywhere.
     """
     if device.type == "meta":
         return True
@@ -236,9 +237,9 @@ def trains(device: torch.device, dtype: torch.dtype, macs: float) -> bool:
             key[0], torch.empty((1, 1, 1, 1), dtype=dtype, device=device)
         )
     least = _trains.get(key, math.inf)
-    if least == math.inf and key[0] == AUTO:
-        return _tuned.trains(device, dtype)
-    return macs >= least
+    if macs >= least:
+        return True
+    return least == math.inf and key[0] == AUTO and _tuned.trains(device, dtype)
 
 
 def _least_to_train(name: str, probe: torch.Tensor) -> float:

@@ -328,9 +328,9 @@ def _run(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
 def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     call: FusedCall = step.target
     conv, bn = bound[call.conv], bound[call.bn]
-    x = results[step.args[0].index]
-    residual = results[step.args[1].index] if call.adds else None
     place = step.args[0].index
+    x = results[place]
+    residual = results[step.args[1].index] if call.adds else None
     read_again = place not in step.frees
     ran = train.run(conv, bn, x, residual, call.act, call.memory, read_again=read_again)
     if ran is not None:

@@ -5,7 +5,7 @@ Statistics are float32, float64 for float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,19 @@ def check_affine(
     """Check a BatchNorm's own weight and bias."""
     _checks.check_channels(op, prefix + "weight", weight, x.shape[1], x)
     _checks.check_channels(op, prefix + "bias", bias, x.shape[1], x)
+
+
+def check_wanted(op: str, wanted: Sequence[bool], given: Mapping[str, Tensor | None]) -> None:
+    """Check which gradients are asked for: a value for each argument, False for a None."""
+    if len(wanted) != len(given):
+        *names, last = given
+        raise ValueError(
+            f"{op}: wanted must have {len(given)} values, for {', '.join(names)} and {last}, "
+            f"got {wanted}"
+        )
+    for (name, argument), want in zip(given.items(), wanted, strict=True):
+        if want and argument is None:
+            raise ValueError(f"{op}: wanted must be False for {name}, which is None")
 
 
 def kept_bias(bias: Tensor | None) -> Tensor | None:

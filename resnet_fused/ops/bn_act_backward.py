@@ -31,13 +31,8 @@ def check(
     wanted: Sequence[bool],
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
-    if len(wanted) != 4:
-        raise ValueError(
-            f"{NAME}: wanted must have 4 values, for x, weight, bias and residual, got {wanted}"
-        )
-    for name, vector, want in (("weight", weight, wanted[1]), ("bias", bias, wanted[2])):
-        if want and vector is None:
-            raise ValueError(f"{NAME}: wanted must be False for {name}, which is None")
+    given = {"x": x, "weight": weight, "bias": bias, "residual": grad}
+    _bn.check_wanted(NAME, wanted, given)
     if wanted[3] and act is None:
         raise ValueError(f"{NAME}: wanted must be False for residual with act=None: it is grad")
     reduce.check_maps(NAME, grad, x, y)

@@ -44,15 +44,7 @@ def check(
     wanted: Sequence[bool],
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
-    if len(wanted) != 3:
-        raise ValueError(
-            f"{NAME}: wanted must have 3 values, for x, bn_weight and bn_bias, got {wanted}"
-        )
-    for name, vector, want in zip(
-        ("bn_weight", "bn_bias"), (bn_weight, bn_bias), wanted[1:], strict=True
-    ):
-        if want and vector is None:
-            raise ValueError(f"{NAME}: wanted must be False for {name}, which is None")
+    _bn.check_wanted(NAME, wanted, {"x": x, "bn_weight": bn_weight, "bn_bias": bn_bias})
     geometry = (stride, padding, dilation, groups)
     conv_backward_data.check_gradient(NAME, grad, weight, x.shape, *geometry)
     _checks.check_same(NAME, "x", x, grad)

@@ -74,18 +74,19 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
     """
     _check_arguments(model, example_input)
     twin = _fused_copy(model)
-    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
-        ours.requires_grad_(theirs.requires_grad)
     dtype, x = _autocast_dtype(example_input), example_input.detach().to("meta")
-    if twin.training and dtype is not None:
-        x, dtype = _autocast(twin, x, dtype), None
+    if twin.training:
+        for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+            ours.requires_grad_(theirs.requires_grad)
+        if dtype is not None:
+            x, dtype = _autocast(twin, x, dtype), None
     recorder = _Recorder(dtype)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(twin.training), recorder:
-            out = twin(x)
-            if twin.training:
-                results = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
-                torch.autograd.backward(results, [torch.ones_like(t) for t in results])
+            results = tree_leaves(twin(x))
+            recorded = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
+            if recorded:
+                torch.autograd.backward(recorded, [torch.ones_like(t) for t in recorded])
     except _FAILURES as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(

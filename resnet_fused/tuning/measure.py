@@ -112,10 +112,11 @@ class _Answers:
         given = [o.shape for o in self._oracle]
         flops = OPS[op].flops(*shapes, out_shape=given if len(given) > 1 else given[0])
         terms = flops // (2 * max(1, self._oracle[0].numel()))
-        # What is summed over a channel; its terms may cancel.
-        self._summed = x.numel() // x.shape[1] if self._of_all else 0
-        self._size = max(float(a.abs().max()) for a in part if isinstance(a, Tensor))
-        self._reduced = max(1, terms, self._summed)
+        self._reduced, self._size = max(1, terms), 0.0
+        if self._of_all:
+            # What is summed over a channel; its terms may cancel.
+            self._reduced = max(self._reduced, x.numel() // x.shape[1])
+            self._size = max(float(a.abs().max()) for a in part if isinstance(a, Tensor))
         # A channel as a whole: NaN at one pixel would be spread further by some algorithms.
         self._spoiled = x.clone()
         self._spoiled[:, 0] = torch.nan

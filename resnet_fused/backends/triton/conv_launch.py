@@ -252,13 +252,12 @@ def backward_weight(
     tiles_m = math.ceil(problem.o / config.block_m)
     tiles_n = gradients.column_tiles(problem, config.block_n)
     grid = (tiles_m * tiles_n, config.split_k, problem.groups)
-    launches = [
-        Launch(conv_bwd_weight_kernel, grid, arguments, config.num_warps, config.num_stages)
-    ]
+    step = Launch(conv_bwd_weight_kernel, grid, arguments, config.num_warps, config.num_stages)
+    launches = [step]
     if own is not None:
         first, scale, shift = bn_launch.scale_shift(own)
-        arguments.update(in_scale_ptr=scale, in_shift_ptr=shift, IN_RELU=act == "relu")
-        launches.insert(0, first)
+        step.arguments.update(in_scale_ptr=scale, in_shift_ptr=shift, IN_RELU=act == "relu")
+        launches = [first, step]
     if config.split_k > 1:
         launches += bn_launch.merge_sums(parts.flatten(1)[:, None], (out,))
     return launches
