@@ -147,9 +147,15 @@ def test_the_cuda_clock_flushes_then_times_one_call(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch, "empty", lambda size, **kwargs: sizes.append(size) or Buffer())
     clock = CudaClock(torch.device("cuda", 0))
+    log.clear()
     assert clock(lambda: log.append("run")) == 2.5e-3
     assert log == ["flush", "record", "run", "record", "wait"]
     assert sizes == [2**29]
+    monkeypatch.setattr(Event, "elapsed_time", lambda start, end: 0.2)
+    clock = CudaClock(torch.device("cuda", 0))
+    log.clear()
+    clock(lambda: log.append("run"))
+    assert log == [*["flush"] * 3, "record", "run", "record", "wait"], "launched too late"
 
 
 # --- right answers -------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -46,9 +48,11 @@ def run(
     shape = (options.positive("--batch", batch), 3, size, size)
     where = torch.empty(0, device=place).device  # a GPU with its number
     calls = (_calls_of_a_step if training else _calls)(name, shape, options.DTYPES[kind], where)
-    with warnings.catch_warnings(record=True) as caught, _shown(console, len(calls)) as on_row:
+    with warnings.catch_warnings(record=True) as caught, _shown(console, len(calls)) as told:
         warnings.simplefilter("default")
-        report = tune_calls(calls, where, force=force, on_row=on_row)
+        report = tune_calls(
+            calls, where, force=force, on_row=told.row, on_compiled=told.compiled
+        )
     for warning in caught:  # as lines of their own, not as places in the source
         console.print(str(warning.message), highlight=False, markup=False, soft_wrap=True)
     return report
@@ -89,11 +93,19 @@ def _calls_of_a_step(
         raise options.UsageError(str(error)) from None
 
 
+class _Told(NamedTuple):
+    """Who is told how far tuning is."""
+
+    row: Callable[[Row], None]
+    compiled: Callable[[], None]
+
+
 @contextmanager
-def _shown(console: Console, calls: int) -> Iterator[Callable[[Row], None]]:
-    """Show each row as it is done: a bar on a terminal, plain lines elsewhere."""
+def _shown(console: Console, calls: int) -> Iterator[_Told]:
+    """Show what is done, as `tune_calls` tells it: bars on a terminal, elsewhere a line a row."""
     if not console.is_terminal:
-        yield lambda row: console.print(_line(row), highlight=False, markup=False, soft_wrap=True)
+        plain = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+        yield _Told(row=lambda row: plain(_line(row)), compiled=lambda: None)
         return
     columns = (
         BarColumn(bar_width=24),
@@ -103,7 +115,11 @@ def _shown(console: Console, calls: int) -> Iterator[Callable[[Row], None]]:
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("checking and timing", total=calls)
-        yield lambda row: progress.update(task, advance=1, description=_line(row))
+        first = progress.add_task("compiling", total=calls, visible=False)
+        yield _Told(
+            row=lambda row: progress.update(task, advance=1, description=_line(row)),
+            compiled=lambda: progress.update(first, advance=1, visible=True),
+        )
 
 
 def _line(row: Row) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resnet_fused.backends import _tuned, _tuned_file
 from resnet_fused.backends._tuned_file import Choice
+from resnet_fused.tuning.ahead import compile_ahead
 from resnet_fused.tuning.calls import Call, draw, harvest, harvest_merged
 from resnet_fused.tuning.measure import Clock, CudaClock, Outcome, in_short, measure, wall_clock
 from resnet_fused.tuning.report import Row, TuneReport
@@ -60,6 +61,7 @@ def tune_calls(
     force: bool = False,
     clock: Clock | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
+    on_compiled: Callable[[], None] = lambda: None,
 ) -> TuneReport:
     """Tune calls that were harvested, as :func:`tune` does.
 
@@ -69,6 +71,7 @@ def tune_calls(
         force: measure again what is known.
         clock: times one call; by default CUDA events on a GPU and the wall clock elsewhere.
         on_row: is told each row when it is there.
+        on_compiled: is told, on a GPU, whenever a call is compiled; all are before the first row.
     """
     cuda = device.type == "cuda"
     cache: Path | None = _tuned_file.path(device)
@@ -81,6 +84,8 @@ def tune_calls(
     ):
         known = _tuned_file.load(device)
         _tuned.remember(device, known)
+        if cuda:
+            compile_ahead(calls, device, () if force else known, on_compiled)
         clock = clock or (CudaClock(device) if cuda else wall_clock)
         for call in calls:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ Clock = Callable[[Callable[[], object]], float]
 CHECKED_IMAGES = 8
 #: Calls that a candidate is first judged by, and how much slower than the best it may then be.
 SHORT_SAMPLE, TOO_SLOW = 3, 1.5
+#: For how long a GPU is kept busy before each call, so that Python has launched it by then.
+LAUNCHING_S = 5e-4
 #: How many go on to the interleaved rounds, and how many rounds there are.
 FINALISTS, ROUNDS = 4, 9
 
@@ -183,21 +186,24 @@ def wall_clock(run: Callable[[], object]) -> float:
 class CudaClock:
     """Seconds of GPU time by CUDA events, with the L2 cache flushed before each call.
 
-    The flush also keeps the GPU busy while the call is being launched, so that what is timed is
+    The flushes also keep the GPU busy while the call is being launched, so that what is timed is
     the kernels and not Python, as it is inside a CUDA graph or a full queue.
     """
 
     def __init__(self, device: torch.device) -> None:
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        # Too small a buffer would be filled before the call has been launched.
         self._flush = torch.empty(max(size, 2**28), dtype=torch.uint8, device=device)
+        self._flushes = 1
+        seconds = min(self(self._flush.zero_) for _ in range(SHORT_SAMPLE))
+        self._flushes = max(1, math.ceil(LAUNCHING_S / seconds))
 
     def __call__(
         self, run: Callable[[], object], before: Callable[[], object] = lambda: None
     ) -> float:
         """Return the seconds that one call takes on the current stream, after `before`."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
+        for _ in range(self._flushes):
+            self._flush.zero_()
         before()
         start.record()
         run()

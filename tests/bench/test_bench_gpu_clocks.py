@@ -102,7 +102,8 @@ def test_emptied_caches_are_fed_before_the_clock_runs(
     small = SimpleNamespace(L2_cache_size=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
     clock = CudaClock(torch.device("cpu"))
-    assert clock._flush.nbytes == 2**28  # a smaller one would be filled before the call came
+    assert clock._flush.nbytes == 2**28
+    order.clear()
     clock._flush = SimpleNamespace(zero_=lambda: order.append("flush"))
     monkeypatch.setattr(timing, "CudaClock", lambda device: clock)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
