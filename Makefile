@@ -73,7 +73,8 @@ gpu: $(READY)
 
 # The contract of every op on the backends that need a GPU, then what is only for GPUs.
 gpu-test: gpu $(HEADERS) build
-	$(PY) -m pytest tests/ops/test_contract.py -k 'triton or cudnn' $(ARGS)
+	$(PY) -m pytest tests/ops/test_contract.py tests/ops/test_training_ops.py \
+	    -k 'triton or cuda or cudnn' $(ARGS)
 	$(PY) -m pytest tests/backends/triton/test_triton_gpu.py tests/gpu $(ARGS)
 
 SANITIZER = $(shell PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)

@@ -83,6 +83,19 @@ def two_x_rule(
     return ErrorCheck(max_error(value, oracle), eager_error, allowed)
 
 
+def factors_dtype(x: Tensor) -> torch.dtype:
+    """Return what a convolution of ``x`` may round its factors to, for :func:`two_x_rule`.
+
+    That is x's own dtype, but float16 for float32 on a GPU where torch allows TF32, which has as
+    many bits of mantissa. Whether eager torch then takes TF32 differs by shape: cuDNN has no such
+    convolution of three channels.
+    """
+    if x.is_cuda and x.dtype == torch.float32:
+        flag: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        return torch.float16 if flag == "tf32" else x.dtype
+    return x.dtype
+
+
 class GradientMetrics(NamedTuple):
     """How a gradient relates to the oracle's."""
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resnet_fused.convert import fuse, unfuse
 from resnet_fused.freeze import freeze
 from resnet_fused.ops import OPS
-from resnet_fused.testing import ErrorCheck, to_float64, two_x_rule
+from resnet_fused.testing import ErrorCheck, factors_dtype, to_float64, two_x_rule
 
 
 class Row(NamedTuple):
@@ -142,4 +142,4 @@ def _compare(name: str, value: Any, eager: Any, oracle: Any, reduced: int) -> li
 def _row(name: str, value: Tensor, eager: Tensor, oracle: Tensor, reduced: int) -> Row:
     finite = oracle[oracle.isfinite()]
     peak = float(finite.abs().max()) if finite.numel() else 0.0
-    return Row(name, peak, two_x_rule(value, eager, oracle, reduced))
+    return Row(name, peak, two_x_rule(value, eager, oracle, reduced, factors_dtype(value)))

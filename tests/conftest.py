@@ -50,6 +50,18 @@ def _nobodys_cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _float32_is_not_tf32():
+    """Have convolutions on a GPU multiply float32 as it is, which torch does only if it is asked.
+
+    TF32 has tests of its own.
+    """
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    yield
+    conv.fp32_precision = before
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Give a test that tunes a cache directory of its own, and forget its choices afterwards."""

@@ -50,9 +50,7 @@ def run(
     calls = (_calls_of_a_step if training else _calls)(name, shape, options.DTYPES[kind], where)
     with warnings.catch_warnings(record=True) as caught, _shown(console, len(calls)) as told:
         warnings.simplefilter("default")
-        report = tune_calls(
-            calls, where, force=force, on_row=told.row, on_compiled=told.compiled
-        )
+        report = tune_calls(calls, where, force=force, on_row=told.row, on_compiled=told.compiled)
     for warning in caught:  # as lines of their own, not as places in the source
         console.print(str(warning.message), highlight=False, markup=False, soft_wrap=True)
     return report

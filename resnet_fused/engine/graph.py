@@ -149,6 +149,8 @@ class Watch(TorchDispatchMode):
     def _reason(self, func: Any, values: Any) -> str:
         name = func._schema.name
         tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+        if name in _READ_MASKS and any(t.dtype in (torch.bool, torch.uint8) for t in tensors):
+            return f"{name} reads a mask back to the host"
         elsewhere = [t.device for t in tensors if t.device != self._device]
         if elsewhere:
             return f"{name} has a tensor on {elsewhere[0]}"
@@ -158,8 +160,6 @@ class Watch(TorchDispatchMode):
             return f"the shape that {name} returns depends on values"
         if torch.Tag.nondeterministic_seeded in func.tags and not self._random:
             return f"{name} draws random numbers"
-        if name in _READ_MASKS and any(t.dtype in (torch.bool, torch.uint8) for t in tensors):
-            return f"{name} reads a mask back to the host"
         return ""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resnet_fused.backends import REFERENCE, candidates
 from resnet_fused.ops import OPS, TRAINING
-from resnet_fused.testing import to_float64, two_x_rule
+from resnet_fused.testing import factors_dtype, to_float64, two_x_rule
 from resnet_fused.tuning.calls import argument_names
 
 #: Backend and candidate.
@@ -115,7 +115,7 @@ class _Answers:
         given = [o.shape for o in self._oracle]
         flops = OPS[op].flops(*shapes, out_shape=given if len(given) > 1 else given[0])
         terms = flops // (2 * max(1, self._oracle[0].numel()))
-        self._reduced, self._size = max(1, terms), 0.0
+        self._reduced, self._size, self._factors = max(1, terms), 0.0, factors_dtype(x)
         if self._of_all:
             # What is summed over a channel; its terms may cancel.
             self._reduced = max(self._reduced, x.numel() // x.shape[1])
@@ -156,11 +156,11 @@ class _Answers:
             return f"wrong: gives the shape {tuple(value.shape)}"
         if self._of_all:
             # Float32 sums are of terms in the input's dtype.
-            dtype, size = self._args[0].dtype, self._size if value.dim() == 1 else 0.0
-            check = two_x_rule(value, eager, oracle, self._reduced, dtype, size)
+            size = self._size if value.dim() == 1 else 0.0
+            check = two_x_rule(value, eager, oracle, self._reduced, self._factors, size)
         else:
             checked = value[self._images.to(value.device)]
-            check = two_x_rule(checked, eager, oracle, self._reduced)
+            check = two_x_rule(checked, eager, oracle, self._reduced, self._factors)
         if check.ok:
             return None
         return f"wrong: error {check.error:.1e}, allowed {check.allowed:.1e}"

@@ -11,7 +11,7 @@ import resnet_fused as rf
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01), capturable=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01, device="cuda"), capturable=True),
 }
 
 

@@ -5,7 +5,7 @@ import torch
 from formulas import eager, reduced
 
 from resnet_fused.backends.triton.shapes import Problem
-from resnet_fused.testing import to_float64, two_x_rule
+from resnet_fused.testing import factors_dtype, to_float64, two_x_rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype, each_half = (
@@ -47,7 +47,7 @@ def assert_right(args: tuple, out: torch.Tensor, op: str = "conv_bn_act") -> Non
     oracle, plain = eager(op, to_float64(args)), eager(op, args)
     layout = torch.channels_last if oracle.dim() == 4 else torch.contiguous_format
     assert out.stride() == torch.empty(oracle.shape, memory_format=layout).stride()
-    check = two_x_rule(out, plain, oracle, reduced(op, args))
+    check = two_x_rule(out, plain, oracle, reduced(op, args), factors_dtype(out))
     assert check.ok, check
 
 
