@@ -1,4 +1,6 @@
-"""Where the tensors of a backend's tests live."""
+"""Where the tensors of a backend's tests live, and what a GPU makes of float32 there."""
+
+import contextlib
 
 import torch
 
@@ -17,3 +19,15 @@ def device_of(backend: str | None) -> str:
 
 def moved(args: tuple, device: str) -> tuple:
     return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args)
+
+
+@contextlib.contextmanager
+def precision_of(kind: str):
+    """Convolve float32 as TF32 for "tf32", and as it is for any other kind."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before

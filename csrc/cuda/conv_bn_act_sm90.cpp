@@ -10,6 +10,7 @@
 #include "../common/conv_bindings.h"
 #include "conv_bn_act.h"
 #include "conv_limits.h"
+#include "half_bindings.h"
 
 namespace py = pybind11;
 
@@ -20,12 +21,6 @@ constexpr size_t kAlignment = 16;  // of every map, for TMA
 
 const ConvKernel* const kTiles[] = {im2col_128x128, im2col_128x64, im2col_64x128,
                                     im2col_64x64,   gemm_128x256,  gemm_128x128};
-
-DType half_precision(const std::string& name) {
-  if (name == "bfloat16") return DType::bf16;
-  if (name == "float16") return DType::f16;
-  fail("dtype: expected bfloat16 or float16, got " + name);
-}
 
 const ConvKernel& find(DType dtype, const std::string& name) {
   for (const ConvKernel* tile : kTiles)
@@ -78,18 +73,6 @@ size_t workspace_bytes(const std::string& dtype, const std::string& kernel, int6
   return find(args.shape.dtype, kernel).workspace_bytes(args);
 }
 
-// A block of `elements` of the call's dtype, checked as it is named.
-Block map(const char* name, uintptr_t address, double elements) {
-  const Block block{name, address, size_t(elements) * 2};
-  need_block(block, kAlignment);
-  return block;
-}
-
-const float* vector(const char* name, uintptr_t address) {
-  if (address % alignof(float)) need_block({name, address, 0}, alignof(float));
-  return pointer<const float>(address);
-}
-
 void conv_bn_act(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t shift, uintptr_t residual,
                  uintptr_t y, uintptr_t workspace, size_t workspace_size, const std::string& dtype,
                  const std::string& kernel, int64_t n, int64_t h, int64_t w, int64_t c, int64_t o,
@@ -100,15 +83,15 @@ void conv_bn_act(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t shift
   const ConvKernel& k = find(s.dtype, kernel);
   const std::string reason = decline(k, s);
   if (!reason.empty()) fail("kernel: " + kernel + " " + reason);
-  const Block out = map("y", y, double(n) * s.oh() * s.ow() * o);
-  need_apart(out, map("x", x, double(n) * h * w * c));
-  need_apart(out, map("weight", weight, double(o) * kh * kw * c));
-  if (residual) need_same_or_apart(out, map("residual", residual, double(n) * s.oh() * s.ow() * o));
+  const Block out = half_map("y", y, double(n) * s.oh() * s.ow() * o, kAlignment);
+  need_apart(out, half_map("x", x, double(n) * h * w * c, kAlignment));
+  need_apart(out, half_map("weight", weight, double(o) * kh * kw * c, kAlignment));
+  if (residual) need_same_or_apart(out, half_map("residual", residual, double(n) * s.oh() * s.ow() * o, kAlignment));
   const ConvArgs args{s,
                       pointer<const void>(x),
                       pointer<const void>(weight),
-                      vector("scale", scale),
-                      vector("shift", shift),
+                      float_vector("scale", scale),
+                      float_vector("shift", shift),
                       pointer<const void>(residual),
                       pointer<void>(y),
                       relu};

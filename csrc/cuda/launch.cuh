@@ -57,15 +57,22 @@ struct Tiled : Args {
 
 // Puts a kernel of one struct of arguments on a stream; `name` is for the error.
 template <class Args>
+void put(const char* name, void (*kernel)(const Args), dim3 grid, dim3 block, const Args& args,
+         Stream stream) {
+  void* pointers[] = {const_cast<Args*>(&args)};
+  const cudaError_t error =
+      cudaLaunchKernel(kernel, grid, block, pointers, 0, (cudaStream_t)stream);
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(name) + ": launch failed: " + cudaGetErrorString(error));
+}
+
+// Likewise as so many blocks of kThreads.
+template <class Args>
 void put(const char* name, void (*kernel)(const Args), int64_t blocks, const Args& args,
          Stream stream) {
   if (blocks == 0) return;
   if (blocks > 0x7fffffff) throw std::runtime_error(std::string(name) + ": the map is too large");
-  void* pointers[] = {const_cast<Args*>(&args)};
-  const cudaError_t error = cudaLaunchKernel(kernel, dim3((unsigned)blocks), dim3(kThreads),
-                                             pointers, 0, (cudaStream_t)stream);
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string(name) + ": launch failed: " + cudaGetErrorString(error));
+  put(name, kernel, dim3((unsigned)blocks), dim3(kThreads), args, stream);
 }
 
 inline bool aligned(std::initializer_list<const void*> addresses) {

@@ -7,6 +7,7 @@
 namespace rf {
 namespace cuda {
 void register_conv_bn_act(py::module_& m);
+void register_stem(py::module_& m);
 }
 namespace {
 
@@ -40,6 +41,7 @@ void register_cuda(py::module_& extension) {
   register_bn<Cuda, cuda::Stream>(m, arg("stream"));
   register_bn_ops<Cuda, cuda::Stream>(m, arg("stream"));
   register_max_pool_training<Cuda, cuda::Stream>(m, arg("stream"));
+  cuda::register_stem(m);
 #ifdef RF_SM90
   cuda::register_conv_bn_act(m);
 #endif

@@ -1,11 +1,15 @@
-"""What a device is called."""
+"""What a device is called, and how many processors it has."""
 
 from __future__ import annotations
 
+import functools
 import platform
 from pathlib import Path
 
 import torch
+
+#: Of an H100, for tensors that are not on a GPU: tests run kernels on the host.
+_MULTIPROCESSORS = 132
 
 
 def name(device: torch.device) -> str:
@@ -23,3 +27,11 @@ def _cpu_name() -> str:
         if label.strip() == "model name":
             return value.strip()
     return platform.processor() or platform.machine()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many blocks a GPU runs at the same time, one on each."""
+    if device.type != "cuda":
+        return _MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _training_kernels, native
+from resnet_fused.backends import _device, _training_kernels, native
 from resnet_fused.backends._derived import derived
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends._sizes import output_size
@@ -31,8 +31,6 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _ALIGNMENT = 16
 #: Channels that a kernel multiplies between two waits.
 _STEP = 64
-#: Of an H100, for maps that are not on a GPU: the kernels run on the host in tests.
-_MULTIPROCESSORS = 132
 
 
 class Kernel(NamedTuple):
@@ -204,7 +202,7 @@ def conv_bn_act(
     dtype = CUDA_DTYPE_NAMES[x.dtype]
     if kernel is None:
         taking, _ = _verdict(dtype, geometry)
-        kernel = heuristic(geometry, taking, _multiprocessors(x.device)).name
+        kernel = heuristic(geometry, taking, _device.multiprocessors(x.device)).name
     packed = derived((weight,), "cuda", lambda: _map(weight))
     # Kept until the kernel is in the stream; the allocator then keeps their memory for it.
     maps = [_map(x), packed, as_vector(scale), as_vector(shift), _map(residual)]
@@ -216,13 +214,6 @@ def conv_bn_act(
         x.device, "conv_bn_act", *addresses, size, dtype, kernel, *geometry, act == "relu"
     )
     return y
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _map(t: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The native CUDA kernels of the extension: BatchNorm's passes, and Hopper's convolution.
+"""The native CUDA kernels of the extension: BatchNorm's passes, the stem, Hopper's convolution.
 
 Maps are channels_last. Convolutions within the ops of training are torch's own.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import (
+    _cuda_stem,
     _hopper_conv,
     _torch_conv,
     _training_kernels,
@@ -21,6 +22,9 @@ from resnet_fused.backends import (
     native,
 )
 from resnet_fused.backends._bn_math import bn_update_stats as bn_update_stats
+
+# The stem of the paper's networks.
+from resnet_fused.backends._cuda_stem import conv_bn_act_max_pool as conv_bn_act_max_pool
 
 # By CUTLASS, on sm_90 alone.
 from resnet_fused.backends._hopper_conv import conv_bn_act as conv_bn_act
@@ -114,13 +118,17 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
         return f"takes square pools, got {args[-3:]}"
     if op == "conv_bn_act":
         return _hopper_conv.declines(x, *args)
+    if op == "conv_bn_act_max_pool" and (reason := _cuda_stem.declines(x, *args)):
+        return reason
     return _declines_device(x.device.index)
 
 
 def candidates(op: str, *args: Any) -> dict[str, Callable[..., Tensor]]:
-    """Return the ways to run this call, by name, for the tuner: a convolution's tiles."""
+    """Return the ways to run this call, by name, for the tuner: tiles, or bands of rows."""
     if op == "conv_bn_act":
         return _hopper_conv.candidates(*args)
+    if op == "conv_bn_act_max_pool":
+        return _cuda_stem.candidates(*args)
     return {"default": getattr(sys.modules[__name__], op)}
 
 

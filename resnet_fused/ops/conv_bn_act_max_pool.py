@@ -199,6 +199,7 @@ _Pair = tuple[int, int]
 GEOMETRIES: tuple[tuple[tuple[int, ...], int, int, int, int, int, int, _Pair, _Pair, _Pair], ...]
 GEOMETRIES = (
     ((1, 3, 19, 17), 8, 7, 2, 3, 1, 1, (3, 3), (2, 2), (1, 1)),  # the stem
+    ((2, 3, 13, 18), 64, 7, 2, 3, 1, 1, (3, 3), (2, 2), (1, 1)),  # with as many outputs
     ((2, 4, 9, 8), 6, 3, 1, 1, 1, 1, (2, 2), (2, 2), (0, 0)),  # windows side by side, a row left
     ((1, 5, 9, 9), 7, 3, 1, 2, 2, 1, (3, 3), (1, 1), (1, 1)),  # odd channels, windows overlap
     ((2, 8, 6, 7), 12, 3, 1, 1, 1, 4, (3, 2), (2, 1), (1, 0)),  # groups, rectangular windows

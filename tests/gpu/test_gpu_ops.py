@@ -1,11 +1,11 @@
 """Every convolution of the paper's ResNets on each GPU backend, against float64."""
 
-import contextlib
 import functools
 import re
 
 import pytest
 import torch
+from devices import precision_of
 from ends import head_arguments, stem_arguments
 from paths import arguments, assert_right
 
@@ -24,17 +24,6 @@ KINDS = {
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_backend = pytest.mark.parametrize("backend", ["triton", "cudnn"])
-
-
-@contextlib.contextmanager
-def precision_of(kind: str):
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-    conv.fp32_precision = "tf32" if kind == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        conv.fp32_precision = before
 
 
 @each_backend

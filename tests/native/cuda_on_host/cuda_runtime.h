@@ -1,5 +1,5 @@
 // As much of CUDA as the kernels use, on the host: a block's threads are coroutines that take turns
-// from barrier to barrier. The kernels then compile as C++, and tests and sanitizers see all they do.
+// from barrier to barrier, of the block or of a warp. The kernels then compile as C++, and tests and sanitizers see all they do.
 #pragma once
 
 #include <ucontext.h>
@@ -22,8 +22,11 @@ struct uint3 {
   unsigned x, y, z;
 };
 struct dim3 {
-  unsigned x;
-  explicit dim3(unsigned x) : x(x) {}
+  unsigned x, y;
+  explicit dim3(unsigned x, unsigned y = 1) : x(x), y(y) {}
+};
+struct uint2 {
+  unsigned x, y;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -42,8 +45,15 @@ class Block {
     std::unique_ptr<char[]> stack{new char[kStack]};
     bool done;
   };
+  // Threads that wait for each other: how many have come, and how often all had.
+  struct Meeting {
+    unsigned size, come, times;
+  };
   static constexpr size_t kStack = 256 << 10;
   std::vector<Fibre> fibres_;
+  Meeting block_;
+  std::vector<Meeting> warps_;
+  bool moved_ = false;
   ucontext_t scheduler_;
   std::function<void()> kernel_;
   size_t current_ = 0;
@@ -51,7 +61,18 @@ class Block {
   static void enter() {
     Block& block = instance();
     block.kernel_();
-    block.fibres_[block.current_].done = true;
+    block.fibres_[block.current_].done = block.moved_ = true;
+  }
+
+  void meet(Meeting& meeting) {
+    const unsigned times = meeting.times;
+    moved_ = true;
+    if (++meeting.come == meeting.size) {
+      meeting.come = 0;
+      ++meeting.times;
+    }
+    do swapcontext(&fibres_[current_].context, &scheduler_);
+    while (meeting.times == times);
   }
 
  public:
@@ -73,27 +94,33 @@ class Block {
       fibre.done = false;
       makecontext(&fibre.context, enter, 0);
     }
+    block_ = {threads, 0, 0};
+    warps_.assign((threads + 31) / 32, {0, 0, 0});
+    for (unsigned i = 0; i < threads; ++i) ++warps_[i / 32].size;
     for (size_t done = 0; done < threads;) {
       done = 0;
+      moved_ = false;
       for (unsigned turn = 0; turn < threads; ++turn) {
         current_ = reversed ? threads - 1 - turn : turn;
         threadIdx.x = (unsigned)current_;
-        swapcontext(&scheduler_, &fibres_[current_].context);
+        if (!fibres_[current_].done) swapcontext(&scheduler_, &fibres_[current_].context);
         done += fibres_[current_].done;
       }
-      if (done != 0 && done != threads) {
+      if (!moved_) {
         std::fputs("some threads of a block reached a barrier, others their end\n", stderr);
         std::abort();
       }
     }
   }
 
-  void barrier() { swapcontext(&fibres_[current_].context, &scheduler_); }
+  void barrier() { meet(block_); }
+  void warp_barrier() { meet(warps_[current_ / 32]); }
 };
 
 }  // namespace on_host
 
 inline void __syncthreads() { on_host::Block::instance().barrier(); }
+inline void __syncwarp() { on_host::Block::instance().warp_barrier(); }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidResourceHandle = 400 };
@@ -109,7 +136,8 @@ template <class Args>
 cudaError_t cudaLaunchKernel(void (*kernel)(Args), dim3 grid, dim3 block, void** args, size_t,
                              cudaStream_t stream) {
   if (stream) return cudaErrorInvalidResourceHandle;
-  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
-    on_host::Block::instance().run(block.x, [&] { kernel(*static_cast<Args*>(args[0])); });
+  for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+      on_host::Block::instance().run(block.x, [&] { kernel(*static_cast<Args*>(args[0])); });
   return cudaSuccess;
 }

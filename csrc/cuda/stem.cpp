@@ -1,0 +1,55 @@
+// The fused stem from Python: the arguments checked, then the kernel put on a stream.
+#include <pybind11/pybind11.h>
+
+#include "half_bindings.h"
+#include "stem.h"
+
+namespace py = pybind11;
+
+namespace rf::cuda {
+namespace {
+
+constexpr size_t kAlignment = 16;  // of the output and the weight
+constexpr int64_t kTaps = 7 * 8;   // with the one that is none
+
+void conv_bn_act_max_pool(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t shift,
+                          uintptr_t y, const std::string& dtype, int64_t n, int64_t h, int64_t w,
+                          int64_t c, int64_t o, int64_t band, bool relu, Stream stream) {
+  const DType type = half_precision(dtype);
+  need("n", n, 1);
+  need("h", h, 1);
+  need("w", w, 1);
+  need("c", c, 1, 4);
+  need("o", o, 1);
+  need("band", band, 1);
+  if (o % kStemChannels) fail("o: expected a multiple of 64, got " + std::to_string(o));
+  const double pixels = double(n) * ((h + 3) / 4) * ((w + 3) / 4);
+  const Block out = half_map("y", y, pixels * o, kAlignment);
+  need_apart(out, half_map("x", x, double(n) * h * w * c, 2));
+  need_apart(out, half_map("weight", weight, double(o) * kTaps * 4, kAlignment));
+  const StemArgs args{pointer<const void>(x),
+                      pointer<const void>(weight),
+                      float_vector("scale", scale),
+                      float_vector("shift", shift),
+                      pointer<void>(y),
+                      n, h, w, c, o, band, relu};
+  py::gil_scoped_release release;
+  launch(type, args, stream);
+}
+
+}  // namespace
+
+void register_stem(py::module_& m) {
+  using py::arg;
+  m.def("conv_bn_act_max_pool", &conv_bn_act_max_pool, arg("x"), arg("weight"), arg("scale"),
+        arg("shift"), arg("y"), arg("dtype"), arg("n"), arg("h"), arg("w"), arg("c"), arg("o"),
+        arg("band"), arg("relu"), arg("stream"),
+        "y = max_pool(act(conv(x, weight) * scale + shift)), act = ReLU or nothing: 7x7 of stride 2\n"
+        "and padding 3, then 3x3 of stride 2 and padding 1.\n\n"
+        "x (n, h, w, c), c up to 4, and y (n, h / 4, w / 4, o), rounded up, o in 64, are dense NHWC\n"
+        "in dtype, 'bfloat16' or 'float16'; scale and shift float32, 0 leaves one out. The weight is\n"
+        "(o / 32, 14, 4, 32, 4): steps of 16 along the rows of 8 pixels of 4 channels, groups of 8\n"
+        "outputs, and what each lane multiplies. A block walks down `band` rows of y.");
+}
+
+}  // namespace rf::cuda

@@ -1,0 +1,130 @@
+"""The stem of the extension's CUDA kernels: convolution, scale, shift, ReLU and pool in one pass.
+
+It is for the stem of the paper's ImageNet networks alone: 7x7 of stride 2 over up to four channels,
+then 3x3 of stride 2, in 16 bits. A block walks down a band of the output's rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import _device, _training_kernels
+from resnet_fused.backends._derived import derived
+from resnet_fused.backends._outputs import empty_channels_last
+from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_vector
+
+_DTYPES = (torch.bfloat16, torch.float16)
+#: Stride, padding and dilation; size, stride and padding of the pool.
+_GEOMETRY = ((2, 2), (3, 3), (1, 1))
+_POOL = ((3, 3), (2, 2), (1, 1))
+_KERNEL, _MOST_CHANNELS = (7, 7), 4
+#: Columns of the map before the pool, and channels, that a block has at a time.
+_COLUMNS, _CHANNELS = 112, 64
+#: Blocks on a multiprocessor, as registers allow, and what one takes to begin, in rows of the map.
+_TOGETHER, _BEGIN = 2, 4
+BANDS = (1, 2, 4, 7, 8, 14, 28)
+
+
+def declines(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    *pool: Sequence[int],
+) -> str | None:
+    """Return why the kernel does not take this call, or None."""
+    if x.dtype not in _DTYPES:
+        return f"takes this op in bfloat16 and float16, x is {x.dtype}"
+    o, c, *kernel = weight.shape
+    geometry = tuple(tuple(pair) for pair in (stride, padding, dilation))
+    pooled = tuple(tuple(pair) for pair in pool)
+    if (tuple(kernel), geometry, pooled, groups) != (_KERNEL, _GEOMETRY, _POOL, 1):
+        return "takes 7x7 of stride 2 and padding 3, then 3x3 of stride 2 and padding 1, alone"
+    if c > _MOST_CHANNELS or o % _CHANNELS:
+        return f"takes up to 4 channels to a multiple of 64, got {c} to {o}"
+    return None
+
+
+def heuristic(n: int, height: int, width: int, channels: int, processors: int) -> int:
+    """Return the band of an output of this size: the one by which the last block is done first.
+
+    Each takes a row of the map more than the band has, and begins once.
+    """
+    across = 1 + math.ceil(max(0, width - _COLUMNS // 2) / (_COLUMNS // 2 - 1))
+
+    def rows(band: int) -> int:
+        blocks = n * math.ceil(height / band) * across * channels // _CHANNELS
+        return math.ceil(blocks / (_TOGETHER * processors)) * (2 * band + 1 + _BEGIN)
+
+    return min(BANDS, key=rows)
+
+
+def candidates(x: Tensor, weight: Tensor, *rest: object) -> dict[str, Callable[..., Tensor]]:
+    """Return the op with every band that is no higher than the output, by name."""
+    return {
+        f"band{band}": functools.partial(conv_bn_act_max_pool, band=band)
+        for band in BANDS
+        if band == 1 or band <= math.ceil(x.shape[2] / 4)
+    }
+
+
+def conv_bn_act_max_pool(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    band: int | None = None,
+) -> Tensor:
+    """Run the op, by default with the band of :func:`heuristic`.
+
+    The weight in the kernel's layout is kept until it changes.
+    """
+    n, c, h, w = x.shape
+    shape = (n, weight.shape[0], math.ceil(h / 4), math.ceil(w / 4))
+    y = empty_channels_last(shape, x.dtype, x.device)
+    if y.numel() == 0:
+        return y
+    if band is None:
+        band = heuristic(n, *shape[2:], shape[1], _device.multiprocessors(x.device))
+    packed = derived((weight,), "cuda stem", lambda: pack(weight))
+    # Kept until the kernel is in the stream.
+    x = x.detach().contiguous(memory_format=torch.channels_last)
+    vectors = as_vector(scale), as_vector(shift)
+    addresses = [0 if t is None else t.data_ptr() for t in (x, packed, *vectors, y)]
+    sizes = (n, h, w, c, shape[1])
+    _training_kernels.run(
+        x.device, "conv_bn_act_max_pool", *addresses, CUDA_DTYPE_NAMES[x.dtype], *sizes, band,
+        act == "relu",
+    )  # fmt: skip
+    return y
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Return a weight (O, C, 7, 7) as the warps multiply it, (O / 32, 14, 4, 32, 4).
+
+    K is (row, 8 pixels, 4 channels), zero where the weight has none, in 14 steps of 16. Of each
+    step and 8 outputs a lane has one output's elements 2 i, 2 i + 1, 2 i + 8 and 2 i + 9.
+    """
+    o, c, rows, taps = weight.shape
+    k = weight.new_zeros(o, rows, 8, _MOST_CHANNELS)
+    k[:, :, :taps, :c] = weight.detach().permute(0, 2, 3, 1)
+    parts = k.view(o // 32, 4, 8, 2 * rows, 2, 4, 2)
+    return parts.permute(0, 3, 1, 2, 5, 4, 6).reshape(o // 32, 2 * rows, 4, 32, 4)

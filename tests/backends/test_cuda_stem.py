@@ -1,0 +1,133 @@
+"""The CUDA stem, compiled as C++ and run on the host: its tiles, bands and edges, and its choices.
+
+``test_cuda_on_host`` holds it to the op's contract.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet_fused.backends import _cuda_stem, cuda
+from resnet_fused.testing import to_float64, two_x_rule
+
+sys.path += [str(Path(__file__).parents[1] / name) for name in ("ops", "native")]
+import on_host
+from formulas import eager
+from test_cuda_on_host import kernels_of
+
+OP = "conv_bn_act_max_pool"
+GEOMETRY = ((2, 2), (3, 3), (1, 1), 1)
+POOL = ((3, 3), (2, 2), (1, 1))
+
+
+def arguments(shape, o=64, dtype=torch.bfloat16, act="relu"):
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, vectors = torch.randn(o, shape[1], 7, 7).to(dtype), torch.randn(2, o)
+    return (x, weight, *vectors, *GEOMETRY, act, *POOL)
+
+
+@pytest.fixture
+def module():
+    module = on_host.load()
+    with kernels_of(module):
+        yield module
+    module.reverse_threads(False)
+
+
+def assert_right(args, out):
+    check = two_x_rule(out, eager(OP, args), eager(OP, to_float64(args)), args[1][0].numel())
+    assert check.ok, check
+
+
+@pytest.mark.parametrize(
+    ("shape", "band"),
+    [
+        ((1, 3, 17, 12), 1),
+        ((1, 3, 17, 12), 2),
+        ((1, 3, 17, 12), 14),  # higher than the map, whose last window has two rows
+        ((2, 4, 4, 5), 1),
+        ((1, 1, 1, 1), 1),
+        ((1, 2, 3, 226), 1),  # two tiles of columns, the second of one window
+        ((1, 3, 5, 460), 2),  # three tiles
+    ],
+    ids=str,
+)
+def test_edges(module, shape, band):
+    args = arguments(shape)
+    out = _cuda_stem.conv_bn_act_max_pool(*args, band=band)
+    assert_right(args, out)
+    module.reverse_threads(True)
+    assert torch.equal(_cuda_stem.conv_bn_act_max_pool(*args, band=band), out), "a race"
+
+
+def test_several_groups_of_channels(module):
+    args = arguments((1, 3, 9, 9), o=128, dtype=torch.float16, act=None)
+    assert_right(args, _cuda_stem.conv_bn_act_max_pool(*args))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_pixel_spoils_what_it_reaches(module, value):
+    """Beside each window lies a pixel that is multiplied by nothing, and may be anything."""
+    x, weight, *rest = arguments((1, 3, 18, 40), act=None)
+    for column in range(12, 20):
+        spoiled = x.clone()
+        spoiled[0, 1, 8, column] = value
+        out = _cuda_stem.conv_bn_act_max_pool(spoiled, weight, *rest)
+        expected = eager(OP, (spoiled, weight, *rest))
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.isinf(), expected.isinf())
+
+
+def test_candidates_are_as_high_as_the_output(module):
+    args = arguments((1, 3, 17, 12))
+    runs = cuda.candidates(OP, *args)
+    assert [*runs] == ["band1", "band2", "band4"]
+    results = [run(*args) for run in runs.values()]
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+def test_bands_leave_no_processor_idle():
+    """One image: a row each. Many: bands high enough to hide what each computes again."""
+    assert _cuda_stem.heuristic(1, 56, 56, 64, 132) == 1
+    assert _cuda_stem.heuristic(256, 56, 56, 64, 132) >= 7
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({0: torch.zeros(1, 3, 9, 9)}, "bfloat16 and float16"),
+        ({1: torch.zeros(64, 3, 5, 5)}, "takes 7x7 of stride 2"),
+        ({4: (1, 1)}, "takes 7x7 of stride 2"),
+        ({9: (2, 2)}, "takes 7x7 of stride 2"),
+        ({1: torch.zeros(32, 3, 7, 7)}, "to a multiple of 64, got 3 to 32"),
+        ({1: torch.zeros(64, 5, 7, 7)}, "up to 4 channels"),
+    ],
+)
+def test_what_it_declines(change, said):
+    args = [*arguments((1, 3, 9, 9))]
+    for i, value in change.items():
+        args[i] = value
+    assert said in _cuda_stem.declines(*args)
+
+
+def test_bad_arguments(module):
+    """Each is named before anything is written."""
+    x, y = torch.zeros(81 * 3 + 8, dtype=torch.bfloat16), torch.zeros(9 * 64, dtype=torch.bfloat16)
+    weight = _cuda_stem.pack(torch.zeros(64, 3, 7, 7, dtype=torch.bfloat16))
+    run, sizes = module.cuda.conv_bn_act_max_pool, (1, 9, 9, 3, 64)
+    at = (x.data_ptr(), weight.data_ptr(), 0, 0, y.data_ptr())
+    run(*at, "bfloat16", *sizes, 1, True, 0)
+    for said, bad in {
+        "dtype: expected bfloat16 or float16, got float32": (*at, "float32", *sizes, 1, True, 0),
+        "c: expected 1 to 4, got 5": (*at, "bfloat16", 1, 9, 9, 5, 64, 1, True, 0),
+        "o: expected a multiple of 64, got 96": (*at, "bfloat16", 1, 9, 9, 3, 96, 1, True, 0),
+        "band: expected 1": (*at, "bfloat16", *sizes, 0, True, 0),
+        "x: null pointer": (0, *at[1:], "bfloat16", *sizes, 1, True, 0),
+        "y: must be aligned": (*at[:4], at[4] + 2, "bfloat16", *sizes, 1, True, 0),
+        "y: must not overlap x": (at[4], *at[1:], "bfloat16", *sizes, 1, True, 0),
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            run(*bad)
