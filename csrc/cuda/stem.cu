@@ -26,21 +26,54 @@ struct StemGrid : StemArgs {
   int64_t oh, ow, ph, pw, bands, tiles;
 };
 
-// A pixel of x as four elements.
-template <class E>
-__device__ __forceinline__ uint2 pixel(const StemGrid& g, int64_t image, int64_t row, int64_t column) {
-  union {
-    uint2 whole;
-    typename E::T at[4];
-  } v;
-  v.whole = uint2{0, 0};
-  if (row < 0 || row >= g.h || column < 0 || column >= g.w) return v.whole;
-  const auto* from = static_cast<const typename E::T*>(g.x) + ((image * g.h + row) * g.w + column) * g.c;
+// Pixels of x as a thread fetches them: every kBlock-th of a row's columns. They are loaded ahead and
+// put together when they are stored, or each would be waited for at once.
+template <class E, int C>
+struct Fetch {
+  static constexpr int kPixels = kRow / 8, kOfThread = (kPixels + kBlock - 1) / kBlock;
+  using T = typename E::T;
+  const T* image;
+  int h, pitch, channels, first;
+  unsigned inside;  // a bit for each of the thread's columns
+
+  __device__ __forceinline__ Fetch(const StemGrid& g, int64_t n, int column0, int thread)
+      : image(static_cast<const T*>(g.x) + n * g.h * g.w * g.c),
+        h((int)g.h), pitch((int)(g.w * g.c)), channels((int)g.c), first((column0 + thread) * channels),
+        inside(0) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (i < g.c) v.at[i] = from[i];
-  return v.whole;
-}
+    for (int j = 0; j < kOfThread; ++j) {
+      const int column = column0 + thread + j * kBlock;
+      inside |= (unsigned)(column >= 0 && column < g.w) << j;
+    }
+  }
+
+  __device__ __forceinline__ void load(int row, T (&pixels)[kOfThread][C]) const {
+    const bool row_inside = row >= 0 && row < h;
+    const T* from = image + (int64_t)row * pitch + first;
+#pragma unroll
+    for (int j = 0; j < kOfThread; ++j)
+#pragma unroll
+      for (int i = 0; i < C; ++i) {
+        const bool there = row_inside && (inside >> j & 1) && (C == 3 || i < channels);
+        pixels[j][i] = there ? from[j * kBlock * channels + i] : E::narrow(0);
+      }
+  }
+
+  static __device__ __forceinline__ void store(char* row, int thread, const T (&pixels)[kOfThread][C]) {
+#pragma unroll
+    for (int j = 0; j < kOfThread; ++j) {
+      union {
+        uint2 whole;
+        T at[4];
+      } v;
+      v.whole = uint2{0, 0};
+#pragma unroll
+      for (int i = 0; i < C; ++i) v.at[i] = pixels[j][i];
+      const int column = thread + j * kBlock;
+      if (column < kPixels) *reinterpret_cast<uint2*>(row + 8 * column) = v.whole;
+    }
+  }
+};
 
 template <class E>
 __device__ __forceinline__ uint32_t packed(float first, float second) {
@@ -53,7 +86,7 @@ __device__ __forceinline__ uint32_t packed(float first, float second) {
   return v.whole;
 }
 
-template <class E>
+template <class E, int C>
 __global__ void __launch_bounds__(kBlock, 2) stem_kernel(const StemGrid g) {
   alignas(16) __shared__ char rows[kSlots * kRow];
   alignas(16) __shared__ char map[kStemColumns * kMapRow];
@@ -63,21 +96,24 @@ __global__ void __launch_bounds__(kBlock, 2) stem_kernel(const StemGrid g) {
   const int64_t band = rest % g.bands, image = rest / g.bands;
   const int64_t channel0 = (int64_t)blockIdx.y * kStemChannels;
   // The first tile begins with the map's first column, the others with the one before a window's.
-  const int64_t q0 = tile == 0 ? 0 : kStemColumns / 2 + (tile - 1) * (kStemColumns / 2 - 1);
-  const int64_t q1 = min64(g.pw, tile == 0 ? kStemColumns / 2 : q0 + kStemColumns / 2 - 1);
-  const int64_t column0 = tile == 0 ? 0 : 2 * q0 - 1;
-  const int64_t y0 = band * g.band, y1 = min64(g.ph, y0 + g.band);
-  const int64_t r0 = max64(0, 2 * y0 - 1), r1 = min64(g.oh, 2 * y1);
-  const int64_t x_row0 = 2 * r0 - 3, x_column0 = 2 * column0 - 3;
+  const int q0 = (int)(tile == 0 ? 0 : kStemColumns / 2 + (tile - 1) * (kStemColumns / 2 - 1));
+  const int q1 = min((int)g.pw, q0 + kStemColumns / 2 - (tile != 0));
+  const int column0 = tile == 0 ? 0 : 2 * q0 - 1, last_column = (int)g.ow - 1 - column0;
+  const int y0 = (int)(band * g.band), y1 = (int)min64(g.ph, y0 + g.band);
+  const int r0 = max(0, 2 * y0 - 1), r1 = min((int)g.oh, 2 * y1);
   if (thread < kStemChannels) {
     scale[thread] = g.scale ? g.scale[channel0 + thread] : 1;
     shift[thread] = g.shift ? g.shift[channel0 + thread] : 0;
   }
-  constexpr int kPixels = kRow / 8, kOfThread = (kPixels + kBlock - 1) / kBlock;
-  for (int i = 0; i < kTaps; ++i)
-    for (int s = thread; s < kPixels; s += kBlock)
-      *reinterpret_cast<uint2*>(rows + i * kRow + 8 * s) =
-          pixel<E>(g, image, x_row0 + i, x_column0 + s);
+  using Pixels = typename E::T[Fetch<E, C>::kOfThread][C];
+  const Fetch<E, C> fetch(g, image, 2 * column0 - 3, thread);
+  const int x_row0 = 2 * r0 - 3;
+#pragma unroll
+  for (int i = 0; i < kTaps; ++i) {
+    Pixels pixels;
+    fetch.load(x_row0 + i, pixels);
+    fetch.store(rows + i * kRow, thread, pixels);
+  }
 
   // Halves of the columns of unlike size: blocks side by side take turns with the larger.
   const int half = (warp / 2 + blockIdx.x) % 2, channels = warp % 2;
@@ -101,14 +137,11 @@ __global__ void __launch_bounds__(kBlock, 2) stem_kernel(const StemGrid g) {
     for (int n = 0; n < kChannelTiles; ++n) best[m][n][0] = best[m][n][1] = nothing;
   __syncthreads();
 
-  for (int64_t r = r0; r < r1; ++r) {
-    const int slot = (int)(2 * (r - r0));
-    uint2 next[2][kOfThread];
+  for (int r = r0; r < r1; ++r) {
+    const int slot = 2 * (r - r0);
+    Pixels next[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < kOfThread; ++j)
-        next[i][j] = pixel<E>(g, image, x_row0 + slot + kTaps + i, x_column0 + thread + j * kBlock);
+    for (int i = 0; i < 2; ++i) fetch.load(x_row0 + slot + kTaps + i, next[i]);
 
     float sums[kColumnTiles][kChannelTiles][4] = {};
 #pragma unroll
@@ -150,30 +183,27 @@ __global__ void __launch_bounds__(kBlock, 2) stem_kernel(const StemGrid g) {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < kOfThread; ++j) {
-        const int s = thread + j * kBlock;
-        if (s < kPixels)
-          *reinterpret_cast<uint2*>(rows + (slot + kTaps + i) % kSlots * kRow + 8 * s) = next[i][j];
-      }
+      fetch.store(rows + (slot + kTaps + i) % kSlots * kRow, thread, next[i]);
     __syncthreads();
 
-    const int64_t y = r / 2;
+    const int y = r / 2;
     if (!ends || y < y0) continue;
     // Until it is written over there is a row that ends no window, but before the map's last one.
     constexpr int kPieces = kStemChannels / 8;
-    for (int i = thread; i < (int)(q1 - q0) * kPieces; i += kBlock) {
-      const int64_t q = q0 + i / kPieces;
-      const int piece = i % kPieces;
+    auto* to = static_cast<typename E::T*>(g.y) +
+               ((image * g.ph + y) * g.pw + q0) * g.o + channel0 + thread % kPieces * 8;
+    for (int q = thread / kPieces; q < q1 - q0; q += kBlock / kPieces) {
+      const int middle = 2 * (q0 + q) - column0;
       uint4 v{nothing, nothing, nothing, nothing};
-      for (int64_t x = max64(0, 2 * q - 1); x < min64(g.ow, 2 * q + 2); ++x) {
-        const uint4 w = *reinterpret_cast<const uint4*>(map + (x - column0) * kMapRow + 16 * piece);
+#pragma unroll
+      for (int i = -1; i <= 1; ++i) {
+        const int at = min(max(middle + i, 0), last_column);  // at an edge one of them twice
+        const uint4 w = *reinterpret_cast<const uint4*>(map + at * kMapRow + thread % kPieces * 16);
         v = {larger<E>(v.x, w.x), larger<E>(v.y, w.y), larger<E>(v.z, w.z), larger<E>(v.w, w.w)};
       }
       if (g.relu)
         v = {larger<E>(v.x, 0), larger<E>(v.y, 0), larger<E>(v.z, 0), larger<E>(v.w, 0)};
-      auto* to = static_cast<typename E::T*>(g.y) + ((image * g.ph + y) * g.pw + q) * g.o + channel0;
-      __stwb(reinterpret_cast<uint4*>(to + 8 * piece), v);
+      __stwb(reinterpret_cast<uint4*>(to + q * g.o), v);
     }
     if (r + 2 == g.oh) __syncthreads();
   }
@@ -189,10 +219,14 @@ void launch(DType dtype, const StemArgs& args, Stream stream) {
              beyond > 0 ? 1 + ceil_div(beyond, kStemColumns / 2 - 1) : 1};
   const int64_t blocks = args.n * g.bands * g.tiles, groups = args.o / kStemChannels;
   if (blocks == 0) return;
-  if (blocks > 0x7fffffff || groups > 0xffff)
+  if (blocks > 0x7fffffff || groups > 0xffff || args.h * args.w * args.c > 0x7fffffff)
     throw std::runtime_error("conv_bn_act_max_pool: the map is too large");
-  put("conv_bn_act_max_pool", dtype == DType::bf16 ? stem_kernel<Bf16> : stem_kernel<F16>,
-      dim3((unsigned)blocks, (unsigned)groups), dim3(kBlock), g, stream);
+  const auto with = [&](auto element) {
+    using E = decltype(element);
+    put("conv_bn_act_max_pool", args.c == 3 ? stem_kernel<E, 3> : stem_kernel<E, 4>,
+        dim3((unsigned)blocks, (unsigned)groups), dim3(kBlock), g, stream);
+  };
+  dtype == DType::bf16 ? with(Bf16{}) : with(F16{});
 }
 
 }  // namespace rf::cuda

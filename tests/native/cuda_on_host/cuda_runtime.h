@@ -33,6 +33,9 @@ struct alignas(16) uint4 {
 };
 inline void __stwb(uint4* to, uint4 v) { *to = v; }
 
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+
 inline uint3 threadIdx, blockIdx;
 
 namespace on_host {
