@@ -1,5 +1,6 @@
 // The max pool of the stem in training: which element of each window was taken, and backward. Each
-// thread writes W channels of one pixel.
+// thread writes W channels of one pixel, each block a part of a row: places within an image are
+// numbers of 32 bits, as divisions of longer ones would outlast the memory.
 #include "launch.cuh"
 
 namespace rf::cuda {
@@ -10,44 +11,44 @@ struct alignas(W) Places {
   uint8_t at[W];
 };
 
-// The W channels and the pixel that a thread writes, of a map of `pixels` by c.
+// The W channels and the pixel that a thread writes, of a map with rows of `w` pixels by c.
 struct Pixel {
-  int64_t channel, index;
+  int channel, column;
   bool inside;
 
-  __device__ __forceinline__ Pixel(int64_t pixels, int64_t c, int width) {
-    const int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x, vectors = c / width;
-    index = i / vectors;
-    channel = i % vectors * width;
-    inside = index < pixels;
+  __device__ __forceinline__ Pixel(int w, int c, int width) {
+    const unsigned i = blockIdx.y * kThreads + threadIdx.x, vectors = c / width;
+    column = (int)(i / vectors);
+    channel = (int)(i % vectors) * width;
+    inside = column < w;
   }
 };
 
 template <class Args>
 struct Pool : Args {
-  int64_t oh, ow;
+  int oh, ow;
 };
 
 // The first of equals, the last NaN, as torch.
 template <class E, int W>
 __global__ void __launch_bounds__(kThreads) max_pool_index_kernel(const Pool<PoolIndexArgs> g) {
-  const Pixel out(g.n * g.oh * g.ow, g.c, W);
+  const int c = (int)g.c, h = (int)g.h, w = (int)g.w, k = (int)g.k, s = (int)g.s, p = (int)g.p;
+  const Pixel out(g.ow, c, W);
   if (!out.inside) return;
-  const int64_t x0 = out.index % g.ow * g.s - g.p, row = out.index / g.ow;
-  const int64_t y0 = row % g.oh * g.s - g.p, image = row / g.oh * g.h;
-  const int64_t top = max64(0, y0), bottom = min64(g.h, y0 + g.k);
-  const int64_t left = max64(0, x0), right = min64(g.w, x0 + g.k);
+  const int y0 = (int)(blockIdx.x % g.oh) * s - p, x0 = out.column * s - p;
+  const int top = max(0, y0), bottom = min(h, y0 + k), left = max(0, x0), right = min(w, x0 + k);
+  const int64_t image = (int64_t)(blockIdx.x / g.oh) * h * w * c + out.channel;
   float best[W];
   int best_at[W];
 #pragma unroll
   for (int j = 0; j < W; ++j) {
     best[j] = -INFINITY;
-    best_at[j] = (int)((top - y0) * g.k + left - x0);
+    best_at[j] = (top - y0) * k + left - x0;
   }
-  for (int64_t iy = top; iy < bottom; ++iy)
-    for (int64_t ix = left; ix < right; ++ix) {
-      const auto v = load<E, W>(g.x, ((image + iy) * g.w + ix) * g.c + out.channel);
-      const int place = (int)((iy - y0) * g.k + ix - x0);
+  for (int iy = top; iy < bottom; ++iy)
+    for (int ix = left; ix < right; ++ix) {
+      const auto v = load<E, W>(g.x, image + (iy * w + ix) * c);
+      const int place = (iy - y0) * k + ix - x0;
 #pragma unroll
       for (int j = 0; j < W; ++j) E::take_max(E::widen(v.at[j]), place, best[j], best_at[j]);
     }
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) max_pool_index_kernel(const Pool<Poo
     y.at[j] = E::narrow(best[j]);
     places.at[j] = (uint8_t)best_at[j];
   }
-  const int64_t at = out.index * g.c + out.channel;
+  const int64_t at = ((int64_t)blockIdx.x * g.ow + out.column) * c + out.channel;
   store<E, W>(g.y, at, y);
   *reinterpret_cast<Places<W>*>(g.index + at) = places;
 }
@@ -67,17 +68,18 @@ __global__ void __launch_bounds__(kThreads) max_pool_index_kernel(const Pool<Poo
 template <class E, int W>
 __global__ void __launch_bounds__(kThreads)
     max_pool_backward_kernel(const Pool<PoolBackwardArgs> g) {
-  const Pixel in(g.n * g.h * g.w, g.c, W);
+  const int c = (int)g.c, h = (int)g.h, k = (int)g.k, s = (int)g.s;
+  const Pixel in((int)g.w, c, W);
   if (!in.inside) return;
-  const int64_t x0 = in.index % g.w + g.p, row = in.index / g.w;
-  const int64_t y0 = row % g.h + g.p, image = row / g.h * g.oh;
-  const int64_t first_y = y0 < g.k ? 0 : (y0 - g.k) / g.s + 1, last_y = min64(g.oh, y0 / g.s + 1);
-  const int64_t first_x = x0 < g.k ? 0 : (x0 - g.k) / g.s + 1, last_x = min64(g.ow, x0 / g.s + 1);
+  const int y0 = (int)(blockIdx.x % h + g.p), x0 = in.column + (int)g.p;
+  const int first_y = y0 < k ? 0 : (y0 - k) / s + 1, last_y = min(g.oh, y0 / s + 1);
+  const int first_x = x0 < k ? 0 : (x0 - k) / s + 1, last_x = min(g.ow, x0 / s + 1);
+  const int64_t image = (int64_t)(blockIdx.x / h) * g.oh * g.ow * c + in.channel;
   float sum[W] = {};
-  for (int64_t oy = first_y; oy < last_y; ++oy)
-    for (int64_t ox = first_x; ox < last_x; ++ox) {
-      const int64_t at = ((image + oy) * g.ow + ox) * g.c + in.channel;
-      const int place = (int)((y0 - oy * g.s) * g.k + x0 - ox * g.s);
+  for (int oy = first_y; oy < last_y; ++oy)
+    for (int ox = first_x; ox < last_x; ++ox) {
+      const int64_t at = image + (oy * g.ow + ox) * c;
+      const int place = (y0 - oy * s) * k + x0 - ox * s;
       const auto grad = load<E, W>(g.grad, at);
       const auto places = *reinterpret_cast<const Places<W>*>(g.index + at);
 #pragma unroll
@@ -87,14 +89,24 @@ __global__ void __launch_bounds__(kThreads)
   Pack<E, W> grad_x;
 #pragma unroll
   for (int j = 0; j < W; ++j) grad_x.at[j] = E::narrow(sum[j]);
-  store<E, W>(g.grad_x, in.index * g.c + in.channel, grad_x);
+  store<E, W>(g.grad_x, ((int64_t)blockIdx.x * g.w + in.column) * c + in.channel, grad_x);
 }
 
 // -------------------------------------------------------------------------------------------------
 
 template <class Args>
 Pool<Args> with_output_size(const Args& g) {
-  return {g, (g.h + 2 * g.p - g.k) / g.s + 1, (g.w + 2 * g.p - g.k) / g.s + 1};
+  return {g, (int)((g.h + 2 * g.p - g.k) / g.s + 1), (int)((g.w + 2 * g.p - g.k) / g.s + 1)};
+}
+
+// Blocks for `rows` rows of `w` pixels by g.c.
+template <class Args>
+dim3 blocks(const char* name, const Pool<Args>& g, int64_t rows, int64_t w, int width) {
+  const int64_t parts = ceil_div(w * (g.c / width), kThreads);
+  const int64_t image = max64(g.h * g.w, int64_t(g.oh) * g.ow) * g.c;
+  if (rows > 0x7fffffff || parts > 0xffff || image > 0x7fffffff)
+    throw std::runtime_error(std::string(name) + ": the map is too large");
+  return dim3((unsigned)rows, (unsigned)parts);
 }
 
 }  // namespace
@@ -104,7 +116,7 @@ void launch(DType dtype, const PoolIndexArgs& args, Stream stream) {
   with_element(dtype, g.c, {g.x, g.y, g.index}, [&](auto element, auto width) {
     constexpr int W = decltype(width)::value;
     put("max_pool_index", max_pool_index_kernel<decltype(element), W>,
-        ceil_div(g.n * g.oh * g.ow * (g.c / W), kThreads), g, stream);
+        blocks("max_pool_index", g, g.n * g.oh, g.ow, W), dim3(kThreads), g, stream);
   });
 }
 
@@ -113,7 +125,7 @@ void launch(DType dtype, const PoolBackwardArgs& args, Stream stream) {
   with_element(dtype, g.c, {g.grad, g.index, g.grad_x}, [&](auto element, auto width) {
     constexpr int W = decltype(width)::value;
     put("max_pool_backward", max_pool_backward_kernel<decltype(element), W>,
-        ceil_div(g.n * g.h * g.w * (g.c / W), kThreads), g, stream);
+        blocks("max_pool_backward", g, g.n * g.h, g.w, W), dim3(kThreads), g, stream);
   });
 }
 
