@@ -125,12 +125,15 @@ APPLY = {
     "grad_x": address(14), "grad_x2": address(16), **SIZES, "relu": True,
 }  # fmt: skip
 ADD = {"x": address(), "residual": address(2), "y": address(4), "dtype": "float32", "n": 32}
-POOL = {
-    "x": address(), "y": address(8), "index": address(16), "dtype": "float32",
+POOL_BACK = {
+    "grad": address(8), "grad_x": address(), "index": address(16), "dtype": "float32",
     "n": 1, "h": 4, "w": 4, "c": 8, "k": 2, "s": 2, "p": 0,
 }  # fmt: skip
-POOL_BACK = {"grad": POOL["y"], "grad_x": POOL["x"], **POOL}
-del POOL_BACK["x"], POOL_BACK["y"]
+POOL = {
+    "x": POOL_BACK["grad_x"], "y": POOL_BACK["grad"], "scale": address(24), "shift": address(32),
+    "relu": True, **POOL_BACK,
+}  # fmt: skip
+del POOL["grad"], POOL["grad_x"]
 POINTERS = {
     "bn_stats": (STATS, ("x", "mean", "var", "scratch")),
     "bn_apply": (BN_APPLY, ("x", "scale", "shift", "y")),
@@ -144,7 +147,7 @@ POINTERS = {
         APPLY, ("grad", "x", "a", "b", "d", "a2", "b2", "d2", "grad_x", "grad_x2"),
     ),
     "add_relu": (ADD, ("x", "residual", "y")),
-    "max_pool_index": (POOL, ("x", "y", "index")),
+    "max_pool_index": (POOL, ("x", "scale", "shift", "y", "index")),
     "max_pool_backward": (POOL_BACK, ("grad", "index", "grad_x")),
 }  # fmt: skip
 

@@ -32,9 +32,9 @@ inline PoolSizes checked_pool(DType dtype, int64_t n, int64_t h, int64_t w, int6
 }
 
 template <class Device, class... Queue>
-void max_pool_index(uintptr_t x, uintptr_t y, uintptr_t index, const std::string& dtype, int64_t n,
-                    int64_t h, int64_t w, int64_t c, int64_t k, int64_t s, int64_t p,
-                    Queue... queue) {
+void max_pool_index(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t y, uintptr_t index,
+                    const std::string& dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t k,
+                    int64_t s, int64_t p, bool relu, Queue... queue) {
   const DType type = Device::dtype(dtype);
   const PoolSizes sizes = checked_pool(type, n, h, w, c, k, s, p);
   if (n == 0) return;
@@ -46,8 +46,12 @@ void max_pool_index(uintptr_t x, uintptr_t y, uintptr_t index, const std::string
   need_apart(out, in);
   need_apart(at, in);
   need_apart(at, out);
-  const PoolIndexArgs args{pointer<const void>(x), pointer<void>(y), pointer<uint8_t>(index),
-                                n, h, w, c, k, s, p};
+  if (scale || shift)
+    for (const Block& vector : {Block{"scale", scale, 4 * size_t(c)}, Block{"shift", shift, 4 * size_t(c)}})
+      need_block(vector, alignof(float));
+  const PoolIndexArgs args{pointer<const void>(x), pointer<const float>(scale),
+                           pointer<const float>(shift), pointer<void>(y), pointer<uint8_t>(index),
+                           n, h, w, c, k, s, p, relu};
   py::gil_scoped_release release;
   Device::run(type, args, queue...);
 }
@@ -75,11 +79,12 @@ void max_pool_backward(uintptr_t grad, uintptr_t index, uintptr_t grad_x, const 
 template <class Device, class... Queue, class... QueueName>
 void register_max_pool_training(py::module_& m, const QueueName&... queue) {
   using py::arg;
-  m.def("max_pool_index", &max_pool_index<Device, Queue...>, arg("x"), arg("y"), arg("index"),
-        arg("dtype"), arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("s"), arg("p"),
-        queue...,
-        "max_pool that also writes, one byte per output, which element of its window it took:\n"
-        "iy * k + ix from the window's corner; the first of equals, the last NaN, as torch.");
+  m.def("max_pool_index", &max_pool_index<Device, Queue...>, arg("x"), arg("scale"), arg("shift"),
+        arg("y"), arg("index"), arg("dtype"), arg("n"), arg("h"), arg("w"), arg("c"), arg("k"),
+        arg("s"), arg("p"), arg("relu"), queue...,
+        "max_pool of act(x * scale + shift), of x itself where both are 0, that also writes, one byte\n"
+        "per output, which element of its window it took: iy * k + ix from the window's corner; the\n"
+        "first of equals, the last NaN, as torch, after rounding to dtype.");
   m.def("max_pool_backward", &max_pool_backward<Device, Queue...>, arg("grad"), arg("index"),
         arg("grad_x"), arg("dtype"), arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("s"),
         arg("p"), queue...,

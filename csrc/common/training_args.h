@@ -74,11 +74,14 @@ struct AddReluArgs {
   int64_t n;
 };
 
+// The pool is of act(x * scale + shift), or of x itself where scale is null.
 struct PoolIndexArgs {
   const void* x;
+  const float *scale, *shift;
   void* y;
   uint8_t* index;  // like y
   int64_t n, h, w, c, k, s, p;
+  bool relu;
 };
 
 // n, h, w and c are the input's: of x and of grad_x.

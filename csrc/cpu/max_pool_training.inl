@@ -1,9 +1,10 @@
 // The max pool of the stem in training: which element of each window was taken, and backward.
 
 // y = max over the window as in max_pool; index = its place in the window, row by row from 0.
-// As torch: the first of equals, the last NaN.
-template <class E>
-static void max_pool_index(const PoolIndexArgs& g) {
+// As torch: the first of equals, the last NaN. Values are normalised as they are read, each up to
+// four times, and rounded: a map in between would be written and read again.
+template <class E, bool NORMALISED, bool RELU>
+static void pool_index(const PoolIndexArgs& g) {
   using T = typename E::T;
   const int64_t oh = (g.h + 2 * g.p - g.k) / g.s + 1, ow = (g.w + 2 * g.p - g.k) / g.s + 1;
 #pragma omp parallel for
@@ -18,16 +19,30 @@ static void max_pool_index(const PoolIndexArgs& g) {
       T* y = static_cast<T*>(g.y) + (row * ow + ox) * g.c;
       uint8_t* index = g.index + (row * ow + ox) * g.c;
       each_vector(g.c, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+        const auto vector = [&](const float* p) {
+          return NORMALISED ? get<F32>(p + c, lanes) : Vec::zero();
+        };
+        const auto scale = vector(g.scale), shift = vector(g.shift);
         auto best = Vec::set1(-__builtin_inff()), best_at = place(top, left);
         for (int64_t iy = top; iy < bottom; ++iy)
-          for (int64_t ix = left; ix < right; ++ix)
-            Vec::take_max(get<E>(x + (iy * g.w + ix) * g.c + c, lanes), place(iy, ix), best,
-                          best_at);
+          for (int64_t ix = left; ix < right; ++ix) {
+            auto value = get<E>(x + (iy * g.w + ix) * g.c + c, lanes);
+            if constexpr (NORMALISED) value = bn_affine<Vec>(value, scale, shift);
+            if constexpr (NORMALISED && RELU) value = Vec::relu(value);
+            if constexpr (NORMALISED) value = E::rounded(value);
+            Vec::take_max(value, place(iy, ix), best, best_at);
+          }
         put<E>(y + c, best, lanes);
         put_bytes(index + c, best_at, lanes);
       });
     }
   }
+}
+
+template <class E>
+static void max_pool_index(const PoolIndexArgs& g) {
+  if (!g.scale) return pool_index<E, false, false>(g);
+  g.relu ? pool_index<E, true, true>(g) : pool_index<E, true, false>(g);
 }
 
 // grad_x = the sum of the gradients of those windows that took the element: each element gathers

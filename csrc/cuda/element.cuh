@@ -65,6 +65,7 @@ template <int W>
 struct Channels {
   float at[W];
 
+  Channels() = default;
   __device__ __forceinline__ Channels(const float* vector, int64_t channel) {
     constexpr int width = W < 4 ? W : 4;
 #pragma unroll

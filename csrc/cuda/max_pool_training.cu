@@ -6,6 +6,8 @@
 namespace rf::cuda {
 namespace {
 
+#include "../common/bn_math.h"
+
 template <int W>
 struct alignas(W) Places {
   uint8_t at[W];
@@ -24,20 +26,33 @@ struct Pixel {
   }
 };
 
-template <class Args>
+// K and S: the window's side and its step where they are the stem's, so that nothing is divided by
+// what only the launch knows, or 0.
+template <class Args, int K, int S>
 struct Pool : Args {
   int oh, ow;
+
+  __device__ __forceinline__ int side() const { return K ? K : (int)this->k; }
+  __device__ __forceinline__ int step() const { return S ? S : (int)this->s; }
 };
 
-// The first of equals, the last NaN, as torch.
-template <class E, int W>
-__global__ void __launch_bounds__(kThreads) max_pool_index_kernel(const Pool<PoolIndexArgs> g) {
-  const int c = (int)g.c, h = (int)g.h, w = (int)g.w, k = (int)g.k, s = (int)g.s, p = (int)g.p;
+// The first of equals, the last NaN, as torch; values are compared as a map in between would have
+// had them.
+template <class E, int W, int K, int S>
+__global__ void __launch_bounds__(kThreads)
+    max_pool_index_kernel(const Pool<PoolIndexArgs, K, S> g) {
+  const int c = (int)g.c, h = (int)g.h, w = (int)g.w, k = g.side(), p = (int)g.p;
   const Pixel out(g.ow, c, W);
   if (!out.inside) return;
-  const int y0 = (int)(blockIdx.x % g.oh) * s - p, x0 = out.column * s - p;
+  const int y0 = (int)(blockIdx.x % g.oh) * g.step() - p, x0 = out.column * g.step() - p;
   const int top = max(0, y0), bottom = min(h, y0 + k), left = max(0, x0), right = min(w, x0 + k);
   const int64_t image = (int64_t)(blockIdx.x / g.oh) * h * w * c + out.channel;
+  const bool normalised = g.scale;
+  Channels<W> scale, shift;
+  if (normalised) {
+    scale = Channels<W>(g.scale, out.channel);
+    shift = Channels<W>(g.shift, out.channel);
+  }
   float best[W];
   int best_at[W];
 #pragma unroll
@@ -50,7 +65,14 @@ __global__ void __launch_bounds__(kThreads) max_pool_index_kernel(const Pool<Poo
       const auto v = load<E, W>(g.x, image + (iy * w + ix) * c);
       const int place = (iy - y0) * k + ix - x0;
 #pragma unroll
-      for (int j = 0; j < W; ++j) E::take_max(E::widen(v.at[j]), place, best[j], best_at[j]);
+      for (int j = 0; j < W; ++j) {
+        float value = E::widen(v.at[j]);
+        if (normalised) {
+          value = bn_affine<E>(value, scale.at[j], shift.at[j]);
+          value = E::rounded(g.relu ? E::relu(value) : value);
+        }
+        E::take_max(value, place, best[j], best_at[j]);
+      }
     }
   Pack<E, W> y;
   Places<W> places;
@@ -65,10 +87,10 @@ __global__ void __launch_bounds__(kThreads) max_pool_index_kernel(const Pool<Poo
 }
 
 // Each element of the input gathers from the windows over it, in one order.
-template <class E, int W>
+template <class E, int W, int K, int S>
 __global__ void __launch_bounds__(kThreads)
-    max_pool_backward_kernel(const Pool<PoolBackwardArgs> g) {
-  const int c = (int)g.c, h = (int)g.h, k = (int)g.k, s = (int)g.s;
+    max_pool_backward_kernel(const Pool<PoolBackwardArgs, K, S> g) {
+  const int c = (int)g.c, h = (int)g.h, k = g.side(), s = g.step();
   const Pixel in((int)g.w, c, W);
   if (!in.inside) return;
   const int y0 = (int)(blockIdx.x % h + g.p), x0 = in.column + (int)g.p;
@@ -94,14 +116,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // -------------------------------------------------------------------------------------------------
 
-template <class Args>
-Pool<Args> with_output_size(const Args& g) {
-  return {g, (int)((g.h + 2 * g.p - g.k) / g.s + 1), (int)((g.w + 2 * g.p - g.k) / g.s + 1)};
-}
-
 // Blocks for `rows` rows of `w` pixels by g.c.
-template <class Args>
-dim3 blocks(const char* name, const Pool<Args>& g, int64_t rows, int64_t w, int width) {
+template <class G>
+dim3 blocks(const char* name, const G& g, int64_t rows, int64_t w, int width) {
   const int64_t parts = ceil_div(w * (g.c / width), kThreads);
   const int64_t image = max64(g.h * g.w, int64_t(g.oh) * g.ow) * g.c;
   if (rows > 0x7fffffff || parts > 0xffff || image > 0x7fffffff)
@@ -109,24 +126,44 @@ dim3 blocks(const char* name, const Pool<Args>& g, int64_t rows, int64_t w, int 
   return dim3((unsigned)rows, (unsigned)parts);
 }
 
-}  // namespace
+// f(pool) with the window as constants where it is the stem's.
+template <class Args, class F>
+void with_window(const Args& g, F f) {
+  const int oh = (int)((g.h + 2 * g.p - g.k) / g.s + 1), ow = (int)((g.w + 2 * g.p - g.k) / g.s + 1);
+  if (g.k == 3 && g.s == 2) return f(Pool<Args, 3, 2>{g, oh, ow});
+  f(Pool<Args, 0, 0>{g, oh, ow});
+}
 
-void launch(DType dtype, const PoolIndexArgs& args, Stream stream) {
-  const Pool<PoolIndexArgs> g = with_output_size(args);
-  with_element(dtype, g.c, {g.x, g.y, g.index}, [&](auto element, auto width) {
-    constexpr int W = decltype(width)::value;
-    put("max_pool_index", max_pool_index_kernel<decltype(element), W>,
-        blocks("max_pool_index", g, g.n * g.oh, g.ow, W), dim3(kThreads), g, stream);
+template <class E, int W, int K, int S>
+void launch_with(const Pool<PoolIndexArgs, K, S>& g, Stream stream) {
+  put("max_pool_index", max_pool_index_kernel<E, W, K, S>,
+      blocks("max_pool_index", g, g.n * g.oh, g.ow, W), dim3(kThreads), g, stream);
+}
+
+template <class E, int W, int K, int S>
+void launch_with(const Pool<PoolBackwardArgs, K, S>& g, Stream stream) {
+  put("max_pool_backward", max_pool_backward_kernel<E, W, K, S>,
+      blocks("max_pool_backward", g, g.n * g.h, g.w, W), dim3(kThreads), g, stream);
+}
+
+template <class Args>
+void launch_pool(DType dtype, const Args& args, std::initializer_list<const void*> addresses,
+                 Stream stream) {
+  with_element(dtype, args.c, addresses, [&](auto element, auto width) {
+    with_window(args, [&](const auto& pool) {
+      launch_with<decltype(element), decltype(width)::value>(pool, stream);
+    });
   });
 }
 
+}  // namespace
+
+void launch(DType dtype, const PoolIndexArgs& args, Stream stream) {
+  launch_pool(dtype, args, {args.x, args.y, args.index, args.scale, args.shift}, stream);
+}
+
 void launch(DType dtype, const PoolBackwardArgs& args, Stream stream) {
-  const Pool<PoolBackwardArgs> g = with_output_size(args);
-  with_element(dtype, g.c, {g.grad, g.index, g.grad_x}, [&](auto element, auto width) {
-    constexpr int W = decltype(width)::value;
-    put("max_pool_backward", max_pool_backward_kernel<decltype(element), W>,
-        blocks("max_pool_backward", g, g.n * g.h, g.w, W), dim3(kThreads), g, stream);
-  });
+  launch_pool(dtype, args, {args.grad, args.index, args.grad_x}, stream);
 }
 
 }  // namespace rf::cuda

@@ -355,19 +355,28 @@ def bn_act_backward_apply_both(
     return grad_x, grad_x2
 
 
-def max_pool_index(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
-    """Return the max pool of x and, as bytes, the place in its window of each element taken.
+def max_pool_index(
+    x: Tensor,
+    kernel: int,
+    stride: int,
+    padding: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the max pool of act(x · scale + shift), of x without both, and the places it took.
 
-    Places are counted row by row from the window's corner. As in torch, the first of equal values
-    is taken, and the last NaN.
+    Places are bytes, counted row by row from the window's corner. As in torch, the first of equal
+    values is taken, and the last NaN; values are compared after rounding to x's dtype.
     """
     n, c, h, w = x.shape
     shape = pool_shape(x.shape, (kernel,) * 2, (stride,) * 2, (padding,) * 2)
     maps, y = _Maps(x), empty_channels_last(shape, x.dtype, x.device)
     index = empty_channels_last(shape, torch.uint8, x.device)
     maps.run(
-        "max_pool_index", maps.map("x", x), y.data_ptr(), index.data_ptr(), maps.sizes[0],
-        n, h, w, c, kernel, stride, padding,
+        "max_pool_index", maps.map("x", x), maps.vector("scale", scale),
+        maps.vector("shift", shift), y.data_ptr(), index.data_ptr(), maps.sizes[0],
+        n, h, w, c, kernel, stride, padding, relu,
     )  # fmt: skip
     return y, index
 

@@ -167,9 +167,10 @@ def bn_act_max_pool(
     pool_stride: Sequence[int],
     pool_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Run the op; the map between lives until the pool has read it."""
-    a = bn_act(x, mean, var, weight, bias, None, eps, act)
-    return kernels.max_pool_index(a, pool_size[0], pool_stride[0], pool_padding[0])
+    """Run the op in one pass: each output normalises what its window holds."""
+    scale, shift = kernels.scale_shift(mean, var, weight, bias, eps)
+    pool = (pool_size[0], pool_stride[0], pool_padding[0])
+    return kernels.max_pool_index(x, *pool, scale, shift, act == "relu")
 
 
 def max_pool_backward(
