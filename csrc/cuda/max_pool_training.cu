@@ -45,7 +45,6 @@ __global__ void __launch_bounds__(kThreads)
   const Pixel out(g.ow, c, W);
   if (!out.inside) return;
   const int y0 = (int)(blockIdx.x % g.oh) * g.step() - p, x0 = out.column * g.step() - p;
-  const int top = max(0, y0), bottom = min(h, y0 + k), left = max(0, x0), right = min(w, x0 + k);
   const int64_t image = (int64_t)(blockIdx.x / g.oh) * h * w * c + out.channel;
   const bool normalised = g.scale;
   Channels<W> scale, shift;
@@ -58,12 +57,15 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int j = 0; j < W; ++j) {
     best[j] = -INFINITY;
-    best_at[j] = (top - y0) * k + left - x0;
+    best_at[j] = max(0, -y0) * k + max(0, -x0);  // the first that is not padding
   }
-  for (int iy = top; iy < bottom; ++iy)
-    for (int ix = left; ix < right; ++ix) {
+#pragma unroll(K ? K : 1)
+  for (int i = 0; i < k; ++i)
+#pragma unroll(K ? K : 1)
+    for (int l = 0; l < k; ++l) {
+      const int iy = y0 + i, ix = x0 + l, place = i * k + l;
+      if (iy < 0 || iy >= h || ix < 0 || ix >= w) continue;
       const auto v = load<E, W>(g.x, image + (iy * w + ix) * c);
-      const int place = (iy - y0) * k + ix - x0;
 #pragma unroll
       for (int j = 0; j < W; ++j) {
         float value = E::widen(v.at[j]);
@@ -94,14 +96,17 @@ __global__ void __launch_bounds__(kThreads)
   const Pixel in((int)g.w, c, W);
   if (!in.inside) return;
   const int y0 = (int)(blockIdx.x % h + g.p), x0 = in.column + (int)g.p;
-  const int first_y = y0 < k ? 0 : (y0 - k) / s + 1, last_y = min(g.oh, y0 / s + 1);
-  const int first_x = x0 < k ? 0 : (x0 - k) / s + 1, last_x = min(g.ow, x0 / s + 1);
+  const int over = (k + s - 1) / s, last_y = y0 / s, last_x = x0 / s;  // windows over a pixel
   const int64_t image = (int64_t)(blockIdx.x / h) * g.oh * g.ow * c + in.channel;
   float sum[W] = {};
-  for (int oy = first_y; oy < last_y; ++oy)
-    for (int ox = first_x; ox < last_x; ++ox) {
+#pragma unroll(K ? K : 1)
+  for (int i = over - 1; i >= 0; --i)
+#pragma unroll(K ? K : 1)
+    for (int l = over - 1; l >= 0; --l) {
+      const int oy = last_y - i, ox = last_x - l, down = y0 - oy * s, right = x0 - ox * s;
+      if (oy < 0 || oy >= g.oh || down >= k || ox < 0 || ox >= g.ow || right >= k) continue;
       const int64_t at = image + (oy * g.ow + ox) * c;
-      const int place = (y0 - oy * s) * k + x0 - ox * s;
+      const int place = down * k + right;
       const auto grad = load<E, W>(g.grad, at);
       const auto places = *reinterpret_cast<const Places<W>*>(g.index + at);
 #pragma unroll

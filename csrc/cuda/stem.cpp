@@ -12,9 +12,9 @@ namespace {
 constexpr size_t kAlignment = 16;  // of the output and the weight
 constexpr int64_t kTaps = 7 * 8;   // with the one that is none
 
-void conv_bn_act_max_pool(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t shift,
-                          uintptr_t y, const std::string& dtype, int64_t n, int64_t h, int64_t w,
-                          int64_t c, int64_t o, int64_t band, bool relu, Stream stream) {
+void stem(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t shift, uintptr_t y,
+          const std::string& dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t o,
+          int64_t band, bool relu, bool pool, Stream stream) {
   const DType type = half_precision(dtype);
   need("n", n, 1);
   need("h", h, 1);
@@ -23,7 +23,8 @@ void conv_bn_act_max_pool(uintptr_t x, uintptr_t weight, uintptr_t scale, uintpt
   need("o", o, 1);
   need("band", band, 1);
   if (o % kStemChannels) fail("o: expected a multiple of 64, got " + std::to_string(o));
-  const double pixels = double(n) * ((h + 3) / 4) * ((w + 3) / 4);
+  const int64_t by = pool ? 4 : 2;
+  const double pixels = double(n) * ceil_div(h, by) * ceil_div(w, by);
   const Block out = half_map("y", y, pixels * o, kAlignment);
   need_apart(out, half_map("x", x, double(n) * h * w * c, 2));
   need_apart(out, half_map("weight", weight, double(o) * kTaps * 4, kAlignment));
@@ -32,7 +33,7 @@ void conv_bn_act_max_pool(uintptr_t x, uintptr_t weight, uintptr_t scale, uintpt
                       float_vector("scale", scale),
                       float_vector("shift", shift),
                       pointer<void>(y),
-                      n, h, w, c, o, band, relu};
+                      n, h, w, c, o, band, relu, pool};
   py::gil_scoped_release release;
   launch(type, args, stream);
 }
@@ -41,15 +42,16 @@ void conv_bn_act_max_pool(uintptr_t x, uintptr_t weight, uintptr_t scale, uintpt
 
 void register_stem(py::module_& m) {
   using py::arg;
-  m.def("conv_bn_act_max_pool", &conv_bn_act_max_pool, arg("x"), arg("weight"), arg("scale"),
-        arg("shift"), arg("y"), arg("dtype"), arg("n"), arg("h"), arg("w"), arg("c"), arg("o"),
-        arg("band"), arg("relu"), arg("stream"),
-        "y = max_pool(act(conv(x, weight) * scale + shift)), act = ReLU or nothing: 7x7 of stride 2\n"
-        "and padding 3, then 3x3 of stride 2 and padding 1.\n\n"
-        "x (n, h, w, c), c up to 4, and y (n, h / 4, w / 4, o), rounded up, o in 64, are dense NHWC\n"
-        "in dtype, 'bfloat16' or 'float16'; scale and shift float32, 0 leaves one out. The weight is\n"
-        "(o / 32, 14, 4, 32, 4): steps of 16 along the rows of 8 pixels of 4 channels, groups of 8\n"
-        "outputs, and what each lane multiplies. A block walks down `band` rows of y.");
+  m.def("stem", &stem, arg("x"), arg("weight"), arg("scale"), arg("shift"), arg("y"), arg("dtype"),
+        arg("n"), arg("h"), arg("w"), arg("c"), arg("o"), arg("band"), arg("relu"), arg("pool"),
+        arg("stream"),
+        "y = max_pool(act(conv(x, weight) * scale + shift)), act = ReLU or nothing, or without the\n"
+        "pool: 7x7 of stride 2 and padding 3, then 3x3 of stride 2 and padding 1.\n\n"
+        "x (n, h, w, c), c up to 4, and y (n, h / 4, w / 4, o), or without the pool (n, h / 2, w / 2,\n"
+        "o), rounded up, o in 64, are dense NHWC in dtype, 'bfloat16' or 'float16'; scale and shift\n"
+        "float32, 0 leaves one out. The weight is (o / 32, 14, 4, 32, 4): steps of 16 along the rows\n"
+        "of 8 pixels of 4 channels, groups of 8 outputs, and what each lane multiplies. A block walks\n"
+        "down `band` rows of y.");
 }
 
 }  // namespace rf::cuda

@@ -1,5 +1,6 @@
 // The stem of a ResNet, y = max_pool(act(conv(x, weight) * scale + shift)), in one pass: 7x7 of
-// stride 2 and padding 3 over up to four channels, then 3x3 of stride 2 and padding 1.
+// stride 2 and padding 3 over up to four channels, then 3x3 of stride 2 and padding 1; or without
+// the pool.
 //
 // Rows of x lie in shared memory with four channels a pixel, zeros where x has fewer. Two pixels are
 // 16 bytes, and so is the step from one window to the next: a matrix of windows is read where its
@@ -7,8 +8,8 @@
 // last is no tap: it is cleared in registers, as it may be NaN or infinite.
 //
 // A block walks down a band of the output. Each of its four warps has half of the columns of the map
-// between the two and half of its channels, their weights in registers all the way. Of that map
-// stays what the pool needs: the largest of the rows so far.
+// that the convolution makes and half of its channels, their weights in registers all the way. Where
+// there is a pool, of that map stays what it needs: the largest of the rows so far.
 #include "launch.cuh"
 #include "mma.cuh"
 #include "stem.h"
@@ -24,6 +25,32 @@ constexpr int kMapRow = 2 * kStemChannels + 16;          // of a row of the map;
 
 struct StemGrid : StemArgs {
   int64_t oh, ow, ph, pw, bands, tiles;
+};
+
+// The part of the output that a block makes: columns and rows of the convolution's map, and of the
+// pool's. The first tile of a pool begins with the map's first column, the others with the one before
+// a window's.
+template <bool POOL>
+struct Part {
+  int column0, q0, q1, y0, r0, r1;
+
+  __device__ __forceinline__ Part(const StemGrid& g, int tile, int band) {
+    constexpr int kWindows = kStemColumns / 2;
+    y0 = band * (int)g.band;
+    const int y1 = min((int)(POOL ? g.ph : g.oh), y0 + (int)g.band);
+    if constexpr (POOL) {
+      q0 = tile == 0 ? 0 : kWindows + (tile - 1) * (kWindows - 1);
+      q1 = min((int)g.pw, q0 + kWindows - (tile != 0));
+      column0 = tile == 0 ? 0 : 2 * q0 - 1;
+      r0 = max(0, 2 * y0 - 1);
+      r1 = min((int)g.oh, 2 * y1);
+    } else {
+      column0 = q0 = tile * kStemColumns;
+      q1 = min((int)g.ow, q0 + kStemColumns);
+      r0 = y0;
+      r1 = y1;
+    }
+  }
 };
 
 // Pixels of x as a thread fetches them: every kBlock-th of a row's columns. They are loaded ahead and
@@ -86,28 +113,23 @@ __device__ __forceinline__ uint32_t packed(float first, float second) {
   return v.whole;
 }
 
-template <class E, int C>
+template <class E, int C, bool POOL>
 __global__ void __launch_bounds__(kBlock, 2) stem_kernel(const StemGrid g) {
   alignas(16) __shared__ char rows[kSlots * kRow];
   alignas(16) __shared__ char map[kStemColumns * kMapRow];
   __shared__ float scale[kStemChannels], shift[kStemChannels];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int64_t tile = blockIdx.x % g.tiles, rest = blockIdx.x / g.tiles;
-  const int64_t band = rest % g.bands, image = rest / g.bands;
+  const int64_t rest = blockIdx.x / g.tiles, image = rest / g.bands;
   const int64_t channel0 = (int64_t)blockIdx.y * kStemChannels;
-  // The first tile begins with the map's first column, the others with the one before a window's.
-  const int q0 = (int)(tile == 0 ? 0 : kStemColumns / 2 + (tile - 1) * (kStemColumns / 2 - 1));
-  const int q1 = min((int)g.pw, q0 + kStemColumns / 2 - (tile != 0));
-  const int column0 = tile == 0 ? 0 : 2 * q0 - 1, last_column = (int)g.ow - 1 - column0;
-  const int y0 = (int)(band * g.band), y1 = (int)min64(g.ph, y0 + g.band);
-  const int r0 = max(0, 2 * y0 - 1), r1 = min((int)g.oh, 2 * y1);
+  const Part<POOL> part(g, (int)(blockIdx.x % g.tiles), (int)(rest % g.bands));
+  const int last_column = (int)g.ow - 1 - part.column0;
   if (thread < kStemChannels) {
     scale[thread] = g.scale ? g.scale[channel0 + thread] : 1;
     shift[thread] = g.shift ? g.shift[channel0 + thread] : 0;
   }
   using Pixels = typename E::T[Fetch<E, C>::kOfThread][C];
-  const Fetch<E, C> fetch(g, image, 2 * column0 - 3, thread);
-  const int x_row0 = 2 * r0 - 3;
+  const Fetch<E, C> fetch(g, image, 2 * part.column0 - 3, thread);
+  const int x_row0 = 2 * part.r0 - 3;
 #pragma unroll
   for (int i = 0; i < kTaps; ++i) {
     Pixels pixels;
@@ -130,15 +152,16 @@ __global__ void __launch_bounds__(kBlock, 2) stem_kernel(const StemGrid g) {
   const int lane_offset = (column + of_lane) * 16 + lane / 16 * 16;
   const uint32_t taps = lane & 2 ? 0 : 0xffffffff;  // of the last two pixels, the first
   const uint32_t nothing = packed<E>(-INFINITY, -INFINITY);
-  uint32_t best[kColumnTiles][kChannelTiles][2];
+  uint32_t best[kColumnTiles][kChannelTiles][2];  // of a pool
+  if constexpr (POOL)
 #pragma unroll
-  for (int m = 0; m < kColumnTiles; ++m)
+    for (int m = 0; m < kColumnTiles; ++m)
 #pragma unroll
-    for (int n = 0; n < kChannelTiles; ++n) best[m][n][0] = best[m][n][1] = nothing;
+      for (int n = 0; n < kChannelTiles; ++n) best[m][n][0] = best[m][n][1] = nothing;
   __syncthreads();
 
-  for (int r = r0; r < r1; ++r) {
-    const int slot = 2 * (r - r0);
+  for (int r = part.r0; r < part.r1; ++r) {
+    const int slot = 2 * (r - part.r0);
     Pixels next[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) fetch.load(x_row0 + slot + kTaps + i, next[i]);
@@ -161,7 +184,8 @@ __global__ void __launch_bounds__(kBlock, 2) stem_kernel(const StemGrid g) {
       }
     }
 
-    const bool ends = r % 2 || r == g.oh - 1;  // a window's last row; an odd one begins the next
+    // Whether a window has its last row; an odd one begins the next.
+    const bool ends = !POOL || r % 2 || r == g.oh - 1;
 #pragma unroll
     for (int n = 0; n < kChannelTiles; ++n) {
       const int channel = channels * 32 + n * 8 + lane % 4 * 2;
@@ -173,11 +197,14 @@ __global__ void __launch_bounds__(kBlock, 2) stem_kernel(const StemGrid g) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float *v = sums[m][n] + 2 * i;
-          const uint32_t value = packed<E>(v[0] * s0 + t0, v[1] * s1 + t1);
-          const uint32_t most = larger<E>(best[m][n][i], value);
-          best[m][n][i] = r % 2 ? value : most;
+          uint32_t value = packed<E>(v[0] * s0 + t0, v[1] * s1 + t1);
+          if constexpr (POOL) {
+            const uint32_t most = larger<E>(best[m][n][i], value);
+            best[m][n][i] = r % 2 ? value : most;
+            value = most;
+          }
           const int at = column + m * 16 + lane / 4 + i * 8;
-          if (ends) *reinterpret_cast<uint32_t*>(map + at * kMapRow + 2 * channel) = most;
+          if (ends) *reinterpret_cast<uint32_t*>(map + at * kMapRow + 2 * channel) = value;
         }
       }
     }
@@ -186,26 +213,34 @@ __global__ void __launch_bounds__(kBlock, 2) stem_kernel(const StemGrid g) {
       fetch.store(rows + (slot + kTaps + i) % kSlots * kRow, thread, next[i]);
     __syncthreads();
 
-    const int y = r / 2;
-    if (!ends || y < y0) continue;
-    // Until it is written over there is a row that ends no window, but before the map's last one.
+    const int y = POOL ? r / 2 : r;
+    if (!ends || y < part.y0) continue;
     constexpr int kPieces = kStemChannels / 8;
-    auto* to = static_cast<typename E::T*>(g.y) +
-               ((image * g.ph + y) * g.pw + q0) * g.o + channel0 + thread % kPieces * 8;
-    for (int q = thread / kPieces; q < q1 - q0; q += kBlock / kPieces) {
-      const int middle = 2 * (q0 + q) - column0;
-      uint4 v{nothing, nothing, nothing, nothing};
+    const int64_t row = image * (POOL ? g.ph : g.oh) + y, pixel0 = row * (POOL ? g.pw : g.ow) + part.q0;
+    auto* to = static_cast<typename E::T*>(g.y) + pixel0 * g.o + channel0 + thread % kPieces * 8;
+    const auto of_map = [&](int column) {
+      return *reinterpret_cast<const uint4*>(map + column * kMapRow + thread % kPieces * 16);
+    };
+    for (int q = thread / kPieces; q < part.q1 - part.q0; q += kBlock / kPieces) {
+      uint4 v;
+      if constexpr (POOL) {
+        const int middle = 2 * (part.q0 + q) - part.column0;
+        v = of_map(middle);
 #pragma unroll
-      for (int i = -1; i <= 1; ++i) {
-        const int at = min(max(middle + i, 0), last_column);  // at an edge one of them twice
-        const uint4 w = *reinterpret_cast<const uint4*>(map + at * kMapRow + thread % kPieces * 16);
-        v = {larger<E>(v.x, w.x), larger<E>(v.y, w.y), larger<E>(v.z, w.z), larger<E>(v.w, w.w)};
+        for (int i = -1; i <= 1; i += 2) {
+          const uint4 w = of_map(min(max(middle + i, 0), last_column));  // at an edge one twice
+          v = {larger<E>(v.x, w.x), larger<E>(v.y, w.y), larger<E>(v.z, w.z), larger<E>(v.w, w.w)};
+        }
+      } else {
+        v = of_map(q);
       }
       if (g.relu)
         v = {larger<E>(v.x, 0), larger<E>(v.y, 0), larger<E>(v.z, 0), larger<E>(v.w, 0)};
       __stwb(reinterpret_cast<uint4*>(to + q * g.o), v);
     }
-    if (r + 2 == g.oh) __syncthreads();
+    // Of a pool the next row ends no window, but before the map's last one: until the one after it
+    // writes over this, all have met.
+    if (!POOL || r + 2 == g.oh) __syncthreads();
   }
 }
 
@@ -214,19 +249,23 @@ __global__ void __launch_bounds__(kBlock, 2) stem_kernel(const StemGrid g) {
 void launch(DType dtype, const StemArgs& args, Stream stream) {
   const int64_t oh = (args.h - 1) / 2 + 1, ow = (args.w - 1) / 2 + 1;
   const int64_t ph = (oh - 1) / 2 + 1, pw = (ow - 1) / 2 + 1;
-  const int64_t beyond = pw - kStemColumns / 2;
-  StemGrid g{args, oh, ow, ph, pw, ceil_div(ph, args.band),
-             beyond > 0 ? 1 + ceil_div(beyond, kStemColumns / 2 - 1) : 1};
+  const int64_t beyond = max64(0, pw - kStemColumns / 2);
+  const int64_t tiles = args.pool ? 1 + ceil_div(beyond, kStemColumns / 2 - 1)
+                                  : ceil_div(ow, kStemColumns);
+  const StemGrid g{args, oh, ow, ph, pw, ceil_div(args.pool ? ph : oh, args.band), tiles};
   const int64_t blocks = args.n * g.bands * g.tiles, groups = args.o / kStemChannels;
-  if (blocks == 0) return;
   if (blocks > 0x7fffffff || groups > 0xffff || args.h * args.w * args.c > 0x7fffffff)
-    throw std::runtime_error("conv_bn_act_max_pool: the map is too large");
-  const auto with = [&](auto element) {
+    throw std::runtime_error("stem: the map is too large");
+  const auto with = [&](auto element, auto pool) {
     using E = decltype(element);
-    put("conv_bn_act_max_pool", args.c == 3 ? stem_kernel<E, 3> : stem_kernel<E, 4>,
+    constexpr bool POOL = decltype(pool)::value;
+    put("stem", args.c == 3 ? stem_kernel<E, 3, POOL> : stem_kernel<E, 4, POOL>,
         dim3((unsigned)blocks, (unsigned)groups), dim3(kBlock), g, stream);
   };
-  dtype == DType::bf16 ? with(Bf16{}) : with(F16{});
+  const auto with_pool = [&](auto element) {
+    args.pool ? with(element, std::true_type{}) : with(element, std::false_type{});
+  };
+  dtype == DType::bf16 ? with_pool(Bf16{}) : with_pool(F16{});
 }
 
 }  // namespace rf::cuda

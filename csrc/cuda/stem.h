@@ -8,15 +8,15 @@ namespace rf::cuda {
 // Columns of the map before the pool, and channels, that a block has at a time.
 constexpr int kStemColumns = 112, kStemChannels = 64;
 
-// x (n, h, w, c) of up to four channels and y (n, ph, pw, o), o in kStemChannels, dense. The weight
-// is (o / 32, steps, 4, 32, 4), as the warps multiply it.
+// x (n, h, w, c) of up to four channels and y, (n, h / 2, w / 2, o) rounded up or behind the pool half
+// of it, o in kStemChannels, dense. The weight is (o / 32, steps, 4, 32, 4), as the warps multiply it.
 struct StemArgs {
   const void *x, *weight;
   const float *scale, *shift;  // null: ones, zeros
   void* y;
   int64_t n, h, w, c, o;
   int64_t band;  // rows of y that a block walks down
-  bool relu;
+  bool relu, pool;
 };
 
 void launch(DType dtype, const StemArgs& args, Stream stream);

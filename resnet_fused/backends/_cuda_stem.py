@@ -1,7 +1,8 @@
 """The stem of the extension's CUDA kernels: convolution, scale, shift, ReLU and pool in one pass.
 
 It is for the stem of the paper's ImageNet networks alone: 7x7 of stride 2 over up to four channels,
-then 3x3 of stride 2, in 16 bits. A block walks down a band of the output's rows.
+then 3x3 of stride 2, in 16 bits; with the pool or without. A block walks down a band of the
+output's rows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _GEOMETRY = ((2, 2), (3, 3), (1, 1))
 _POOL = ((3, 3), (2, 2), (1, 1))
 _KERNEL, _MOST_CHANNELS = (7, 7), 4
-#: Columns of the map before the pool, and channels, that a block has at a time.
+#: Columns of the convolution's map, and channels, that a block has at a time.
 _COLUMNS, _CHANNELS = 112, 64
 #: Blocks on a multiprocessor, as registers allow, and what one takes to begin, in rows of the map.
 _TOGETHER, _BEGIN = 2, 4
@@ -42,40 +43,78 @@ def declines(
     act: str | None,
     *pool: Sequence[int],
 ) -> str | None:
-    """Return why the kernel does not take this call, or None."""
-    if x.dtype not in _DTYPES:
-        return f"takes this op in bfloat16 and float16, x is {x.dtype}"
-    o, c, *kernel = weight.shape
-    geometry = tuple(tuple(pair) for pair in (stride, padding, dilation))
-    pooled = tuple(tuple(pair) for pair in pool)
-    if (tuple(kernel), geometry, pooled, groups) != (_KERNEL, _GEOMETRY, _POOL, 1):
-        return "takes 7x7 of stride 2 and padding 3, then 3x3 of stride 2 and padding 1, alone"
-    if c > _MOST_CHANNELS or o % _CHANNELS:
-        return f"takes up to 4 channels to a multiple of 64, got {c} to {o}"
+    """Return why there is no kernel for a convolution with a pool behind it, or None."""
+    if reason := declines_convolution(x, weight, stride, padding, dilation, groups):
+        return reason
+    if tuple(map(tuple, pool)) != _POOL:
+        return f"pools a stem by 3x3 of stride 2 and padding 1, got {pool}"
     return None
 
 
-def heuristic(n: int, height: int, width: int, channels: int, processors: int) -> int:
-    """Return the band of an output of this size: the one by which the last block is done first.
+def declines_convolution(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
+    """Return why there is no kernel for a convolution, or None."""
+    if x.dtype not in _DTYPES:
+        return f"has a stem in bfloat16 and float16, x is {x.dtype}"
+    o, c, *kernel = weight.shape
+    geometry = tuple(map(tuple, (stride, padding, dilation)))
+    if (tuple(kernel), geometry, groups) != (_KERNEL, _GEOMETRY, 1):
+        return f"has a stem of 7x7, stride 2 and padding 3, got {tuple(kernel)}, {geometry}"
+    if c > _MOST_CHANNELS or o % _CHANNELS:
+        return f"has a stem of up to 4 channels to a multiple of 64, got {c} to {o}"
+    return None
 
-    Each takes a row of the map more than the band has, and begins once.
+
+def heuristic(n: int, o: int, h: int, w: int, pool: bool, processors: int) -> int:
+    """Return the band for an output (N, O, H, W): the one by which the last block is done first.
+
+    Each begins once, and with a pool computes two rows for each of the band and one more.
     """
-    across = 1 + math.ceil(max(0, width - _COLUMNS // 2) / (_COLUMNS // 2 - 1))
+    across = math.ceil(w / _COLUMNS)
+    if pool:
+        across = 1 + math.ceil(max(0, w - _COLUMNS // 2) / (_COLUMNS // 2 - 1))
 
     def rows(band: int) -> int:
-        blocks = n * math.ceil(height / band) * across * channels // _CHANNELS
-        return math.ceil(blocks / (_TOGETHER * processors)) * (2 * band + 1 + _BEGIN)
+        blocks = n * math.ceil(h / band) * across * o // _CHANNELS
+        each = _BEGIN + (2 * band + 1 if pool else band)
+        return math.ceil(blocks / (_TOGETHER * processors)) * each
 
     return min(BANDS, key=rows)
 
 
-def candidates(x: Tensor, weight: Tensor, *rest: object) -> dict[str, Callable[..., Tensor]]:
+def candidates(
+    run: Callable[..., Tensor], x: Tensor, *, pool: bool
+) -> dict[str, Callable[..., Tensor]]:
     """Return the op with every band that is no higher than the output, by name."""
+    height = math.ceil(x.shape[2] / (4 if pool else 2))
     return {
-        f"band{band}": functools.partial(conv_bn_act_max_pool, band=band)
+        f"band{band}": functools.partial(run, band=band)
         for band in BANDS
-        if band == 1 or band <= math.ceil(x.shape[2] / 4)
+        if band == 1 or band <= height
     }
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    band: int | None = None,
+) -> Tensor:
+    """Run the op, by default with the band of :func:`heuristic`."""
+    return _run(x, weight, scale, shift, relu=act == "relu", pool=False, band=band)
 
 
 def conv_bn_act_max_pool(
@@ -93,27 +132,40 @@ def conv_bn_act_max_pool(
     pool_padding: Sequence[int],
     band: int | None = None,
 ) -> Tensor:
-    """Run the op, by default with the band of :func:`heuristic`.
+    """Run the op, by default with the band of :func:`heuristic`."""
+    return _run(x, weight, scale, shift, relu=act == "relu", pool=True, band=band)
 
-    The weight in the kernel's layout is kept until it changes.
-    """
-    n, c, h, w = x.shape
-    shape = (n, weight.shape[0], math.ceil(h / 4), math.ceil(w / 4))
+
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the convolution alone, as training wants it."""
+    return _run(x, weight, None, None, relu=False, pool=False, band=None)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    *,
+    relu: bool,
+    pool: bool,
+    band: int | None,
+) -> Tensor:
+    (n, c, h, w), o = x.shape, weight.shape[0]
+    by = 4 if pool else 2
+    shape = (n, o, math.ceil(h / by), math.ceil(w / by))
     y = empty_channels_last(shape, x.dtype, x.device)
     if y.numel() == 0:
         return y
     if band is None:
-        band = heuristic(n, *shape[2:], shape[1], _device.multiprocessors(x.device))
+        band = heuristic(*shape, pool, _device.multiprocessors(x.device))
     packed = derived((weight,), "cuda stem", lambda: pack(weight))
     # Kept until the kernel is in the stream.
     x = x.detach().contiguous(memory_format=torch.channels_last)
     vectors = as_vector(scale), as_vector(shift)
     addresses = [0 if t is None else t.data_ptr() for t in (x, packed, *vectors, y)]
-    sizes = (n, h, w, c, shape[1])
-    _training_kernels.run(
-        x.device, "conv_bn_act_max_pool", *addresses, CUDA_DTYPE_NAMES[x.dtype], *sizes, band,
-        act == "relu",
-    )  # fmt: skip
+    dtype = CUDA_DTYPE_NAMES[x.dtype]
+    _training_kernels.run(x.device, "stem", *addresses, dtype, n, h, w, c, o, band, relu, pool)
     return y
 
 

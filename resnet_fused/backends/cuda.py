@@ -26,9 +26,6 @@ from resnet_fused.backends._bn_math import bn_update_stats as bn_update_stats
 # The stem of the paper's networks.
 from resnet_fused.backends._cuda_stem import conv_bn_act_max_pool as conv_bn_act_max_pool
 
-# By CUTLASS, on sm_90 alone.
-from resnet_fused.backends._hopper_conv import conv_bn_act as conv_bn_act
-
 # Ops of training, run as they stand there.
 from resnet_fused.backends._training_ops import bn_act as bn_act
 from resnet_fused.backends._training_ops import bn_act_backward as bn_act_backward
@@ -117,7 +114,7 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
     if op in _POOLS and any(first != second for first, second in args[-3:]):
         return f"takes square pools, got {args[-3:]}"
     if op == "conv_bn_act":
-        return _hopper_conv.declines(x, *args)
+        return None if _is_stem(x, *args) else _hopper_conv.declines(x, *args)
     if op == "conv_bn_act_max_pool" and (reason := _cuda_stem.declines(x, *args)):
         return reason
     return _declines_device(x.device.index)
@@ -125,11 +122,45 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
 
 def candidates(op: str, *args: Any) -> dict[str, Callable[..., Tensor]]:
     """Return the ways to run this call, by name, for the tuner: tiles, or bands of rows."""
-    if op == "conv_bn_act":
+    if op == "conv_bn_act" and not _is_stem(*args):
         return _hopper_conv.candidates(*args)
-    if op == "conv_bn_act_max_pool":
-        return _cuda_stem.candidates(*args)
+    if op in ("conv_bn_act", "conv_bn_act_max_pool"):
+        run = getattr(_cuda_stem, op)
+        return _cuda_stem.candidates(run, args[0], pool=op == "conv_bn_act_max_pool")
     return {"default": getattr(sys.modules[__name__], op)}
+
+
+def _is_stem(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+) -> bool:
+    geometry = (stride, padding, dilation, groups)
+    return residual is None and not _cuda_stem.declines_convolution(x, weight, *geometry)
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+) -> Tensor:
+    """Run the op: the stem of the paper's networks, or by CUTLASS, on sm_90 alone."""
+    args = (x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
+    return (_cuda_stem if _is_stem(*args) else _hopper_conv).conv_bn_act(*args)
 
 
 def bn_apply(
@@ -152,8 +183,12 @@ def conv_bn_stats(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the op; the convolution is torch's own."""
-    y = _torch_conv.forward(x, weight, stride, padding, dilation, groups)
+    """Run the op; the convolution is torch's own, but for the stem."""
+    geometry = (stride, padding, dilation, groups)
+    if _cuda_stem.declines_convolution(x, weight, *geometry):
+        y = _torch_conv.forward(x, weight, *geometry)
+    else:
+        y = _cuda_stem.convolve(x, weight)
     return y, *_training_kernels.bn_stats(y)
 
 
