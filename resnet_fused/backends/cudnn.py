@@ -12,8 +12,10 @@ if x or weight is. Whether their ReLU keeps NaN is not certain: the cuDNN front 
 built with asks for it in its newer versions only, and nobody promises it of every engine. So
 :func:`conv_bn_act` rectifies with ``torch.relu_`` after the convolution, as oneDNN's does, and the
 fused calls are a candidate that the tuner may choose: it has seen that the answer for this very
-shape is right and keeps NaN. It has also timed it, which the 7x7 stem needs: there
-``cudnn_convolution_relu`` was 17 times slower in channels_last (pytorch #68506).
+shape is right and keeps NaN. In float16 some of cuDNN's kernels give large numbers for infinity
+(9.19 on an H200, a 1x1 of stride 2), eager torch's there too. The tuner has also timed the call,
+which the 7x7 stem needs: there ``cudnn_convolution_relu`` was 17 times slower in channels_last
+(pytorch #68506).
 """
 
 from __future__ import annotations

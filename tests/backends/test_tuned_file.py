@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +11,11 @@ import warnings
 import pytest
 import torch
 
-from resnet_fused.backends import _tuned_file
+from resnet_fused.backends import ORDER, REFERENCE, _tuned, _tuned_file
 from resnet_fused.backends._tuned_file import Choice, Unusable
+from resnet_fused.backends.triton.shapes import Config
+from resnet_fused.models import create_model
+from resnet_fused.tuning.calls import harvest
 
 CPU = torch.device("cpu")
 X = (torch.bfloat16, torch.Size((1, 3, 4, 4)))
@@ -93,6 +97,34 @@ def test_a_shipped_table_stands_behind_what_was_measured(cache, monkeypatch):
     _tuned_file.merge(CPU, {KEY: measured})
     assert _tuned_file.load(CPU) == {KEY: measured, ("add_relu",): CHOICE}
     assert held() == {KEY: measured}
+
+
+@pytest.mark.parametrize("file", sorted(_tuned_file.SHIPPED.glob("*.json")), ids=lambda f: f.stem)
+def test_what_is_shipped_can_still_be_run(file):
+    """It is read under its device's name, and names candidates that there are."""
+    device = json.loads(file.read_text())["conditions"]["device"]
+    assert file.stem == _tuned_file._slug(device)
+    choices = _tuned_file.read(file, {"device": device})
+    assert choices
+    for choice in choices.values():
+        assert choice.backend in (*ORDER, REFERENCE)
+        if choice.backend == "triton" and choice.candidate != "default":
+            assert str(Config.parse(choice.candidate)) == choice.candidate
+        if choice.backend == "cuda":
+            assert re.fullmatch(r"default|band\d+|gemm-m\d+n\d+c\d+", choice.candidate)
+
+
+@pytest.mark.parametrize("model", ["resnet50", "resnet152"])
+def test_an_h200_has_choices_for_the_bottlenecks_at_batch_256(model):
+    """All but the stem in one pass, for which there is one kernel, and what it replaces."""
+    shipped = _tuned_file.read(_tuned_file.SHIPPED / "nvidia-h200.json", {"device": "NVIDIA H200"})
+    with torch.device("meta"):
+        network = create_model(model).eval().bfloat16().to(memory_format=torch.channels_last)
+        x = torch.empty(256, 3, 224, 224, dtype=torch.bfloat16)
+    calls = harvest(network, x.contiguous(memory_format=torch.channels_last))
+    convolutions = [call for call in calls if call.op == "conv_bn_act"]
+    assert len(convolutions) == 24
+    assert all(_tuned.signature(call.op, call.args) in shipped for call in convolutions)
 
 
 @pytest.mark.parametrize("text", ["garbage", "[" * 200_000, None])
