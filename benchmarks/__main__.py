@@ -111,7 +111,7 @@ def _measuring(*levels: str) -> Callable[..., None]:
                 image_size=options.positive("--image-size", image_size, least=32),
                 caches=begin.caches(cache, usual.levels),
                 graphs=begin.graphs(graphs, settings.device),
-                seconds=begin.seconds(seconds),
+                seconds=begin.seconds(seconds, settings.device),
                 limit=begin.above_zero("--limit", limit),
                 budget=begin.budget(minutes),
                 layer_batches=None if batch else usual.layer_batches,
@@ -267,7 +267,7 @@ def _of_one(
         image_size=224,
         caches=suite.CACHES,
         graphs=False,
-        seconds=begin.seconds(seconds),
+        seconds=begin.seconds(seconds, settings.device),
         limit=begin.above_zero("--limit", limit),
         budget=begin.budget(minutes),
     )

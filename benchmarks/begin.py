@@ -41,10 +41,10 @@ def graphs(asked_for: bool | None, device: str) -> bool:
     return device == "cuda" if asked_for is None else asked_for
 
 
-def seconds(asked_for: float | None) -> Mapping[str, float]:
+def seconds(asked_for: float | None, device: str) -> Mapping[str, float]:
     """Return the seconds of timing by level: what was asked for at all of them."""
     if asked_for is None:
-        return suite.SECONDS
+        return suite.SECONDS[device]
     return dict.fromkeys(LEVELS, above_zero("--seconds", asked_for))
 
 

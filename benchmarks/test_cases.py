@@ -51,7 +51,7 @@ def _suite() -> Suite:
     )  # fmt: skip
     return Suite(
         settings, MEASURED, peers, image_size=224, caches=dict.fromkeys(LEVELS, HOT),
-        graphs=False, seconds=suite.SECONDS, limit=0.0,
+        graphs=False, seconds=suite.SECONDS[device], limit=0.0,
     )  # fmt: skip
 
 

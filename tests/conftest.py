@@ -54,12 +54,12 @@ def _nobodys_cache(tmp_path_factory: pytest.TempPathFactory):
 def _float32_is_not_tf32():
     """Have convolutions on a GPU multiply float32 as it is, which torch does only if it is asked.
 
-    TF32 has tests of its own.
+    TF32 has tests of its own. By torch's older flag, as it does not read that one where the newer
+    ones were used.
     """
-    conv = torch.backends.cudnn.conv
-    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield
-    conv.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture

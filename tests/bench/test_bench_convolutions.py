@@ -110,7 +110,9 @@ def test_convolutions_of_several_models_are_measured_once() -> None:
 
 
 def test_the_suite_runs_them_on_one_thread(settings: Settings, tmp_path: Path) -> None:
-    asked = Suite(settings, (CONVOLUTION,), {}, 224, suite.CACHES, False, suite.SECONDS, 60.0)
+    asked = Suite(
+        settings, (CONVOLUTION,), {}, 224, suite.CACHES, False, suite.SECONDS["cpu"], 60.0
+    )
     case = suite.plan(asked)[0]
     assert case.layer == "3x224x224 7x7 to 64 stride 2 forward"
     rows = levels.run_case(asked, case, ("eager",), None, tmp_path, watch=Watch())

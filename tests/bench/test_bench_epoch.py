@@ -50,7 +50,7 @@ def asked(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Suite
     before = torch.get_num_threads()
     settings = replace(settings, rounds=5, threads=1)
     yield Suite(settings, (EPOCH,), {EPOCH: ("eager-nchw",)}, 224, suite.CACHES, False,
-                suite.SECONDS, 60.0)  # fmt: skip
+                suite.SECONDS["cpu"], 60.0)  # fmt: skip
     torch.set_num_threads(before)
 
 

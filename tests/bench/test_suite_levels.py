@@ -54,7 +54,7 @@ def small(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Suite
         image_size=32,
         caches=suite.CACHES,
         graphs=False,
-        seconds=suite.SECONDS,
+        seconds=suite.SECONDS["cpu"],
         limit=60.0,
     )
     torch.set_num_threads(before)

@@ -24,7 +24,7 @@ def small(tmp_path):
         out=tmp_path, peers=(),
     )  # fmt: skip
     return Suite(settings, (OP, INFERENCE, TRAINING), PEERS, SIZE, suite.CACHES, True,
-                 suite.SECONDS, limit=300.0)  # fmt: skip
+                 suite.SECONDS["cuda"], limit=300.0)  # fmt: skip
 
 
 @pytest.mark.parametrize("graphs", [True, False])
