@@ -15,6 +15,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
                : "r"(address));
 }
 
+// Likewise, each matrix transposed.
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void* row) {
+  const uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
 // sums (16, 8) += a (16, 16) * b (16, 8). `a` are its quarters, the upper rows before the lower and
 // the first columns before the last; lane i holds the sums 2 * (i % 4) and the next of the rows
 // i / 4 and i / 4 + 8, and of b's column i / 4 the elements that it would hold of a row of `a`.

@@ -2,26 +2,19 @@
 // stride 2 and padding 3 over up to four channels, then 3x3 of stride 2 and padding 1; or without
 // the pool.
 //
-// Rows of x lie in shared memory with four channels a pixel, zeros where x has fewer. Two pixels are
-// 16 bytes, and so is the step from one window to the next: a matrix of windows is read where its
-// rows overlap, and nothing is copied out. K runs over kernel rows and 8 pixels of each, of which the
-// last is no tap: it is cleared in registers, as it may be NaN or infinite.
+// K runs over kernel rows and 8 pixels of each, of which the last is no tap: it is cleared in
+// registers, as it may be NaN or infinite.
 //
 // A block walks down a band of the output. Each of its four warps has half of the columns of the map
 // that the convolution makes and half of its channels, their weights in registers all the way. Where
 // there is a pool, of that map stays what it needs: the largest of the rows so far.
-#include "launch.cuh"
-#include "mma.cuh"
-#include "stem.h"
+#include "stem_rows.cuh"
 
 namespace rf::cuda {
 namespace {
 
-constexpr int kBlock = 128, kSlots = 16;                 // threads; rows of x in shared memory
-constexpr int kTaps = 7, kSteps = 2 * kTaps;             // rows of the kernel; of K by 16
-constexpr int kColumnTiles = 4, kChannelTiles = 4;       // of 16 columns and 8 channels, of a warp
-constexpr int kRow = 16 * (kStemColumns + 4);            // bytes of a row of x
-constexpr int kMapRow = 2 * kStemChannels + 16;          // of a row of the map; no banks in common
+constexpr int kSteps = 2 * kTaps;                   // of K by 16
+constexpr int kColumnTiles = 4, kChannelTiles = 4;  // of 16 columns and 8 channels, of a warp
 
 struct StemGrid : StemArgs {
   int64_t oh, ow, ph, pw, bands, tiles;
@@ -53,55 +46,6 @@ struct Part {
   }
 };
 
-// Pixels of x as a thread fetches them: every kBlock-th of a row's columns. They are loaded ahead and
-// put together when they are stored, or each would be waited for at once.
-template <class E, int C>
-struct Fetch {
-  static constexpr int kPixels = kRow / 8, kOfThread = (kPixels + kBlock - 1) / kBlock;
-  using T = typename E::T;
-  const T* image;
-  int h, pitch, channels, first;
-  unsigned inside;  // a bit for each of the thread's columns
-
-  __device__ __forceinline__ Fetch(const StemGrid& g, int64_t n, int column0, int thread)
-      : image(static_cast<const T*>(g.x) + n * g.h * g.w * g.c),
-        h((int)g.h), pitch((int)(g.w * g.c)), channels((int)g.c), first((column0 + thread) * channels),
-        inside(0) {
-#pragma unroll
-    for (int j = 0; j < kOfThread; ++j) {
-      const int column = column0 + thread + j * kBlock;
-      inside |= (unsigned)(column >= 0 && column < g.w) << j;
-    }
-  }
-
-  __device__ __forceinline__ void load(int row, T (&pixels)[kOfThread][C]) const {
-    const bool row_inside = row >= 0 && row < h;
-    const T* from = image + (int64_t)row * pitch + first;
-#pragma unroll
-    for (int j = 0; j < kOfThread; ++j)
-#pragma unroll
-      for (int i = 0; i < C; ++i) {
-        const bool there = row_inside && (inside >> j & 1) && (C == 3 || i < channels);
-        pixels[j][i] = there ? from[j * kBlock * channels + i] : E::narrow(0);
-      }
-  }
-
-  static __device__ __forceinline__ void store(char* row, int thread, const T (&pixels)[kOfThread][C]) {
-#pragma unroll
-    for (int j = 0; j < kOfThread; ++j) {
-      union {
-        uint2 whole;
-        T at[4];
-      } v;
-      v.whole = uint2{0, 0};
-#pragma unroll
-      for (int i = 0; i < C; ++i) v.at[i] = pixels[j][i];
-      const int column = thread + j * kBlock;
-      if (column < kPixels) *reinterpret_cast<uint2*>(row + 8 * column) = v.whole;
-    }
-  }
-};
-
 template <class E>
 __device__ __forceinline__ uint32_t packed(float first, float second) {
   union {
@@ -128,13 +72,13 @@ __global__ void __launch_bounds__(kBlock, 2) stem_kernel(const StemGrid g) {
     shift[thread] = g.shift ? g.shift[channel0 + thread] : 0;
   }
   using Pixels = typename E::T[Fetch<E, C>::kOfThread][C];
-  const Fetch<E, C> fetch(g, image, 2 * part.column0 - 3, thread);
+  const Fetch<E, C> fetch(g, image, 2 * part.column0 - 3);
   const int x_row0 = 2 * part.r0 - 3;
 #pragma unroll
   for (int i = 0; i < kTaps; ++i) {
     Pixels pixels;
     fetch.load(x_row0 + i, pixels);
-    fetch.store(rows + i * kRow, thread, pixels);
+    fetch.store(rows + i * kRow, pixels);
   }
 
   // Halves of the columns of unlike size: blocks side by side take turns with the larger.
@@ -210,7 +154,7 @@ __global__ void __launch_bounds__(kBlock, 2) stem_kernel(const StemGrid g) {
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      fetch.store(rows + (slot + kTaps + i) % kSlots * kRow, thread, next[i]);
+      fetch.store(rows + (slot + kTaps + i) % kSlots * kRow, next[i]);
     __syncthreads();
 
     const int y = POOL ? r / 2 : r;

@@ -21,4 +21,15 @@ struct StemArgs {
 
 void launch(DType dtype, const StemArgs& args, Stream stream);
 
+// The weight's gradient in `parts`, each (o, 7, 7, c), from the output's gradient (n, h / 2, w / 2, o)
+// rounded up, and x.
+struct StemGradArgs {
+  const void *grad, *x;
+  float* partial;
+  int64_t n, h, w, c, o;
+  int64_t band, parts;  // rows that a block walks down at a time; blocks
+};
+
+void launch(DType dtype, const StemGradArgs& args, Stream stream);
+
 }  // namespace rf::cuda

@@ -17,6 +17,7 @@ from torch import Tensor
 from resnet_fused.backends import _device, _training_kernels
 from resnet_fused.backends._derived import derived
 from resnet_fused.backends._outputs import empty_channels_last
+from resnet_fused.backends._torch_conv import laid_out
 from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_vector
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -44,7 +45,7 @@ def declines(
     *pool: Sequence[int],
 ) -> str | None:
     """Return why there is no kernel for a convolution with a pool behind it, or None."""
-    if reason := declines_convolution(x, weight, stride, padding, dilation, groups):
+    if reason := declines_convolution(x, weight.shape, stride, padding, dilation, groups):
         return reason
     if tuple(map(tuple, pool)) != _POOL:
         return f"pools a stem by 3x3 of stride 2 and padding 1, got {pool}"
@@ -53,7 +54,7 @@ def declines(
 
 def declines_convolution(
     x: Tensor,
-    weight: Tensor,
+    weight_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -62,7 +63,7 @@ def declines_convolution(
     """Return why there is no kernel for a convolution, or None."""
     if x.dtype not in _DTYPES:
         return f"has a stem in bfloat16 and float16, x is {x.dtype}"
-    o, c, *kernel = weight.shape
+    o, c, *kernel = weight_size
     geometry = tuple(map(tuple, (stride, padding, dilation)))
     if (tuple(kernel), geometry, groups) != (_KERNEL, _GEOMETRY, 1):
         return f"has a stem of 7x7, stride 2 and padding 3, got {tuple(kernel)}, {geometry}"
@@ -139,6 +140,32 @@ def conv_bn_act_max_pool(
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
     """Return the convolution alone, as training wants it."""
     return _run(x, weight, None, None, relu=False, pool=False, band=None)
+
+
+def backward_weight(
+    grad: Tensor, x: Tensor, weight_size: Sequence[int], channels_last: bool
+) -> Tensor:
+    """Return the gradient of the weight of :func:`convolve`, channels_last or contiguous.
+
+    Each block sums over bands of its own; their sums are added in order.
+    """
+    (n, c, h, w), o, processors = x.shape, weight_size[0], _device.multiprocessors(x.device)
+    rows, across = math.ceil(h / 2), math.ceil(math.ceil(w / 2) / _COLUMNS)
+
+    def units(band: int) -> int:
+        return n * math.ceil(rows / band) * across
+
+    blocks = _TOGETHER * processors
+    band = next((b for b in reversed(BANDS) if units(b) >= blocks), BANDS[0])
+    parts = min(units(band), blocks)
+    partial = torch.empty((parts, o, *_KERNEL, c), dtype=torch.float32, device=x.device)
+    maps = [t.detach().contiguous(memory_format=torch.channels_last) for t in (grad, x)]
+    if maps[0].data_ptr() % 16:
+        maps[0] = maps[0].clone()
+    addresses = [t.data_ptr() for t in (*maps, partial)]
+    sizes = (CUDA_DTYPE_NAMES[x.dtype], n, h, w, c, o, band, parts)
+    _training_kernels.run(x.device, "stem_backward_weight", *addresses, *sizes)
+    return laid_out(partial.sum(0).to(grad.dtype).permute(0, 3, 1, 2), channels_last)
 
 
 def _run(

@@ -64,7 +64,12 @@ def backward_weight(
     grad_weight = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *geometry, [False, True, False]
     )[1]
+    return laid_out(grad_weight, channels_last)
+
+
+def laid_out(weight: Tensor, channels_last: bool) -> Tensor:
+    """Return ``weight`` channels_last or contiguous, to the letter where a side is 1."""
     if channels_last:
-        return as_channels_last(grad_weight)
-    _, c, kh, kw = weight_size
-    return grad_weight.contiguous().as_strided(weight_size, (c * kh * kw, kh * kw, kw, 1))
+        return as_channels_last(weight)
+    _, c, kh, kw = weight.shape
+    return weight.contiguous().as_strided(weight.shape, (c * kh * kw, kh * kw, kw, 1))

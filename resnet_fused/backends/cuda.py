@@ -143,7 +143,7 @@ def _is_stem(
     act: str | None,
 ) -> bool:
     geometry = (stride, padding, dilation, groups)
-    return residual is None and not _cuda_stem.declines_convolution(x, weight, *geometry)
+    return residual is None and not _cuda_stem.declines_convolution(x, weight.shape, *geometry)
 
 
 def conv_bn_act(
@@ -185,7 +185,7 @@ def conv_bn_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the op; the convolution is torch's own, but for the stem."""
     geometry = (stride, padding, dilation, groups)
-    if _cuda_stem.declines_convolution(x, weight, *geometry):
+    if _cuda_stem.declines_convolution(x, weight.shape, *geometry):
         y = _torch_conv.forward(x, weight, *geometry)
     else:
         y = _cuda_stem.convolve(x, weight)
@@ -211,7 +211,23 @@ def bn_act_conv_bn_stats(
     return conv_bn_stats(a, weight, stride, padding, dilation, groups)
 
 
+def conv_backward_weight(
+    grad: Tensor,
+    x: Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """Run the op; the gradient is torch's own, but for the stem's."""
+    geometry = (stride, padding, dilation, groups)
+    if x.numel() == 0 or _cuda_stem.declines_convolution(x, weight_size, *geometry):
+        return _torch_conv.backward_weight(grad, x, weight_size, *geometry, channels_last)
+    return _cuda_stem.backward_weight(grad, x, weight_size, channels_last)
+
+
 conv_backward_data = _torch_conv.backward_data
-conv_backward_weight = _torch_conv.backward_weight
 bn_act_conv_backward_data = _training_ops.chained_backward_data(conv_backward_data)
 bn_act_conv_backward_weight = _training_ops.chained_backward_weight(conv_backward_weight)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from resnet_fused.backends import _cuda_stem, cuda
+from resnet_fused.backends import _cuda_stem, _device, cuda
+from resnet_fused.ops import OPS
 from resnet_fused.testing import to_float64, two_x_rule
 
 sys.path += [str(Path(__file__).parents[1] / name) for name in ("ops", "native")]
@@ -79,6 +81,41 @@ def test_without_a_pool(module, shape, band, act):
     assert torch.equal(_cuda_stem.conv_bn_act(*args, band=band), out), "a race"
     raw = _cuda_stem.convolve(x, weight)
     assert_right((x, weight, None, None, None, *GEOMETRY, None), raw, "conv_bn_act")
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "o"),
+    [((2, 3, 17, 12), 64), ((1, 4, 6, 33), 128), ((1, 3, 3, 226), 64), ((1, 1, 1, 1), 64)],
+    ids=str,
+)
+def test_the_gradient_of_the_weight(module, monkeypatch, shape, o, channels_last):
+    x, weight, *_ = arguments(shape, o)
+    grad = torch.randn(F.conv2d(x, weight, stride=2, padding=3).shape).to(x.dtype)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    sizes = (list(weight.shape), *GEOMETRY, channels_last)
+    reference = OPS["conv_backward_weight"].reference
+    expected = reference(grad.double(), x.double(), *sizes)
+    for processors in (132, 1):  # a band to a block, and several
+        monkeypatch.setattr(_device, "multiprocessors", lambda device, n=processors: n)
+        out = cuda.conv_backward_weight(grad, x, *sizes)
+        check = two_x_rule(out, reference(grad, x, *sizes), expected, grad[:, 0].numel())
+        assert check.ok, check
+        assert out.stride() == expected.stride()
+        module.reverse_threads(True)
+        assert torch.equal(cuda.conv_backward_weight(grad, x, *sizes), out), "a race"
+        module.reverse_threads(False)
+
+
+def test_what_lies_beside_a_row_is_in_no_gradient(module):
+    """The last column's eighth pixel, and windows behind the last, meet what is not finite."""
+    x, weight, *_ = arguments((1, 3, 9, 23))
+    x[0, :, :, -1] = torch.inf
+    grad = torch.ones(1, 64, 5, 12, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+    sizes = (list(weight.shape), *GEOMETRY, True)
+    out = cuda.conv_backward_weight(grad, x, *sizes)
+    expected = OPS["conv_backward_weight"].reference(grad.double(), x.double(), *sizes)
+    assert torch.equal(out.isfinite(), expected.isfinite())
 
 
 def test_several_groups_of_channels(module):

@@ -26,6 +26,20 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   __syncwarp();
 }
 
+inline void load_transposed(uint32_t (&r)[4], const void* row) {
+  Lane32* lanes = lanes_of_warp();
+  const unsigned lane = threadIdx.x % 32;
+  lanes[lane].row = row;
+  __syncwarp();
+  for (int i = 0; i < 4; ++i) {
+    const auto element = [&](unsigned from) {
+      return (uint32_t) static_cast<const uint16_t*>(lanes[8 * i + from].row)[lane / 4];
+    };
+    r[i] = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
+  }
+  __syncwarp();
+}
+
 template <class E>
 float half_of(uint32_t pair, int which) {
   return E::widen(typename E::T{(uint16_t)(pair >> 16 * which)});
