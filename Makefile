@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= 1
 TORCH := torch==2.13.0
-# Headers for the Hopper convolution. What the package depends on is for its Python parts.
+# Headers for the Hopper 1x1 convolution. What the package depends on is for its Python parts.
 CUTLASS := nvidia-cutlass==4.2.0.0
 # Has im2col descriptors, which the one that comes with torch has not; for the tests alone.
 NEWER_TRITON := triton==3.9.0
@@ -79,12 +79,12 @@ gpu-test: gpu $(HEADERS) build
 
 SANITIZER = $(shell PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
 
-# Every path of the Triton kernels, the CUDA kernels of BatchNorm and the Hopper convolution, and the
-# contract of the ops on Triton; each tensor in an allocation of its own, or what is past its end is
-# another's. Left out are graphs, as torch cannot record any without its caching allocator, tensors
+# Every path of the Triton kernels, the CUDA kernels of BatchNorm and the Hopper 1x1 convolution, and
+# the contract of the ops on Triton; each tensor in an allocation of its own, or what is past its end
+# is another's. Left out are graphs, as torch cannot record any without its caching allocator, tensors
 # of more than 2^31 elements and whole ResNets, which would take hours, and others' kernels.
 SANITIZED = tests/backends/triton/test_triton_gpu.py tests/gpu/test_gpu_bn.py \
-    tests/gpu/test_gpu_hopper_conv.py tests/ops/test_contract.py
+    tests/gpu/test_gpu_hopper_gemm.py tests/ops/test_contract.py
 NOT_SANITIZED = graph or beyond_32_bits or of_a_resnet or cudnn
 gpu-sanitize: gpu build
 	@test -n "$(SANITIZER)" || { echo 'nothing was tested: compute-sanitizer is neither on PATH nor' \

@@ -68,8 +68,7 @@ def flags(plan: Plan, source: Path) -> list[str]:
     if source.suffix == ".cu":
         if not source.stem.endswith("_sm90"):
             return build_plan.gencode(plan.archs)
-        headers = [f"-I{plan.cutlass}/{place}" for place in ("include", "tools/util/include")]
-        return [*build_plan.gencode(plan.hopper), *CUTLASS_FLAGS, *headers]
+        return [*build_plan.gencode(plan.hopper), *CUTLASS_FLAGS, f"-I{plan.cutlass}/include"]
     # The CPU kernels know nothing of this: they need not be compiled again for it.
     if not plan.nvcc or source.parent.name == "cpu":
         return []

@@ -102,7 +102,7 @@ class Plan(NamedTuple):
             archs = ", ".join(f"sm_{arch}" for arch in self.archs)
             built += f" and the CUDA kernels for {archs} ({self.nvcc})"
         if self.hopper:
-            built += ", the Hopper convolution among them"
+            built += ", the Hopper 1x1 convolution among them"
         return "; ".join([f"built resnet_fused._C with {built}", *self.notes])
 
 
@@ -124,10 +124,10 @@ def decide(environment: Mapping[str, str], tools: Tools) -> Plan:
         return without_cuda(environment, nvcc)
     archs, notes = architectures(environment.get("TORCH_CUDA_ARCH_LIST"), nvcc)
     if isinstance(tools.cutlass, str):
-        return Plan(nvcc, archs, None, (*notes, f"no Hopper convolution: {tools.cutlass}"))
+        return Plan(nvcc, archs, None, (*notes, f"no Hopper 1x1 convolution: {tools.cutlass}"))
     plan = Plan(nvcc, archs, tools.cutlass, notes)
     if not plan.hopper:
-        plan = plan._replace(notes=(*notes, "no Hopper convolution: 9.0a is not among them"))
+        plan = plan._replace(notes=(*notes, "no Hopper 1x1 convolution: 9.0a is not among them"))
     return plan
 
 

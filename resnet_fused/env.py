@@ -115,11 +115,11 @@ def diagnose() -> list[Finding]:
 
 def _hopper_findings() -> list[Finding]:
     """Return what is missing of the CUDA kernels, where they were built."""
-    from resnet_fused.backends import _hopper_conv, native
+    from resnet_fused.backends import _hopper_gemm, native
 
-    if not hasattr(native.extension(), "cuda") or not (reason := _hopper_conv.missing()):
+    if not hasattr(native.extension(), "cuda") or not (reason := _hopper_gemm.missing()):
         return []
-    return [Finding("cuda convolution", False, reason, _hopper_conv.ADVICE)]
+    return [Finding("cuda 1x1 convolution", False, reason, _hopper_gemm.ADVICE)]
 
 
 def facts() -> list[tuple[str, str]]:

@@ -42,9 +42,9 @@ def test_with_nvcc_the_kernels_are_built(mode, cutlass):
         "built resnet_fused._C with the CPU kernels and the CUDA kernels for "
         "sm_80, sm_90a, sm_100+PTX (nvcc 13.0)"
     )
-    note = f"no Hopper convolution: {NO_CUTLASS}"
+    note = f"no Hopper 1x1 convolution: {NO_CUTLASS}"
     assert (note in str(found)) == (cutlass == NO_CUTLASS)
-    assert ("the Hopper convolution among them" in str(found)) == (cutlass == CUTLASS)
+    assert ("the Hopper 1x1 convolution among them" in str(found)) == (cutlass == CUTLASS)
 
 
 @pytest.mark.parametrize("cutlass", [CUTLASS, NO_CUTLASS])
@@ -108,10 +108,10 @@ def test_wrong_architectures(text, words, mode):
     assert words in str(raised.value)
 
 
-def test_the_hopper_convolution_needs_its_architecture():
+def test_the_hopper_1x1_convolution_needs_its_architecture():
     found = plan(TORCH_CUDA_ARCH_LIST="8.0 9.0")
     assert not found.hopper
-    assert str(found).endswith("; no Hopper convolution: 9.0a is not among them")
+    assert str(found).endswith("; no Hopper 1x1 convolution: 9.0a is not among them")
 
 
 def test_an_older_nvcc_leaves_out_what_it_does_not_know():

@@ -76,7 +76,7 @@ def test_what_is_sanitized():
     command = [sys.executable, "-m", "pytest", "--collect-only", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     tests = [line for line in done.stdout.splitlines() if "::" in line]
-    assert any("test_gpu_hopper_conv.py::test_edges" in test for test in tests), done.stdout
+    assert any("test_gpu_hopper_gemm.py::test_edges" in test for test in tests), done.stdout
     assert all("triton" in test for test in tests if "test_contract.py" in test)
     assert not [t for t in tests if "graph" in t or "32_bits" in t or "of_a_resnet" in t]
 

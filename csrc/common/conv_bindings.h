@@ -1,4 +1,4 @@
-// The sizes of a 2-d convolution as they come from Python, on any device.
+// The sizes of a 2-d convolution as they come from Python.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,15 +1,16 @@
-// The convolution kernels as their bindings see them: a table, without CUTLASS.
+// Hopper's 1x1 convolution as its bindings see it: a table of kernels, without CUTLASS.
 #pragma once
 
-#include "../common/conv_shape.h"
 #include "kernels.h"
 
 namespace rf::cuda {
 
-// y = act(conv(x, weight) * scale + shift + residual), act = ReLU or nothing. All maps are dense:
-// x (n, h, w, c), weight (o, kh, kw, c), residual and y (n, oh, ow, o).
+constexpr int kChannelStep = 8;  // TMA takes rows of whole 16 bytes
+
+// y = act(conv(x, weight) * scale + shift + residual), act = ReLU or nothing, by 1x1 of stride 1: a
+// matrix product. All maps are dense: x (pixels, c), weight (o, c), residual and y (pixels, o).
 struct ConvArgs {
-  ConvShape shape;
+  int64_t pixels, c, o;
   const void *x, *weight;
   const float *scale, *shift;  // null: ones, zeros
   const void* residual;        // null: none
@@ -20,9 +21,8 @@ struct ConvArgs {
 struct ConvKernel {
   const char* name;
   DType dtype;
-  int tile_m, tile_n;  // output pixels and output channels of one block
+  int tile_m, tile_n;  // pixels and output channels of one block
   int cluster;         // blocks along the pixels that fetch a tile of the weight together
-  bool pointwise;      // for matrix products alone (is_pointwise)
   bool (*can_implement)(const ConvArgs&);
   size_t (*workspace_bytes)(const ConvArgs&);
   // Puts the kernel on a stream; raises runtime_error if that fails.
@@ -31,12 +31,6 @@ struct ConvKernel {
 
 // A tile in bfloat16 and float16. Each is defined in a source of its own, with the reason for it.
 using ConvKernels = const ConvKernel[2];
-extern ConvKernels im2col_128x128, im2col_128x64, im2col_64x128, im2col_64x64;
 extern ConvKernels gemm_128x256, gemm_128x128;
-
-// Whether the convolution is the product of (n*h*w, c) and (c, o).
-inline bool is_pointwise(const ConvShape& s) {
-  return s.kh * s.kw == 1 && s.sh == 1 && s.sw == 1 && s.ph == 0 && s.pw == 0;
-}
 
 }  // namespace rf::cuda

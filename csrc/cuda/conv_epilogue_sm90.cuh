@@ -1,4 +1,4 @@
-// The end of both kinds of convolution kernel as one epilogue visitor tree of CUTLASS:
+// The end of the 1x1 convolution's kernels as one epilogue visitor tree of CUTLASS:
 //
 //   y = max(scale * acc + (beta * residual + shift), least)
 //
@@ -19,7 +19,6 @@
 #include <string>
 
 #include "conv_bn_act.h"
-#include "conv_limits.h"
 
 namespace rf::cuda::sm90 {
 
@@ -71,11 +70,12 @@ struct Tree {
   }
 };
 
-template <class E, class Tile, class Cluster, class Layout, class Schedule>
+template <class E, class Tile, class Cluster, class Schedule>
 using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-    cutlass::epilogue::collective::EpilogueTileAuto, float, float, E, Layout, kChannelStep, E, Layout,
-    kChannelStep, Schedule, typename Tree<E, Tile>::Root>::CollectiveOp;
+    cutlass::epilogue::collective::EpilogueTileAuto, float, float, E, cutlass::layout::RowMajor,
+    kChannelStep, E, cutlass::layout::RowMajor, kChannelStep, Schedule,
+    typename Tree<E, Tile>::Root>::CollectiveOp;
 
 // Arguments of an epilogue. TMA wants an address to make a descriptor of, also where the residual
 // is never loaded.
@@ -88,8 +88,7 @@ typename Epilogue::Arguments epilogue_arguments(const ConvArgs& args, Stride str
 
 // --- the table ------------------------------------------------------------------------------------
 
-// A Kernel has Op, CUTLASS's device adapter, arguments(const ConvArgs&), kTileM, kTileN, kCluster and
-// kPointwise.
+// A Kernel has Op, CUTLASS's device adapter, arguments(const ConvArgs&), kTileM, kTileN and kCluster.
 template <class Kernel>
 bool can_implement(const ConvArgs& args) {
   return Kernel::Op::can_implement(Kernel::arguments(args)) == cutlass::Status::kSuccess;
@@ -120,7 +119,6 @@ constexpr ConvKernel entry(const char* name, DType dtype) {
           Kernel::kTileM,
           Kernel::kTileN,
           Kernel::kCluster,
-          Kernel::kPointwise,
           &can_implement<Kernel>,
           &workspace_bytes<Kernel>,
           &run<Kernel>};

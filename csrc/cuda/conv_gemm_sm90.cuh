@@ -24,16 +24,14 @@ struct Pingpong {
 template <class E, int M, int N, int ClusterM, class Schedule>
 struct Gemm {
   static constexpr int kTileM = M, kTileN = N, kCluster = ClusterM;
-  static constexpr bool kPointwise = true;
 
   // 64 channels are 128 bytes, the widest swizzle.
   using Tile = cute::Shape<cute::Int<M>, cute::Int<N>, cute::_64>;
   using Cluster = cute::Shape<cute::Int<ClusterM>, cute::_1, cute::_1>;
-  using Rows = cutlass::layout::RowMajor;
-  using End = Epilogue<E, Tile, Cluster, Rows, typename Schedule::Epilogue>;
+  using End = Epilogue<E, Tile, Cluster, typename Schedule::Epilogue>;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, E, Rows, kChannelStep, E,
-      cutlass::layout::ColumnMajor, kChannelStep, float, Tile, Cluster,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, E, cutlass::layout::RowMajor, kChannelStep,
+      E, cutlass::layout::ColumnMajor, kChannelStep, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<(int)sizeof(typename End::SharedStorage)>,
       typename Schedule::Mainloop>::CollectiveOp;
   using Problem = cute::Shape<int, int, int, int>;
@@ -43,10 +41,9 @@ struct Gemm {
   using Op = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
   static typename Op::Arguments arguments(const ConvArgs& args) {
-    const ConvShape& s = args.shape;
-    const cute::Stride<int64_t, cute::_1, int64_t> in{s.c, {}, 0}, out{s.o, {}, 0};
+    const cute::Stride<int64_t, cute::_1, int64_t> in{args.c, {}, 0}, out{args.o, {}, 0};
     return {cutlass::gemm::GemmUniversalMode::kGemm,
-            {int(s.n * s.h * s.w), int(s.o), int(s.c), 1},
+            {int(args.pixels), int(args.o), int(args.c), 1},
             {static_cast<const E*>(args.x), in, static_cast<const E*>(args.weight), in},
             epilogue_arguments<End, E, Tile>(args, out)};
   }

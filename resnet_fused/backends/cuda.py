@@ -1,4 +1,4 @@
-"""The native CUDA kernels of the extension: BatchNorm's passes, the stem, Hopper's convolution.
+"""The native CUDA kernels of the extension: BatchNorm's passes, the stem, Hopper's 1x1 convolution.
 
 Maps are channels_last. Convolutions within the ops of training are torch's own.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resnet_fused.backends import (
     _cuda_stem,
-    _hopper_conv,
+    _hopper_gemm,
     _torch_conv,
     _training_kernels,
     _training_ops,
@@ -114,7 +114,7 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
     if op in _POOLS and any(first != second for first, second in args[-3:]):
         return f"takes square pools, got {args[-3:]}"
     if op == "conv_bn_act":
-        return None if _is_stem(x, *args) else _hopper_conv.declines(x, *args)
+        return None if _is_stem(x, *args) else _hopper_gemm.declines(x, *args)
     if op == "conv_bn_act_max_pool" and (reason := _cuda_stem.declines(x, *args)):
         return reason
     return _declines_device(x.device.index)
@@ -123,7 +123,7 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
 def candidates(op: str, *args: Any) -> dict[str, Callable[..., Tensor]]:
     """Return the ways to run this call, by name, for the tuner: tiles, or bands of rows."""
     if op == "conv_bn_act" and not _is_stem(*args):
-        return _hopper_conv.candidates(*args)
+        return _hopper_gemm.candidates(*args)
     if op in ("conv_bn_act", "conv_bn_act_max_pool"):
         run = getattr(_cuda_stem, op)
         return _cuda_stem.candidates(run, args[0], pool=op == "conv_bn_act_max_pool")
@@ -158,9 +158,9 @@ def conv_bn_act(
     groups: int,
     act: str | None,
 ) -> Tensor:
-    """Run the op: the stem of the paper's networks, or by CUTLASS, on sm_90 alone."""
+    """Run the op: the stem of the paper's networks, or 1x1 by CUTLASS, on sm_90 alone."""
     args = (x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
-    return (_cuda_stem if _is_stem(*args) else _hopper_conv).conv_bn_act(*args)
+    return (_cuda_stem if _is_stem(*args) else _hopper_gemm).conv_bn_act(*args)
 
 
 def bn_apply(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import resnet_fused as rf
-from resnet_fused.backends import _hopper_conv, cuda, native
+from resnet_fused.backends import _hopper_gemm, cuda, native
 from resnet_fused.backends import _training_kernels as kernels
 from resnet_fused.ops import INFERENCE, TRAINING
 from resnet_fused.testing import two_x_rule
@@ -31,7 +31,7 @@ def kernels_of(module):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "kernels_on", lambda device: (module.cuda, (0,)))
         patch.setattr(native, "cuda_kernels", lambda: module.cuda)
-        patch.setattr(_hopper_conv, "_declines_capability", lambda device: None)
+        patch.setattr(_hopper_gemm, "_declines_capability", lambda device: None)
         patch.setattr(cuda, "available", lambda: None)
         patch.setattr(cuda, "_declines_device", lambda device: None)
         supports = cuda.supports

@@ -1,0 +1,184 @@
+"""The 1x1 convolution of Hopper: which kernels of the extension take a call, and which runs it.
+
+A kernel is a matrix product by one tile: so many pixels times output channels to a block. CUTLASS's
+own ``can_implement``, asked through the extension, decides on the sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import _device, _training_kernels, native
+from resnet_fused.backends._outputs import empty_channels_last, scratch
+from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_vector
+
+CAPABILITY = (9, 0)
+ADVICE = (
+    "pip install --no-deps nvidia-cutlass, or set CUTLASS_PATH, and build the extension again with "
+    "9.0a in TORCH_CUDA_ARCH_LIST, with other installers than pip without build isolation; other "
+    "backends convolve without it"
+)
+_DTYPES = (torch.bfloat16, torch.float16)
+_ALIGNMENT = 16
+#: Kernel, stride, padding and groups of what is one matrix product.
+_GEOMETRY = ((1, 1), (1, 1), (0, 0), 1)
+
+
+class Kernel(NamedTuple):
+    """One compiled tile, as the extension lists it."""
+
+    name: str
+    #: Pixels and output channels of a block.
+    tile_m: int
+    tile_n: int
+    #: Blocks along the pixels that fetch a tile of the weight together.
+    cluster: int
+
+
+class Product(NamedTuple):
+    """A 1x1 convolution as the extension takes it: (pixels, c) times (c, o)."""
+
+    pixels: int
+    c: int
+    o: int
+
+    @staticmethod
+    def of(x: Tensor, weight: Tensor) -> Product:
+        """Return the convolution of a map (N, C, H, W) with a weight (O, C, 1, 1)."""
+        n, c, h, w = x.shape
+        return Product(n * h * w, c, weight.shape[0])
+
+
+def missing() -> str | None:
+    """Return why the extension, which has CUDA kernels, has no 1x1 convolution, or None."""
+    if hasattr(native.cuda_kernels(), "conv_bn_act"):
+        return None
+    return "the extension was built without CUTLASS's headers, or not for sm_90a"
+
+
+def declines(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+) -> str | None:
+    """Return why no kernel takes this call, or None."""
+    kernel = tuple(weight.shape[2:])
+    if (kernel, tuple(stride), tuple(padding), groups) != _GEOMETRY:
+        return (
+            "convolves 1x1 of stride 1 without padding or groups, beside stems; got "
+            f"{kernel}, stride {tuple(stride)}, padding {tuple(padding)}, groups {groups}"
+        )
+    if reason := missing():
+        return f"has no 1x1 convolution: {reason}"
+    if x.dtype not in _DTYPES:
+        return f"convolves 1x1 in bfloat16 and float16, x is {x.dtype}"
+    if reason := _declines_capability(x.device.index):
+        return reason
+    return _verdict(CUDA_DTYPE_NAMES[x.dtype], Product.of(x, weight))[1]
+
+
+@functools.cache
+def _declines_capability(device: int) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability == CAPABILITY:
+        return None
+    number = "".join(map(str, capability))
+    return f"convolves 1x1 on sm_90 alone; cuda:{device} is a GPU of sm_{number}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _verdict(dtype: str, product: Product) -> tuple[tuple[Kernel, ...], str | None]:
+    """Return the kernels that take a product, and if there are none, the first one's reason."""
+    extension = native.cuda_kernels()
+    reasons = {
+        kernel: extension.conv_bn_act_declines(dtype, kernel.name, *product)
+        for kernel in (Kernel(*k) for k in extension.conv_bn_act_kernels())
+    }
+    taking = tuple(kernel for kernel, reason in reasons.items() if reason is None)
+    return taking, None if taking else next(iter(reasons.values()))
+
+
+def heuristic(product: Product, kernels: Sequence[Kernel], multiprocessors: int) -> Kernel:
+    """Return the kernel to use where none was measured.
+
+    The one whose slowest multiprocessor is done first, if a tile takes as long as its products. Of
+    equals, the larger tile, which fetches less for a product.
+    """
+
+    def order(kernel: Kernel) -> tuple[int, int]:
+        area = kernel.tile_m * kernel.tile_n
+        rows = math.ceil(product.pixels / (kernel.tile_m * kernel.cluster)) * kernel.cluster
+        tiles = rows * math.ceil(product.o / kernel.tile_n)
+        return math.ceil(tiles / multiprocessors) * area, -area
+
+    return min(kernels, key=order)
+
+
+def candidates(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+) -> dict[str, Callable[..., Tensor]]:
+    """Return the op with every kernel that takes the call, by the kernel's name."""
+    kernels, _ = _verdict(CUDA_DTYPE_NAMES[x.dtype], Product.of(x, weight))
+    return {k.name: functools.partial(conv_bn_act, kernel=k.name) for k in kernels}
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    kernel: str | None = None,
+) -> Tensor:
+    """Run the op with a kernel, by default that of :func:`heuristic`."""
+    product = Product.of(x, weight)
+    dtype = CUDA_DTYPE_NAMES[x.dtype]
+    if kernel is None:
+        taking, _ = _verdict(dtype, product)
+        kernel = heuristic(product, taking, _device.multiprocessors(x.device)).name
+    # Kept until the kernel is in the stream; the allocator then keeps their memory for it.
+    maps = [_map(x), _map(weight), as_vector(scale), as_vector(shift), _map(residual)]
+    n, _, h, w = x.shape
+    y = empty_channels_last((n, product.o, h, w), x.dtype, x.device)
+    size = native.cuda_kernels().conv_bn_act_workspace_bytes(dtype, kernel, *product)
+    workspace = scratch(size, x.device) if size else None
+    addresses = [0 if t is None else t.data_ptr() for t in (*maps, y, workspace)]
+    _training_kernels.run(
+        x.device, "conv_bn_act", *addresses, size, dtype, kernel, *product, act == "relu"
+    )
+    return y
+
+
+def _map(t: Tensor | None) -> Tensor | None:
+    """Return ``t`` dense in channels_last order at an aligned address; an alias if it is."""
+    if t is None:
+        return None
+    t = t.detach().contiguous(memory_format=torch.channels_last)
+    return t.clone() if t.data_ptr() % _ALIGNMENT else t
