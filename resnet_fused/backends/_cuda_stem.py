@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _device, _training_kernels
+from resnet_fused.backends import _device, native
 from resnet_fused.backends._derived import derived
 from resnet_fused.backends._outputs import empty_channels_last
 from resnet_fused.backends._torch_conv import laid_out
@@ -164,7 +164,7 @@ def backward_weight(
         maps[0] = maps[0].clone()
     addresses = [t.data_ptr() for t in (*maps, partial)]
     sizes = (CUDA_DTYPE_NAMES[x.dtype], n, h, w, c, o, band, parts)
-    _training_kernels.run(x.device, "stem_backward_weight", *addresses, *sizes)
+    native.run(x.device, "stem_backward_weight", *addresses, *sizes)
     return laid_out(partial.sum(0).to(grad.dtype).permute(0, 3, 1, 2), channels_last)
 
 
@@ -192,7 +192,7 @@ def _run(
     vectors = as_vector(scale), as_vector(shift)
     addresses = [0 if t is None else t.data_ptr() for t in (x, packed, *vectors, y)]
     dtype = CUDA_DTYPE_NAMES[x.dtype]
-    _training_kernels.run(x.device, "stem", *addresses, dtype, n, h, w, c, o, band, relu, pool)
+    native.run(x.device, "stem", *addresses, dtype, n, h, w, c, o, band, relu, pool)
     return y
 
 

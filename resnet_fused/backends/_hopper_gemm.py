@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _device, _training_kernels, native
+from resnet_fused.backends import _device, native
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_vector
 
@@ -170,9 +170,7 @@ def conv_bn_act(
     size = native.cuda_kernels().conv_bn_act_workspace_bytes(dtype, kernel, *product)
     workspace = scratch(size, x.device) if size else None
     addresses = [0 if t is None else t.data_ptr() for t in (*maps, y, workspace)]
-    _training_kernels.run(
-        x.device, "conv_bn_act", *addresses, size, dtype, kernel, *product, act == "relu"
-    )
+    native.run(x.device, "conv_bn_act", *addresses, size, dtype, kernel, *product, act == "relu")
     return y
 
 

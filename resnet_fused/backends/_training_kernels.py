@@ -33,7 +33,7 @@ class _Maps:
 
     def run(self, kernel: str, *args: Any) -> None:
         """Run a kernel, or put it on the current stream."""
-        run(self._device, kernel, *args)
+        native.run(self._device, kernel, *args)
 
     def scratch(self, kernel: str) -> tuple[int, int]:
         """Return address and size of the scratch memory that a kernel needs."""
@@ -95,16 +95,6 @@ class _Maps:
             )
 
 
-def run(device: torch.device, kernel: str, *args: Any) -> None:
-    """Run a kernel on ``device``, on a GPU in its current stream."""
-    kernels, queue = native.kernels_on(device)
-    if device.type == "cpu":
-        getattr(kernels, kernel)(*args, *queue)
-    else:
-        with torch.cuda.device(device):
-            getattr(kernels, kernel)(*args, *queue)
-
-
 def _vector(channels: int, device: torch.device) -> Tensor:
     return torch.empty(channels, dtype=torch.float32, device=device)
 
@@ -115,7 +105,7 @@ def scale_shift(
     """Return :func:`_bn_math.scale_shift` by one kernel, the arithmetic of :func:`bn_act`."""
     kept = [as_vector(t) for t in (mean, var, weight, bias)]
     made = [_vector(len(mean), mean.device) for _ in range(2)]
-    run(mean.device, "bn_scale_shift", *map(_address, [*kept, *made]), len(mean), eps)
+    native.run(mean.device, "bn_scale_shift", *map(_address, [*kept, *made]), len(mean), eps)
     return made[0], made[1]
 
 
@@ -131,7 +121,9 @@ def gradient_vectors(
     """Return :func:`_bn_math.gradient_vectors` by one kernel."""
     kept = [as_vector(t) for t in (mean, var, weight, sum_g, sum_gx)]
     made = [_vector(len(mean), mean.device) for _ in range(3)]
-    run(mean.device, "bn_gradient_vectors", *map(_address, [*kept, *made]), len(mean), eps, count)
+    native.run(
+        mean.device, "bn_gradient_vectors", *map(_address, [*kept, *made]), len(mean), eps, count
+    )
     return made[0], made[1], made[2]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
+from typing import Any
 
 # torch goes first: the extension then uses torch's own OpenMP threads instead of a second pool.
 import torch
@@ -61,6 +62,16 @@ def kernels_on(device: torch.device) -> tuple[ModuleType, tuple[int, ...]]:
     if device.type == "cpu":
         return loaded(), ()
     return cuda_kernels(), (torch.cuda.current_stream(device).cuda_stream,)
+
+
+def run(device: torch.device, kernel: str, *args: Any) -> None:
+    """Run a kernel on ``device``, on a GPU in its current stream."""
+    kernels, queue = kernels_on(device)
+    if device.type == "cpu":
+        getattr(kernels, kernel)(*args, *queue)
+    else:
+        with torch.cuda.device(device):
+            getattr(kernels, kernel)(*args, *queue)
 
 
 def as_vector(vector: Tensor | None) -> Tensor | None:
