@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import precision_of
 from formulas import eager
 from hypothesis import given, settings
 from paths import PATHS, arguments, assert_right, each_dtype, each_path
@@ -15,7 +16,8 @@ from resnet_fused.backends.triton.shapes import Config, Problem
 
 @pytest.fixture(autouse=True)
 def _asked_for():
-    with rf.use_backend("triton"):
+    # TMA takes float32 as TF32 alone; the interpreter multiplies it as it is.
+    with rf.use_backend("triton"), precision_of("tf32"):
         yield
 
 
