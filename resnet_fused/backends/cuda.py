@@ -228,6 +228,26 @@ def conv_backward_weight(
     return _cuda_stem.backward_weight(grad, x, weight_size, channels_last)
 
 
-conv_backward_data = _torch_conv.backward_data
+def conv_backward_data(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+) -> Tensor:
+    """Run the op: torch's own gradient, but on Hopper that of a 1x1 with something to add to it.
+
+    That is a 1x1 too, by the weight turned, and adds in its epilogue.
+    """
+    geometry = (stride, padding, dilation, groups)
+    turned = (grad, weight.transpose(0, 1), None, None, residual, *geometry, None)
+    if residual is None or grad.numel() == 0 or _hopper_gemm.declines(*turned):
+        return _torch_conv.backward_data(grad, weight, x_size, *geometry, residual)
+    return _hopper_gemm.conv_bn_act(*turned)
+
+
 bn_act_conv_backward_data = _training_ops.chained_backward_data(conv_backward_data)
 bn_act_conv_backward_weight = _training_ops.chained_backward_weight(conv_backward_weight)

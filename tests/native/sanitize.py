@@ -15,6 +15,7 @@ TESTS = [f"tests/test_native_{name}.py" for name in ("bn", "bn_arguments", "bn_b
 TESTS += ["tests/test_native_max_pool.py", "tests/test_native_conv.py"]
 TESTS += ["tests/test_native_conv_backward_weight.py"]
 TESTS += ["tests/backends/test_cuda_on_host.py", "tests/backends/test_hopper_gemm.py"]
+TESTS += ["tests/backends/test_cuda_stem.py"]
 #: Runs pytest with the extension at argv[1] in place of the built one.
 RUN = """
 import sys, importlib.machinery, importlib.util, pytest, torch
