@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from resnet_fused import functional
 from resnet_fused.backends._sizes import output_shape
 from resnet_fused.nn import train
 from resnet_fused.nn.bn import is_batch_norm, is_sharded, scale_shift, uses_batch_statistics
 from resnet_fused.nn.match import Group, Matches
 from resnet_fused.nn.trace import Trace, has_hooks
 from resnet_fused.nn.train import Pending, padding_of, result_dtype
+from resnet_fused.ops import _direct
 
 
 @dataclass(frozen=True)
@@ -348,11 +348,11 @@ def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     scale, shift = scale_shift(conv, bn)
     # Nothing is kept of a weight that is another tensor in every call.
     weight = conv.weight.view_as(conv.weight) if is_sharded(conv) else conv.weight
-    return functional.conv_bn_act(
-        x, weight, scale, shift, residual,
-        stride=conv.stride, padding=padding_of(conv), dilation=conv.dilation, groups=conv.groups,
-        act=call.act,
-    )  # fmt: skip
+    geometry = (conv.stride, padding_of(conv), conv.dilation, conv.groups)
+    y: Tensor = _direct.record(
+        "conv_bn_act", x, weight, scale, shift, residual, *geometry, call.act
+    )
+    return y
 
 
 def _fits(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> bool:

@@ -17,7 +17,9 @@ RUN: dict[str, Callable[..., Any]] = {}
 #: By an op's name, what checks its arguments, casts them for autocast, runs it and has autograd
 #: record it; filled by `_register` for the ops of a forward.
 RECORD: dict[str, Callable[..., Any]] = {}
-#: Likewise, with the first argument handed on as a last result.
+#: By an op's name, the same without autograd.
+PLAIN: dict[str, Callable[..., Any]] = {}
+#: Like RECORD, with the first argument handed on as a last result.
 HANDING_ON: dict[str, Callable[..., Any]] = {}
 
 #: What an argument is of where nobody else has a say in it; a SymInt, say, is of none of them.
@@ -40,7 +42,7 @@ def record(name: str, *args: Any) -> Any:
     """Return ``torch.ops.resnet_fused.<name>(*args)``, in a forward."""
     if torch.compiler.is_compiling() or _watched(args):
         return getattr(torch.ops.resnet_fused, name)(*args)
-    return RECORD[name](*args)
+    return (RECORD if torch.is_grad_enabled() else PLAIN)[name](*args)
 
 
 def record_handing_on(name: str, x: Tensor, *args: Any) -> Any:

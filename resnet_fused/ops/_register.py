@@ -42,10 +42,11 @@ def register(op: Op) -> None:
     register_flop_formula(handle)(op.flops)
     if op.mutates:
         # Of statistics that were just computed; a backend looks at the rest as it must anyway.
-        _direct.RECORD[op.name] = run
+        _direct.RECORD[op.name] = _direct.PLAIN[op.name] = run
     elif op.setup_context and op.backward:
         callables = (op.setup_context, op.backward)
         _direct.RECORD[op.name] = _under_autocast(op, _direct.recorded(checked, *callables))
+        _direct.PLAIN[op.name] = _under_autocast(op, checked)
         if op.hands_on:
             again = functools.partial(_direct.record, op.name)
             recorded = _direct.recorded(again, *callables, hands_on=True)
