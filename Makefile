@@ -80,18 +80,18 @@ gpu-test: gpu $(HEADERS) build
 SANITIZER = $(shell PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
 
 # Every path of the Triton kernels, the CUDA kernels of BatchNorm and the Hopper 1x1 convolution, and
-# the contract of the ops on Triton; each tensor in an allocation of its own, or what is past its end
+# the contract of the ops on both; each tensor in an allocation of its own, or what is past its end
 # is another's. Left out are graphs, as torch cannot record any without its caching allocator, tensors
 # of more than 2^31 elements and whole ResNets, which would take hours, and others' kernels.
 SANITIZED = tests/backends/triton/test_triton_gpu.py tests/gpu/test_gpu_bn.py \
-    tests/gpu/test_gpu_hopper_gemm.py tests/ops/test_contract.py
+    tests/gpu/test_gpu_hopper_gemm.py tests/ops/test_contract.py tests/ops/test_training_ops.py
 NOT_SANITIZED = graph or beyond_32_bits or of_a_resnet or cudnn
 gpu-sanitize: gpu build
 	@test -n "$(SANITIZER)" || { echo 'nothing was tested: compute-sanitizer is neither on PATH nor' \
 	    'in $$CUDA_HOME/bin; it comes with the CUDA toolkit' >&2; exit 1; }
 	for tool in memcheck racecheck initcheck; do \
 	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
-	        $(PY) -m pytest $(SANITIZED) -k '(gpu or triton) and not ($(NOT_SANITIZED))' $(ARGS) \
+	        $(PY) -m pytest $(SANITIZED) -k '(gpu or triton or cuda) and not ($(NOT_SANITIZED))' $(ARGS) \
 	        || exit 1; \
 	done
 

@@ -71,13 +71,14 @@ def test_what_is_sanitized():
     selection = text.partition("-m pytest ")[2].partition("||")[0].replace("\\\n", " ")
     arguments = shlex.split(selection)
     files = [argument for argument in arguments if argument.startswith("tests/")]
-    assert len(files) == 4
+    assert len(files) == 5
     assert all((ROOT / file).is_file() for file in files)
     command = [sys.executable, "-m", "pytest", "--collect-only", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     assert any("test_gpu_hopper_gemm.py::test_edges" in test for test in tests), done.stdout
-    assert all("triton" in test for test in tests if "test_contract.py" in test)
+    of_ops = [test for test in tests if "tests/ops" in test]
+    assert all("triton" in test or "cuda" in test for test in of_ops)
     assert not [t for t in tests if "graph" in t or "32_bits" in t or "of_a_resnet" in t]
 
 

@@ -118,6 +118,29 @@ def test_captured_steps_are_eager_steps(cuda, name, steps_before):
     assert int(model.bn.num_batches_tracked) == steps_before + 4
 
 
+def test_a_compiled_model_stays_compiled(cuda):
+    """Dynamo leaves alone, for good, what it meets under a mode that does not say otherwise."""
+    compiled = []
+
+    def backend(graph, examples):
+        def run(*args):
+            compiled.append(len(args))
+            return graph(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    model = Net()
+    forward = torch.compile(model, backend=backend)
+    x = torch.randn(4, 3, 8, 8)
+    forward(x)
+    assert len(compiled) == 1
+    captured = rf.capture_step(lambda t: forward(t).sum().backward(), x, model=model, warmup=2)
+    # One more to be recorded, but for the mode by which the fake records.
+    assert len(compiled) == 1 + 1 + 2, "the first, the examination and the warm-up"
+    captured(x)
+
+
 def test_gradients_alone_are_added_to_what_was_there(cuda):
     model = rf.fuse(Net().train())
     step = trained(model, None, update=False)

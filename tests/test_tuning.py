@@ -4,6 +4,7 @@ There is no GPU here. Backends and clocks are made up where the rule is tested, 
 backends are the candidates where the whole is.
 """
 
+import contextlib
 import json
 import math
 import sys
@@ -29,6 +30,7 @@ from resnet_fused.backends._tuned_file import Choice
 from resnet_fused.models import create_model
 from resnet_fused.ops import INFERENCE, OPS, TRAINING
 from resnet_fused.tuning import tune_calls
+from resnet_fused.tuning.ahead import compile_ahead
 from resnet_fused.tuning.calls import Call, draw, harvest, harvest_merged
 from resnet_fused.tuning.measure import (
     FINALISTS,
@@ -500,6 +502,50 @@ def test_what_is_known_is_not_measured_again_unless_forced(cache, backend):
     assert not any(row.known for row in tune_calls(calls, CPU, force=True, clock=tick).rows)
 
 
+def test_what_was_shipped_is_measured_all_the_same(cache, backend, monkeypatch):
+    """Its candidates may be fewer than there are now."""
+    calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
+    key = _tuned.signature(calls[0].op, draw(calls[0], CPU))
+    shipped = {key: Choice("reference", "default", 1.0, None)}
+    monkeypatch.setattr(_tuned_file, "_shipped", lambda device: shipped)
+    assert not any(row.known for row in tune_calls(calls, CPU, clock=tick).rows)
+
+
+def test_all_calls_are_compiled_before_one_is_measured(monkeypatch):
+    """Those that are not known, by their Triton candidates; what fails is left to be measured."""
+    calls, ran, told = harvest(small_net(), torch.randn(2, 3, 8, 8)), [], []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+    def tile(*args):
+        ran.append(args[0].shape)
+        raise RuntimeError("does not compile")
+
+    found = {("triton", "a"): tile, ("triton", "b"): tile, ("cpu", "default"): pytest.fail}
+    monkeypatch.setattr("resnet_fused.tuning.ahead.candidates", lambda op, *args: found)
+    compile_ahead(calls, CPU, (), lambda: told.append(None))
+    assert len(told) == len(calls)
+    assert sorted(ran) == sorted(call.args[0].shape for call in calls for _ in "ab")
+    known = {_tuned.signature(call.op, draw(call, CPU)) for call in calls}
+    compile_ahead(calls, CPU, known, lambda: told.append(None))
+    assert (len(told), len(ran)) == (2 * len(calls), 2 * len(calls))
+
+
+def test_an_interrupt_compiles_no_more(monkeypatch):
+    calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    ran = []
+    found = {("triton", str(i)): lambda *args: ran.append(args) for i in range(3)}
+    monkeypatch.setattr("resnet_fused.tuning.ahead.candidates", lambda op, *args: found)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_ahead([*calls, *calls], CPU, (), interrupt)
+    assert len(ran) < 3 * 2 * len(calls)
+
+
 def test_an_interrupted_run_keeps_what_it_has(cache, backend):
     calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
 
@@ -644,6 +690,14 @@ def test_on_a_gpu_the_file_is_read_at_the_first_call_and_once(cache, monkeypatch
     x = arguments()[0].contiguous(memory_format=torch.channels_last)
     others = fake_cuda((x, *arguments()[1:]))
     assert choose("conv_bn_act", *others) is cudnn.conv_bn_act, "another layout is another call"
+
+
+def test_tf32_is_allowed_for_convolutions_alone(monkeypatch):
+    module = sys.modules["resnet_fused.tuning.measure"]
+    monkeypatch.setattr(module, "factors_dtype", lambda x: torch.float16)
+    assert _Answers("conv_bn_act", arguments())._factors == torch.float16
+    x = torch.randn(2, 4, 3, 3)
+    assert _Answers("add_relu", (x, x))._factors == torch.float32
 
 
 def test_whether_tf32_is_allowed_is_part_of_a_gpu_call(monkeypatch):

@@ -3,7 +3,7 @@
 //
 // A block sums over bands of the output, one after another; each of its four warps has two of the
 // eight pixels of a window's rows, the last of which is none and is not kept. Blocks leave their sums
-// apart, to be added in order.
+// apart.
 #include "stem_rows.cuh"
 
 namespace rf::cuda {
@@ -64,7 +64,6 @@ __global__ void __launch_bounds__(kBlock, 2) stem_backward_weight_kernel(const S
     const Fetch<E, C> fetch(g, image, 2 * column0 - 3);
     using Pixels = typename E::T[Fetch<E, C>::kOfThread][C];
     GradRow grad;
-    __syncthreads();  // the band before this one has been read
 #pragma unroll
     for (int i = 0; i < kTaps; ++i) {
       Pixels pixels;

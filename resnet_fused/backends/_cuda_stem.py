@@ -24,7 +24,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 #: Stride, padding and dilation; size, stride and padding of the pool.
 _GEOMETRY = ((2, 2), (3, 3), (1, 1))
 _POOL = ((3, 3), (2, 2), (1, 1))
-_KERNEL, _MOST_CHANNELS = (7, 7), 4
+_KERNEL, _MOST_CHANNELS, _MOST_ELEMENTS = (7, 7), 4, 2**31
 #: Columns of the convolution's map, and channels, that a block has at a time.
 _COLUMNS, _CHANNELS = 112, 64
 #: Blocks on a multiprocessor, as registers allow, and what one takes to begin, in rows of the map.
@@ -67,11 +67,14 @@ def declines_convolution(
     geometry = tuple(map(tuple, (stride, padding, dilation)))
     if (tuple(kernel), geometry, groups) != (_KERNEL, _GEOMETRY, 1):
         return f"has a stem of 7x7, stride 2 and padding 3, got {tuple(kernel)}, {geometry}"
+    if math.prod(x.shape[1:]) >= _MOST_ELEMENTS:
+        return f"has a stem for images of up to 2^31 elements, x is {tuple(x.shape)}"
     if c > _MOST_CHANNELS or o % _CHANNELS:
         return f"has a stem of up to 4 channels to a multiple of 64, got {c} to {o}"
     return None
 
 
+@functools.lru_cache
 def heuristic(n: int, o: int, h: int, w: int, pool: bool, processors: int) -> int:
     """Return the band for an output (N, O, H, W): the one by which the last block is done first.
 
@@ -147,7 +150,7 @@ def backward_weight(
 ) -> Tensor:
     """Return the gradient of the weight of :func:`convolve`, channels_last or contiguous.
 
-    Each block sums over bands of its own; their sums are added in order.
+    Each block sums over bands of its own; torch adds their sums, the same way in each call.
     """
     (n, c, h, w), o, processors = x.shape, weight_size[0], _device.multiprocessors(x.device)
     rows, across = math.ceil(h / 2), math.ceil(math.ceil(w / 2) / _COLUMNS)

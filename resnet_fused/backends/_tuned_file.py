@@ -28,6 +28,9 @@ SCHEMA = 1
 #: Tables that come with the package, for those who have tuned nothing.
 SHIPPED = Path(__file__).parent.parent / "tuned"
 
+#: Backends whose version is among the conditions, by the same name.
+_VERSIONED = ("cudnn", "triton")
+
 #: Seconds to wait for another process that is writing; it takes milliseconds.
 PATIENCE_S = 30.0
 
@@ -143,31 +146,49 @@ def _choice(backend: Any, candidate: Any, microseconds: Any, margin: Any) -> Cho
 
 
 def load(device: torch.device) -> dict[Signature, Choice]:
-    """Return the choices for a device: those shipped, and over them those measured here.
+    """Return the choices for a device: those shipped, and over them those measured here."""
+    return {**_shipped(device), **measured(device)}
+
+
+def measured(device: torch.device) -> dict[Signature, Choice]:
+    """Return the choices that were measured here.
 
     A file that cannot be used gives one warning and no choices.
     """
-    choices = _shipped(device)
     file = path(device)
     try:
-        return {**choices, **read(file, conditions(device))}
+        return read(file, conditions(device))
     except OSError as error:
         _warn(f"{file} cannot be read: {error.strerror}; nothing tuned before is in force")
     except Unusable as error:
         try:
             with _locked(file):
                 # Once more: whoever held the lock may have put a good one there.
-                return {**choices, **_read_or_set_aside(file, conditions(device))}
+                return _read_or_set_aside(file, conditions(device))
         except OSError:
             _warn(f"{file} is not used: {error}")
-    return choices
+    return {}
 
 
 def _shipped(device: torch.device) -> dict[Signature, Choice]:
-    """Return the choices that came with the package, which is not ours to write to."""
-    file = SHIPPED / f"{_slug(_device.name(device))}.json"
+    """Return the choices that came with the package, which is not ours to write to.
+
+    Those of cuDNN and Triton are for the version that they were measured with: another may drop
+    NaN, or not compile.
+    """
+    file, here = SHIPPED / f"{_slug(_device.name(device))}.json", conditions(device)
+    alike = []
     try:
-        return read(file, {"device": _device.name(device)})
+        choices = read(file, {"device": here["device"]})
+        for name in _VERSIONED if choices else ():
+            with contextlib.suppress(Unusable):
+                read(file, {name: here[name]})
+                alike.append(name)
+        return {
+            key: choice
+            for key, choice in choices.items()
+            if choice.backend not in _VERSIONED or choice.backend in alike
+        }
     except OSError as error:
         _warn(f"{file} cannot be read: {error.strerror}; nothing that was shipped is in force")
     except Unusable as error:

@@ -1,11 +1,13 @@
 """The native CUDA kernels of the extension: BatchNorm's passes, the stem, Hopper's 1x1 convolution.
 
-Maps are channels_last. Convolutions within the ops of training are torch's own.
+Maps are channels_last. Convolutions within the ops of training are torch's own, but for the stem's,
+and on Hopper for the data gradient of a 1x1 with something to add to it.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -111,10 +113,14 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
         return f"runs on CUDA GPUs, x is on {x.device}"
     if x.dtype not in CUDA_DTYPE_NAMES:
         return f"takes float32, bfloat16 and float16, x is {x.dtype}"
-    if op in _POOLS and any(first != second for first, second in args[-3:]):
-        return f"takes square pools, got {args[-3:]}"
-    if op == "conv_bn_act":
-        return None if _is_stem(x, *args) else _hopper_gemm.declines(x, *args)
+    if op in _POOLS:
+        if any(first != second for first, second in args[-3:]):
+            return f"takes square pools, got {args[-3:]}"
+        size = tuple(x.shape if op == "bn_act_max_pool" else args[1])
+        if math.prod(size[1:]) >= 2**31:
+            return f"pools images of up to 2^31 elements, got {size}"
+    if op == "conv_bn_act" and not _is_stem(x, *args):
+        return _hopper_gemm.declines(x, *args)
     if op == "conv_bn_act_max_pool" and (reason := _cuda_stem.declines(x, *args)):
         return reason
     return _declines_device(x.device.index)

@@ -139,6 +139,11 @@ class Watch(TorchDispatchMode):
         #: The first reason that was found; empty if there is none.
         self.reason = ""
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Leave compiled functions compiled: Dynamo passes by, for good, what runs under a mode."""
+        return True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
@@ -34,20 +35,23 @@ def compile_ahead(
         known: the calls that will not.
         on_call: is told whenever a call is done.
     """
-    pool = ThreadPoolExecutor(min(MOST_AT_ONCE, os.cpu_count() or 1))
+    pool, over = ThreadPoolExecutor(min(MOST_AT_ONCE, os.cpu_count() or 1)), threading.Event()
     try:
-        for _ in as_completed([pool.submit(_run, call, device, known) for call in calls]):
+        for _ in as_completed([pool.submit(_run, call, device, known, over) for call in calls]):
             on_call()
     finally:
+        over.set()  # an interrupt waits for what is being compiled, and for no more
         pool.shutdown(cancel_futures=True)
 
 
-def _run(call: Call, device: torch.device, known: Container[Signature]) -> None:
+def _run(
+    call: Call, device: torch.device, known: Container[Signature], over: threading.Event
+) -> None:
     with contextlib.suppress(Exception), torch.no_grad(), torch.cuda.device(device):
         args = draw(call, device)
         if _tuned.signature(call.op, args) in known:
             return
         for (backend, _), run in candidates(call.op, *args).items():
-            if backend == "triton":
+            if backend == "triton" and not over.is_set():
                 with contextlib.suppress(Exception):
                     run(*args)

@@ -115,7 +115,8 @@ class _Answers:
         given = [o.shape for o in self._oracle]
         flops = OPS[op].flops(*shapes, out_shape=given if len(given) > 1 else given[0])
         terms = flops // (2 * max(1, self._oracle[0].numel()))
-        self._reduced, self._size, self._factors = max(1, terms), 0.0, factors_dtype(x)
+        self._reduced, self._size = max(1, terms), 0.0
+        self._factors = factors_dtype(x) if "conv" in op else x.dtype
         if self._of_all:
             # What is summed over a channel; its terms may cancel.
             self._reduced = max(self._reduced, x.numel() // x.shape[1])

@@ -173,6 +173,27 @@ def test_what_it_declines(change, said):
     assert said in _cuda_stem.declines(*args)
 
 
+def test_a_gpu_that_it_was_not_built_for(module):
+    x, weight, scale, shift, *rest = arguments((1, 3, 9, 9))
+    convolution = (x, weight, scale, shift, None, *GEOMETRY, "relu")
+    with pytest.MonkeyPatch.context() as patch:  # ends before the module's own
+        patch.setattr(cuda, "_declines_device", lambda index: "was built for 90a")
+        assert cuda.supports("conv_bn_act", *convolution) == "was built for 90a"
+        assert cuda.supports(OP, x, weight, scale, shift, *rest) == "was built for 90a"
+
+
+def test_images_that_32_bits_do_not_count(module):
+    x = torch.empty(1, 3, 26760, 26760, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(64, 3, 7, 7, dtype=torch.bfloat16, device="meta")
+    said = cuda.supports(OP, x, weight, None, None, *GEOMETRY, "relu", *POOL)
+    assert said == "has a stem for images of up to 2^31 elements, x is (1, 3, 26760, 26760)"
+    size = (2, 64, 5800, 5800)
+    x = torch.empty(size, dtype=torch.bfloat16, device="meta")
+    assert "(2, 64, 5800, 5800)" in cuda.supports("bn_act_max_pool", x, *[None] * 6, *POOL)
+    grad = torch.empty(2, 64, 2900, 2900, dtype=torch.bfloat16, device="meta")
+    assert "(2, 64, 5800, 5800)" in cuda.supports("max_pool_backward", grad, None, [*size], *POOL)
+
+
 def test_bad_arguments(module):
     """Each is named before anything is written."""
     x, y = torch.zeros(81 * 3 + 8, dtype=torch.bfloat16), torch.zeros(9 * 64, dtype=torch.bfloat16)

@@ -99,6 +99,25 @@ def test_a_shipped_table_stands_behind_what_was_measured(cache, monkeypatch):
     assert held() == {KEY: measured}
 
 
+def test_shipped_choices_of_a_library_are_for_its_version(cache, monkeypatch):
+    """Another cuDNN may drop NaN where this one keeps it, another Triton may not compile a tile."""
+    monkeypatch.setattr(_tuned_file, "SHIPPED", cache)
+    here = {**_tuned_file.conditions(CPU), "triton": "3.6.0", "cudnn": 91900}
+    monkeypatch.setattr(_tuned_file, "conditions", lambda device: here)
+    backends = ("triton", "cudnn", "cuda", "reference")
+    table = {(name,): Choice(name, "default", 1.0, None) for name in backends}
+    for change, left in (
+        ({}, {*backends}),
+        ({"cudnn": 90000}, {"triton", "cuda", "reference"}),
+        ({"triton": "3.9.0"}, {"cudnn", "cuda", "reference"}),
+        ({"torch": "2.99.0"}, {*backends}),
+    ):
+        text = _tuned_file._text({**here, **change}, table)
+        (cache / f"{_tuned_file._slug(here['device'])}.json").write_text(text)
+        assert {key[0] for key in _tuned_file.load(CPU)} == left
+        assert _tuned_file.measured(CPU) == {}
+
+
 @pytest.mark.parametrize("file", sorted(_tuned_file.SHIPPED.glob("*.json")), ids=lambda f: f.stem)
 def test_what_is_shipped_can_still_be_run(file):
     """It is read under its device's name, and names candidates that there are."""
