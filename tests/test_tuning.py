@@ -8,6 +8,8 @@ import contextlib
 import json
 import math
 import sys
+import threading
+import time
 import types
 
 import pytest
@@ -531,19 +533,27 @@ def test_all_calls_are_compiled_before_one_is_measured(monkeypatch):
 
 
 def test_an_interrupt_compiles_no_more(monkeypatch):
+    """But what is being compiled when it comes."""
     calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    ran = []
-    found = {("triton", str(i)): lambda *args: ran.append(args) for i in range(3)}
-    monkeypatch.setattr("resnet_fused.tuning.ahead.candidates", lambda op, *args: found)
+    begun, interrupted = [], threading.Event()
+
+    def compilation(*args):
+        begun.append(args)
+        if len(begun) > 3:  # the second call's, as the first has three
+            assert interrupted.wait(60)
+            time.sleep(0.2)
 
     def interrupt():
+        interrupted.set()
         raise KeyboardInterrupt
 
+    found = {("triton", str(i)): compilation for i in range(3)}
+    monkeypatch.setattr("resnet_fused.tuning.ahead.candidates", lambda op, *args: found)
     with pytest.raises(KeyboardInterrupt):
         compile_ahead([*calls, *calls], CPU, (), interrupt)
-    assert len(ran) < 3 * 2 * len(calls)
+    assert 3 <= len(begun) <= 4
 
 
 def test_an_interrupted_run_keeps_what_it_has(cache, backend):
