@@ -21,8 +21,7 @@ struct ConvArgs {
 struct ConvKernel {
   const char* name;
   DType dtype;
-  int tile_m, tile_n;  // pixels and output channels of one block
-  int cluster;         // blocks along the pixels that fetch a tile of the weight together
+  int channels;  // outputs of one block
   bool (*can_implement)(const ConvArgs&);
   size_t (*workspace_bytes)(const ConvArgs&);
   // Puts the kernel on a stream; raises runtime_error if that fails.

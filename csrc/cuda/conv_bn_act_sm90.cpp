@@ -49,11 +49,9 @@ std::string decline(const ConvKernel& kernel, const ConvArgs& args) {
   return "";
 }
 
-using Description = std::tuple<std::string, int, int, int>;
-
-std::vector<Description> kernels() {
-  std::vector<Description> found;
-  for (const ConvKernel* k : kTiles) found.emplace_back(k->name, k->tile_m, k->tile_n, k->cluster);
+std::vector<std::tuple<std::string, int>> kernels() {
+  std::vector<std::tuple<std::string, int>> found;
+  for (const ConvKernel* k : kTiles) found.emplace_back(k->name, k->channels);
   return found;
 }
 
@@ -105,8 +103,7 @@ void conv_bn_act(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t shift
 void register_conv_bn_act(py::module_& m) {
   using py::arg;
   m.def("conv_bn_act_kernels", &kernels,
-        "Each kernel's name, pixels and channels of its tile, and blocks of its cluster. There is one\n"
-        "of each in either dtype.");
+        "Each kernel's name, and the output channels of a block. There is one of each in either dtype.");
   m.def("conv_bn_act_declines", &declines, arg("dtype"), arg("kernel"), arg("pixels"), arg("c"),
         arg("o"), "Why a kernel does not take these sizes in 'bfloat16' or 'float16', or None.");
   m.def("conv_bn_act_workspace_bytes", &workspace_bytes, arg("dtype"), arg("kernel"), arg("pixels"),

@@ -88,7 +88,7 @@ typename Epilogue::Arguments epilogue_arguments(const ConvArgs& args, Stride str
 
 // --- the table ------------------------------------------------------------------------------------
 
-// A Kernel has Op, CUTLASS's device adapter, arguments(const ConvArgs&), kTileM, kTileN and kCluster.
+// A Kernel has Op, CUTLASS's device adapter, arguments(const ConvArgs&) and kChannels.
 template <class Kernel>
 bool can_implement(const ConvArgs& args) {
   return Kernel::Op::can_implement(Kernel::arguments(args)) == cutlass::Status::kSuccess;
@@ -116,9 +116,7 @@ template <class Kernel>
 constexpr ConvKernel entry(const char* name, DType dtype) {
   return {name,
           dtype,
-          Kernel::kTileM,
-          Kernel::kTileN,
-          Kernel::kCluster,
+          Kernel::kChannels,
           &can_implement<Kernel>,
           &workspace_bytes<Kernel>,
           &run<Kernel>};

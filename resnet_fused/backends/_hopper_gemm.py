@@ -33,11 +33,8 @@ class Kernel(NamedTuple):
     """One compiled tile, as the extension lists it."""
 
     name: str
-    #: Pixels and output channels of a block.
-    tile_m: int
-    tile_n: int
-    #: Blocks along the pixels that fetch a tile of the weight together.
-    cluster: int
+    #: Output channels of a block.
+    channels: int
 
 
 class Product(NamedTuple):
@@ -118,7 +115,7 @@ def heuristic(product: Product, kernels: Sequence[Kernel]) -> Kernel:
     ResNet-50 at batch 256.
     """
     wide = product.o >= 256 >= product.c
-    return (max if wide else min)(kernels, key=lambda kernel: kernel.tile_n)
+    return (max if wide else min)(kernels, key=lambda kernel: kernel.channels)
 
 
 def candidates(

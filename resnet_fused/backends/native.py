@@ -16,7 +16,7 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 #: The dtypes with CUDA kernels.
 CUDA_DTYPE_NAMES = {**DTYPE_NAMES, torch.float16: "float16"}
 #: What the functions of the extension take and do, by the number in ``csrc/bindings.cpp``.
-INTERFACE = 3
+INTERFACE = 4
 
 
 @functools.cache

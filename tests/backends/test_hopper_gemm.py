@@ -319,8 +319,8 @@ def test_other_ops_have_one_candidate(machine):
 # --- the choice where nothing was measured -------------------------------------------------------
 
 KERNELS = (
-    Kernel("gemm-m128n256c2", 128, 256, 2),
-    Kernel("gemm-m128n128c1", 128, 128, 1),
+    Kernel("gemm-m128n256c2", 256),
+    Kernel("gemm-m128n128c1", 128),
 )
 
 
