@@ -117,8 +117,8 @@ class Suite:
     image_size: int
     #: What a call finds in the caches, by level.
     caches: Mapping[str, str]
-    #: Whether every contender runs as a CUDA graph, but for training in float16; in a cold start
-    #: `frozen` alone, which records its own. False: none does, `frozen` neither.
+    #: Whether every contender runs as a CUDA graph, but for epochs, and training in float16; in a
+    #: cold start `frozen` alone, which records its own. False: none does, `frozen` neither.
     graphs: bool
     #: Seconds that the rounds of a case may take per contender, by level.
     seconds: Mapping[str, float]
