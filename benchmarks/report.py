@@ -109,9 +109,8 @@ def closing_lines(record: Record) -> list[str]:
         products = ", ".join(f"{SHORT_DTYPES[d]} {f / 1e12:.3g}" for d, f in peaks.flops.items())
         lines.append(f"peaks as measured: {products} TFLOP/s, {peaks.bandwidth / 1e9:.4g} GB/s")
     graphs = "all contenders" if conditions.get("graphs") else "no contender"
-    lines.append(
-        f"CUDA graphs: {graphs} (epochs, and training in float16: never; cold starts: frozen at most)"
-    )
+    never = "epochs and training in float16: never; cold starts: frozen at most"
+    lines.append(f"CUDA graphs: {graphs} ({never})")
     present = [f"{level} {caches}" for level, caches in limits.caches(record).items()]
     lines.append(f"caches: {', '.join(present) or 'not said'}. {CACHES}")
     if left := conditions.get("unfinished"):
