@@ -47,7 +47,7 @@ Caches: TypeAlias = Annotated[
 Graphs: TypeAlias = Annotated[
     bool | None,
     typer.Option("--graphs/--no-graphs", show_default="on a GPU",
-                 help="Run all contenders as CUDA graphs, or none; epochs and fp16's training never."),
+                 help="All contenders as CUDA graphs, or none; epochs and fp16's training never."),
 ]  # fmt: skip
 ImageSize: TypeAlias = Annotated[int, typer.Option(help="Height and width of the images.")]
 Threads: TypeAlias = Annotated[
