@@ -18,7 +18,7 @@ from resnet_fused.backends import _device, native
 from resnet_fused.backends._derived import derived
 from resnet_fused.backends._outputs import empty_channels_last
 from resnet_fused.backends._torch_conv import laid_out
-from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_vector
+from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_map, as_vector
 
 _DTYPES = (torch.bfloat16, torch.float16)
 #: Stride, padding and dilation; size, stride and padding of the pool.
@@ -162,9 +162,8 @@ def backward_weight(
     band = next((b for b in reversed(BANDS) if units(b) >= blocks), BANDS[0])
     parts = min(units(band), blocks)
     partial = torch.empty((parts, o, *_KERNEL, c), dtype=torch.float32, device=x.device)
-    maps = [t.detach().contiguous(memory_format=torch.channels_last) for t in (grad, x)]
-    if maps[0].data_ptr() % 16:
-        maps[0] = maps[0].clone()
+    # Kept until the kernel is in the stream. An x may begin anywhere.
+    maps = as_map(grad), x.detach().contiguous(memory_format=torch.channels_last)
     addresses = [t.data_ptr() for t in (*maps, partial)]
     sizes = (CUDA_DTYPE_NAMES[x.dtype], n, h, w, c, o, band, parts)
     native.run(x.device, "stem_backward_weight", *addresses, *sizes)

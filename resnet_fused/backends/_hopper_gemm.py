@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resnet_fused.backends import native
 from resnet_fused.backends._outputs import empty_channels_last, scratch
-from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_vector
+from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_map, as_vector
 
 CAPABILITY = (9, 0)
 ADVICE = (
@@ -24,7 +24,6 @@ ADVICE = (
     "backends convolve without it"
 )
 _DTYPES = (torch.bfloat16, torch.float16)
-_ALIGNMENT = 16
 #: Kernel, stride, padding and groups of what is one matrix product.
 _GEOMETRY = ((1, 1), (1, 1), (0, 0), 1)
 
@@ -155,19 +154,12 @@ def conv_bn_act(
         taking, _ = _verdict(dtype, product)
         kernel = heuristic(product, taking).name
     # Kept until the kernel is in the stream; the allocator then keeps their memory for it.
-    maps = [_map(x), _map(weight), as_vector(scale), as_vector(shift), _map(residual)]
+    added = None if residual is None else as_map(residual)
+    kept = as_map(x), as_map(weight), as_vector(scale), as_vector(shift), added
     n, _, h, w = x.shape
     y = empty_channels_last((n, product.o, h, w), x.dtype, x.device)
     size = native.cuda_kernels().conv_bn_act_workspace_bytes(dtype, kernel, *product)
     workspace = scratch(size, x.device) if size else None
-    addresses = [0 if t is None else t.data_ptr() for t in (*maps, y, workspace)]
+    addresses = [0 if t is None else t.data_ptr() for t in (*kept, y, workspace)]
     native.run(x.device, "conv_bn_act", *addresses, size, dtype, kernel, *product, act == "relu")
     return y
-
-
-def _map(t: Tensor | None) -> Tensor | None:
-    """Return ``t`` dense in channels_last order at an aligned address; an alias if it is."""
-    if t is None:
-        return None
-    t = t.detach().contiguous(memory_format=torch.channels_last)
-    return t.clone() if t.data_ptr() % _ALIGNMENT else t

@@ -249,10 +249,11 @@ def conv_backward_data(
     That is a 1x1 too, by the weight turned, and adds in its epilogue.
     """
     geometry = (stride, padding, dilation, groups)
-    turned = (grad, weight.transpose(0, 1), None, None, residual, *geometry, None)
-    if residual is None or grad.numel() == 0 or _hopper_gemm.declines(*turned):
-        return _torch_conv.backward_data(grad, weight, x_size, *geometry, residual)
-    return _hopper_gemm.conv_bn_act(*turned)
+    if residual is not None and grad.numel():
+        turned = (grad, weight.transpose(0, 1), None, None, residual, *geometry, None)
+        if not _hopper_gemm.declines(*turned):
+            return _hopper_gemm.conv_bn_act(*turned)
+    return _torch_conv.backward_data(grad, weight, x_size, *geometry, residual)
 
 
 bn_act_conv_backward_data = _training_ops.chained_backward_data(conv_backward_data)

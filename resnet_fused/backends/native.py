@@ -15,6 +15,8 @@ from torch import Tensor
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 #: The dtypes with CUDA kernels.
 CUDA_DTYPE_NAMES = {**DTYPE_NAMES, torch.float16: "float16"}
+#: Bytes that an access of a CUDA kernel has at most, and its address is a multiple of.
+ALIGNMENT = 16
 #: What the functions of the extension take and do, by the number in ``csrc/bindings.cpp``.
 INTERFACE = 4
 
@@ -72,6 +74,12 @@ def run(device: torch.device, kernel: str, *args: Any) -> None:
     else:
         with torch.cuda.device(device):
             getattr(kernels, kernel)(*args, *queue)
+
+
+def as_map(t: Tensor) -> Tensor:
+    """Return a map as kernels read it in whole accesses: dense, channels_last, aligned."""
+    t = t.detach().contiguous(memory_format=torch.channels_last)
+    return t.clone() if t.data_ptr() % ALIGNMENT else t
 
 
 def as_vector(vector: Tensor | None) -> Tensor | None:

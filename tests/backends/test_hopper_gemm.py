@@ -104,7 +104,7 @@ def test_a_weight_is_read_where_it_is(module):
     for layout in (torch.contiguous_format, torch.channels_last):
         args = arguments((1, 8, 5, 5), 16, dtype=torch.float16)
         weight = args[1].contiguous(memory_format=layout)
-        assert _hopper_gemm._map(weight).data_ptr() == weight.data_ptr()
+        assert native.as_map(weight).data_ptr() == weight.data_ptr()
         for _ in range(2):
             assert_right((args[0], weight, *args[2:]), cuda.conv_bn_act(args[0], weight, *args[2:]))
             weight.mul_(2)
