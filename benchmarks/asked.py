@@ -22,7 +22,8 @@ Images: TypeAlias = Annotated[int, typer.Option("--batch", "-b", help="Images in
 Dtypes: TypeAlias = Annotated[
     list[str] | None,
     typer.Option("--dtype", "-d", help="fp32, tf32, bf16, fp16. fp32 is float32 proper; in "
-                 "training 16 bits come by autocast.", show_default="fp32, and bf16 where native"),
+                 "training 16 bits come by autocast.",
+                 show_default="fp32, and bf16 where native; bf16 on a GPU"),
 ]  # fmt: skip
 Device: TypeAlias = Annotated[str, typer.Option(help="cpu or cuda.")]
 Peers: TypeAlias = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks import bn, convolutions, epoch, subjects, training
@@ -38,8 +38,8 @@ DEFAULT_PEERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "cuda": {
         **dict.fromkeys((OP, BLOCK), ("cudnn", "eager-nchw")),
-        **dict.fromkeys((INFERENCE, COLD), ("inductor", "inductor-default", "cudnn", "eager-nchw")),
-        TRAINING: ("inductor-default", "eager-nchw"),
+        **dict.fromkeys((INFERENCE, COLD), ("inductor", "cudnn", "eager-nchw")),
+        TRAINING: ("inductor-default",),
         EPOCH: (),
     },
 }
@@ -61,8 +61,8 @@ CACHES: Mapping[str, str] = {
 
 #: What `all` measures.
 ALL = (OP, BLOCK, INFERENCE, COLD, TRAINING, EPOCH)
-#: The default suite, which is `all` on a GPU where nothing else was asked for, is planned to end
-#: within so many seconds; :func:`usual` says what it measures.
+#: On a GPU `models`, `training` and the default suite, `all`, are each planned to end within
+#: so many seconds, unless asked for something else; :func:`usual` says what they measure.
 DEFAULT_SUITE_S = 600.0
 #: Seconds that are planned for building and checking a contender in a case, for each compilation by
 #: Inductor (in training forward and backward are one each), for a cold start, and for the peaks.
@@ -89,18 +89,17 @@ class Usual:
 
 def usual(levels: tuple[str, ...], device: str) -> Usual:
     """Return what a command for these levels measures on a device unless asked otherwise."""
-    if levels != ALL or device != "cuda":
+    if device != "cuda":
         return Usual(levels, DEFAULT_PEERS[device])
-    return Usual(
-        levels=tuple(level for level in ALL if level != COLD),  # each start takes ten seconds
-        peers={
-            **DEFAULT_PEERS[device],
-            **dict.fromkeys((OP, BLOCK), ("cudnn",)),
-            INFERENCE: ("inductor", "cudnn", "eager-nchw"),
-            TRAINING: ("inductor-default",),
-        },
+    # Each cold start takes ten seconds, each model in each dtype Inductor's minute.
+    within = tuple(level for level in levels if level != COLD) or levels
+    every = Usual(within, DEFAULT_PEERS[device], dtypes=default_dtypes(device)[-1:])
+    if levels != ALL:
+        return every
+    return replace(
+        every,
+        peers={**every.peers, **dict.fromkeys((OP, BLOCK), ("cudnn",))},
         models=("resnet50",),
-        dtypes=default_dtypes(device)[-1:],
         batches=BATCHES[device],
         layer_batches=BATCHES[device][-1:],
     )

@@ -142,7 +142,7 @@ class Trainer:
 
         def pack(t: Tensor) -> Tensor:
             found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
+            return t.detach()  # an op that kept its own output would keep itself, and all before it
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = self.loss()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from resnet_fused.engine.graph import Watch, no_garbage_collection
 
 #: A training step: from a batch to whatever it returns, its loss say.
 Step = Callable[..., Any]
+#: How torch's warning begins that backward writes gradients on another stream than the step's.
+_ELSEWHERE = "The AccumulateGrad node's stream does not match"
 
 
 def capture_step(
@@ -46,7 +50,8 @@ def capture_step(
     ``requires_grad`` stay as they are. An optimizer that counts its steps has to do so on the GPU
     (``capturable=True``); a learning rate that is a tensor can be filled with another.
     ``GradScaler.step`` reads a value back, which no graph can: capture forward and backward alone.
-    ``DistributedDataParallel`` wants 11 warm-up steps.
+    ``DistributedDataParallel`` wants 11 warm-up steps. What an earlier step returned with its
+    history, a loss say, holds nodes of autograd's on that step's stream: let go of it first.
 
     Args:
         step: takes as many tensors as there are examples; returns tensors in any nesting.
@@ -143,7 +148,7 @@ def _warm_up(
     current = torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.random.fork_rng([device]), torch.cuda.stream(stream):
-        with Watch(device, random=True) as watch:
+        with Watch(device, random=True) as watch, _of_one_stream():
             step(*inputs)
         # Found here, as a recording that fails leaves torch's allocator in the middle of it.
         if watch.reason:
@@ -151,6 +156,27 @@ def _warm_up(
         for _ in range(times):
             step(*inputs)
     current.wait_stream(stream)
+
+
+@contextlib.contextmanager
+def _of_one_stream() -> Iterator[None]:
+    """Raise where backward would leave the stream of the recording, which CUDA then ends."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=_ELSEWHERE)
+            yield
+    except UserWarning as warning:
+        if not str(warning).startswith(_ELSEWHERE):
+            raise
+        raise RuntimeError(
+            "step: a CUDA graph cannot repeat it: the model's parameters are held, on another "
+            "stream, by a result of an earlier step, such as its loss; let go of it (`del loss`) "
+            "or detach it before"
+        ) from None
+    finally:
+        torch.set_warn_always(before)
 
 
 def _record(graph: Any, step: Step, inputs: Sequence[Tensor], stream: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -199,9 +200,25 @@ def raises(model, x, target):
     raise Unrepeatable
 
 
+def on_another_stream(model, x, target):
+    """As torch warns where an older loss is held, but on a GPU alone."""
+    F.cross_entropy(model(x), target).backward()
+    warnings.warn("The AccumulateGrad node's stream does not match the str...", stacklevel=1)
+
+
+def warns(model, x, target):
+    F.cross_entropy(model(x), target).backward()
+    raise UserWarning("of its own")
+
+
 @pytest.mark.parametrize(
     ("body", "error", "words"),
-    [(reads_back, RuntimeError, "reads a value back to the host"), (raises, Unrepeatable, "^$")],
+    [
+        (reads_back, RuntimeError, "reads a value back to the host"),
+        (raises, Unrepeatable, "^$"),
+        (on_another_stream, RuntimeError, "held, on another stream, by a result of an earlier ste"),
+        (warns, UserWarning, "^of its own$"),
+    ],
 )
 def test_a_step_that_fails_leaves_no_trace(cuda, body, error, words):
     model = rf.fuse(Net().train())

@@ -138,6 +138,9 @@ def test_the_cuda_clock_flushes_then_times_one_call(monkeypatch):
         def synchronize(self):
             log.append("wait")
 
+        def query(self):
+            return False
+
         def elapsed_time(self, end):
             return 2.5
 

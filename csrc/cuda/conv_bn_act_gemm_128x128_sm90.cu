@@ -1,5 +1,5 @@
-// 1x1 convolutions of few input channels, whose time goes into reading the residual and writing y:
-// a tile of each group of warps, so that one's end runs beside the other's products.
+// 1x1 convolutions of many input channels: a tile of each group of warps, so that one's end runs beside
+// the other's products.
 #include "conv_gemm_sm90.cuh"
 
 RF_GEMM(128, 128, 1, Pingpong)

@@ -18,7 +18,7 @@ namespace {
 
 constexpr size_t kAlignment = 16;  // of every map, for TMA
 
-const ConvKernel* const kTiles[] = {gemm_128x256, gemm_128x128};
+const ConvKernel* const kTiles[] = {gemm_256x128, gemm_128x128};
 
 const ConvKernel& find(DType dtype, const std::string& name) {
   for (const ConvKernel* tile : kTiles)
@@ -51,7 +51,7 @@ std::string decline(const ConvKernel& kernel, const ConvArgs& args) {
 
 std::vector<std::tuple<std::string, int>> kernels() {
   std::vector<std::tuple<std::string, int>> found;
-  for (const ConvKernel* k : kTiles) found.emplace_back(k->name, k->channels);
+  for (const ConvKernel* k : kTiles) found.emplace_back(k->name, k->pixels);
   return found;
 }
 
@@ -103,7 +103,7 @@ void conv_bn_act(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t shift
 void register_conv_bn_act(py::module_& m) {
   using py::arg;
   m.def("conv_bn_act_kernels", &kernels,
-        "Each kernel's name, and the output channels of a block. There is one of each in either dtype.");
+        "Each kernel's name, and the pixels of a block. There is one of each in either dtype.");
   m.def("conv_bn_act_declines", &declines, arg("dtype"), arg("kernel"), arg("pixels"), arg("c"),
         arg("o"), "Why a kernel does not take these sizes in 'bfloat16' or 'float16', or None.");
   m.def("conv_bn_act_workspace_bytes", &workspace_bytes, arg("dtype"), arg("kernel"), arg("pixels"),

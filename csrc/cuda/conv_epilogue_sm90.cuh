@@ -70,12 +70,26 @@ struct Tree {
   }
 };
 
+// Pieces of a tile that the residual is fetched ahead by, and that may be on their way out. CUTLASS's
+// builder takes 4 and 2: too few bytes under way to hide memory behind so few products.
+constexpr int kFetched = 8, kStored = 4;
+
+template <class Built>
+struct Deepened;
+template <int Fetched, int Stored, int Fragment, bool Reuse, bool Delay, class... Rest>
+struct Deepened<cutlass::epilogue::collective::CollectiveEpilogue<
+    cutlass::epilogue::Sm90TmaWarpSpecialized<Fetched, Stored, Fragment, Reuse, Delay>, Rest...>> {
+  using Policy =
+      cutlass::epilogue::Sm90TmaWarpSpecialized<kFetched, kStored, Fragment, Reuse, Delay>;
+  using Op = cutlass::epilogue::collective::CollectiveEpilogue<Policy, Rest...>;
+};
+
 template <class E, class Tile, class Cluster, class Schedule>
-using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+using Epilogue = typename Deepened<typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
     cutlass::epilogue::collective::EpilogueTileAuto, float, float, E, cutlass::layout::RowMajor,
     kChannelStep, E, cutlass::layout::RowMajor, kChannelStep, Schedule,
-    typename Tree<E, Tile>::Root>::CollectiveOp;
+    typename Tree<E, Tile>::Root>::CollectiveOp>::Op;
 
 // Arguments of an epilogue. TMA wants an address to make a descriptor of, also where the residual
 // is never loaded.
@@ -88,7 +102,7 @@ typename Epilogue::Arguments epilogue_arguments(const ConvArgs& args, Stride str
 
 // --- the table ------------------------------------------------------------------------------------
 
-// A Kernel has Op, CUTLASS's device adapter, arguments(const ConvArgs&) and kChannels.
+// A Kernel has Op, CUTLASS's device adapter, arguments(const ConvArgs&) and kPixels.
 template <class Kernel>
 bool can_implement(const ConvArgs& args) {
   return Kernel::Op::can_implement(Kernel::arguments(args)) == cutlass::Status::kSuccess;
@@ -116,7 +130,7 @@ template <class Kernel>
 constexpr ConvKernel entry(const char* name, DType dtype) {
   return {name,
           dtype,
-          Kernel::kChannels,
+          Kernel::kPixels,
           &can_implement<Kernel>,
           &workspace_bytes<Kernel>,
           &run<Kernel>};

@@ -23,7 +23,7 @@ struct Pingpong {
 
 template <class E, int M, int N, int ClusterM, class Schedule>
 struct Gemm {
-  static constexpr int kChannels = N;
+  static constexpr int kPixels = M;
 
   // 64 channels are 128 bytes, the widest swizzle.
   using Tile = cute::Shape<cute::Int<M>, cute::Int<N>, cute::_64>;

@@ -26,8 +26,9 @@ Clock = Callable[[Callable[[], object]], float]
 CHECKED_IMAGES = 8
 #: Calls that a candidate is first judged by, and how much slower than the best it may then be.
 SHORT_SAMPLE, TOO_SLOW = 3, 1.5
-#: For how long a GPU is kept busy before each call, so that Python has launched it by then.
-LAUNCHING_S = 5e-4
+#: For how long a GPU is kept busy before each call, so that Python has launched it by then, and how
+#: often this is doubled for a call that takes Python longer.
+LAUNCHING_S, LONGER = 5e-4, 5
 #: How many go on to the interleaved rounds, and how many rounds there are.
 FINALISTS, ROUNDS = 4, 9
 
@@ -188,7 +189,8 @@ class CudaClock:
     """Seconds of GPU time by CUDA events, with the L2 cache flushed before each call.
 
     The flushes also keep the GPU busy while the call is being launched, so that what is timed is
-    the kernels and not Python, as it is inside a CUDA graph or a full queue.
+    the kernels and not Python, as it is inside a CUDA graph or a full queue. Where the GPU was done
+    with them first, as a chain of ops takes Python long, the call is timed again behind more.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -203,11 +205,15 @@ class CudaClock:
     ) -> float:
         """Return the seconds that one call takes on the current stream, after `before`."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(self._flushes):
-            self._flush.zero_()
-        before()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
+        for longer in range(1 + LONGER):
+            for _ in range(self._flushes << longer):
+                self._flush.zero_()
+            before()
+            start.record()
+            run()
+            end.record()
+            waited_for_python = start.query()
+            end.synchronize()
+            if not waited_for_python:
+                break
         return start.elapsed_time(end) / 1e3

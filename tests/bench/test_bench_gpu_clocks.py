@@ -19,7 +19,7 @@ from fake_cuda import Graph, Recording
 from benchmarks import graphs
 from resnet_fused.bench import contenders, timing
 from resnet_fused.bench.contenders import Setup
-from resnet_fused.tuning.measure import CudaClock
+from resnet_fused.tuning.measure import LONGER, CudaClock
 
 
 class Stream:
@@ -69,7 +69,13 @@ def test_a_captured_contender_replays_what_it_recorded_on_each_new_input(tmp_pat
 
 
 @pytest.fixture
-def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def early() -> list[bool]:
+    """Whether the GPU came to the next calls before Python had launched all of them, last first."""
+    return []
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch, early: list[bool]) -> list[str]:
     """What happens on the device, in order; two events are always six milliseconds apart."""
     happened: list[str] = []
 
@@ -82,6 +88,9 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         def synchronize(self) -> None:
             happened.append("wait")
+
+        def query(self) -> bool:
+            return bool(early) and early.pop()
 
         def elapsed_time(self, end: Event) -> float:
             return 6.0
@@ -96,15 +105,33 @@ def test_events_stand_around_the_calls_alone(order: list[str]) -> None:
     assert order == ["wait", "event", "call", "call", "call", "event", "wait"]
 
 
-def test_emptied_caches_are_fed_before_the_clock_runs(
-    order: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def clock(order: list[str], monkeypatch: pytest.MonkeyPatch) -> CudaClock:
     small = SimpleNamespace(L2_cache_size=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
     clock = CudaClock(torch.device("cpu"))
     assert clock._flush.nbytes == 2**28
     order.clear()
-    clock._flush = SimpleNamespace(zero_=lambda: order.append("flush"))
+    monkeypatch.setattr(clock, "_flush", SimpleNamespace(zero_=lambda: order.append("flush")))
+    return clock
+
+
+def test_a_call_that_the_gpu_came_to_first_is_timed_again_behind_more_flushes(
+    clock: CudaClock, order: list[str], early: list[bool]
+) -> None:
+    early += [False, True, True]
+    assert clock(lambda: order.append("call")) == 0.006
+    timed = ["event", "call", "event", "wait"]
+    assert order == ["flush", *timed, *["flush"] * 2, *timed, *["flush"] * 4, *timed]
+    order.clear()
+    early += [True] * 99
+    clock(lambda: order.append("call"))
+    assert order.count("call") == 1 + LONGER, "one that waits for the GPU itself never comes first"
+
+
+def test_emptied_caches_are_fed_before_the_clock_runs(
+    clock: CudaClock, order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(timing, "CudaClock", lambda device: clock)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     emptied = timing.clock_for("cuda", emptied=True)

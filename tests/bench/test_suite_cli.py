@@ -301,6 +301,19 @@ def test_the_default_suite_is_planned_to_end_within_ten_minutes(
     assert suite.planned_seconds(every) > suite.planned_seconds(default)
 
 
+@pytest.mark.parametrize(("name", "level"), [("models", INFERENCE), ("training", TRAINING)])
+def test_a_gpu_runs_all_models_within_ten_minutes(
+    name: str, level: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wanted = begun(monkeypatch, name, "--out", tmp_path)
+    cases = suite.plan(wanted)
+    assert {(case.level, case.dtype) for case in cases} == {(level, "bfloat16")}
+    assert {case.model for case in cases} == {"resnet34", "resnet50", "resnet152"}
+    assert {case.batch for case in cases} == ({1, 256} if level == INFERENCE else {256})
+    assert all(any("inductor" in n for n in wanted.contenders(case)) for case in cases)
+    assert 300 < suite.planned_seconds(wanted) < suite.DEFAULT_SUITE_S
+
+
 def test_epochs_are_planned_to_end_within_two_minutes_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from benchmarks import cold, levels, subjects, suite, training
 from benchmarks.peaks import Peaks
@@ -167,6 +169,26 @@ def test_training_is_held_to_the_gradient_and_keeps_less(small: Suite, tmp_path:
     assert fused.saved_mib is not None
     assert fused.saved_mib < eager.saved_mib
     assert fused.img_s is not None
+
+
+@pytest.mark.parametrize("name", training.OWN)
+def test_counting_what_is_kept_keeps_nothing(name: str) -> None:
+    """A graph that lives on would hold its maps, and autograd's nodes on their stream."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Noted(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)  # saved for backward by the op that made it
+            alive.append(weakref.ref(y))
+            return y
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Noted(), nn.AdaptiveAvgPool2d(1),
+                          nn.Flatten(), nn.Linear(8, 10))  # fmt: skip
+    x = torch.randn(2, 3, 8, 8)
+    trainer = training.Trainer(model, x, torch.tensor([2, 7]), torch.float32, training.OWN[name])
+    assert trainer.saved_mib() > 0
+    assert alive
+    assert all(ref() is None for ref in alive)
 
 
 def test_a_float16_gradient_that_overflows_is_computed_again_with_less_scale() -> None:

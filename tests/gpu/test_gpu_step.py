@@ -53,3 +53,19 @@ def test_captured_steps_are_eager_steps(device, backend, name, memory):
     with torch.no_grad():
         y, expected = (m.eval()(batch(9, device)[0]) for m in (model, eager))
     torch.testing.assert_close(y, expected)
+
+
+def test_an_older_loss_that_is_held_is_named(device):
+    """Before anything is recorded: torch's allocator and the model are as they were."""
+    model = SmallNet().to(device).train()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    step = training(model, optimizer)
+    loss = step(*batch(0, device))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="held, on another stream, by a result of an earlier"):
+        rf.capture_step(step, *batch(0, device), model=model, optimizer=optimizer)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    del loss
+    captured = rf.capture_step(step, *batch(0, device), model=model, optimizer=optimizer)
+    assert captured(*batch(1, device)).isfinite()
