@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -145,6 +147,7 @@ def _device(examples: Sequence[Tensor], warmup: int) -> torch.device:
 def _warm_up(
     step: Step, inputs: Sequence[Tensor], times: int, stream: Any, device: torch.device
 ) -> None:
+    gc.collect()  # an older step in a cycle holds the parameters as one that somebody holds
     current = torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.random.fork_rng([device]), torch.cuda.stream(stream):
@@ -170,6 +173,7 @@ def _of_one_stream() -> Iterator[None]:
     except UserWarning as warning:
         if not str(warning).startswith(_ELSEWHERE):
             raise
+        traceback.clear_frames(warning.__traceback__)  # they hold the loss of this step
         raise RuntimeError(
             "step: a CUDA graph cannot repeat it: the model's parameters are held, on another "
             "stream, by a result of an earlier step, such as its loss; let go of it (`del loss`) "

@@ -3,6 +3,7 @@
 import copy
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -200,9 +201,14 @@ def raises(model, x, target):
     raise Unrepeatable
 
 
+losses = weakref.WeakSet()
+
+
 def on_another_stream(model, x, target):
     """As torch warns where an older loss is held, but on a GPU alone."""
-    F.cross_entropy(model(x), target).backward()
+    loss = F.cross_entropy(model(x), target)
+    losses.add(loss)
+    loss.backward()
     warnings.warn("The AccumulateGrad node's stream does not match the str...", stacklevel=1)
 
 
@@ -223,8 +229,9 @@ def warns(model, x, target):
 def test_a_step_that_fails_leaves_no_trace(cuda, body, error, words):
     model = rf.fuse(Net().train())
     before = state(model)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as raised:
         rf.capture_step(lambda x, t: body(model, x, t), *batch(0), model=model)
+    assert not losses, f"held by {raised.value!r}: the next capture would meet them"
     assert_same(state(model), before)
     assert all(p.grad is None for p in model.parameters())
     assert cuda.recordings == []
