@@ -47,7 +47,7 @@ app = typer.Typer(
     "python -m benchmarks training --resume  [dim]# the rest of it[/dim]\n\n"
     "python -m benchmarks compare old/suite.json new/suite.json --threshold 0.05\n\n"
     "python -m benchmarks keep out/training/suite.json cpu-zen5-training\n\n"
-    "python -m benchmarks --save-table README.md --save-table benchmarks/CPU.md",
+    "python -m benchmarks --save-table README.md --save-table benchmarks/RESULTS.md",
 )
 
 
@@ -323,7 +323,7 @@ def keep(
 ) -> None:
     with terminal.one_line_errors(PROGRAM):
         kept = documents.keep(results.load(record), name)
-    typer.echo(f"kept as {kept}; --save-table README.md --save-table benchmarks/CPU.md is next")
+    typer.echo(f"kept as {kept}; --save-table README.md --save-table benchmarks/RESULTS.md is next")
 
 
 if __name__ == "__main__":

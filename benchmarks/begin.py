@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,7 +62,7 @@ def run(wanted: Suite, resume: bool | None, more: dict[str, object]) -> None:
     """Run what is wanted, in a new record or the one that lies there."""
     settings = wanted.settings
     found = {
-        **conditions.of(settings, shlex.join([*PROGRAM.split(), *sys.argv[1:]])),
+        **conditions.of(settings, PROGRAM),
         "graphs": wanted.graphs, "caches": dict(wanted.caches), "image_size": wanted.image_size,
         "rounds": settings.rounds, "seconds": dict(wanted.seconds),
         "photographs_from": str(settings.images) if settings.images else "scikit-learn", **more,

@@ -11,9 +11,7 @@ costs that large kernels have pushed it out of the caches.
 from __future__ import annotations
 
 import contextlib
-import shlex
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -265,8 +263,7 @@ def main(
         for grid in grids(found, others, title):
             console.print(grid.rich(console.width))
             console.print()
-        command = shlex.join([*PROGRAM.split(), *sys.argv[1:]])
-        for text in (gaps(found), conditions_line(conditions.of(settings, command))):
+        for text in (gaps(found), conditions_line(conditions.of(settings, PROGRAM))):
             console.print(text, highlight=False, markup=False)
 
 

@@ -6,8 +6,6 @@ Imports are inside the commands, so that `--help` waits for nothing it does not 
 from __future__ import annotations
 
 import contextlib
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -364,7 +362,7 @@ def _refuse(message: str) -> NoReturn:
 def _run(settings: Settings) -> Record:
     from resnet_fused.bench import conditions, job
 
-    found = conditions.of(settings, shlex.join([PROGRAM, *sys.argv[1:]]))
+    found = conditions.of(settings, PROGRAM)
     with terminal.progress() as watch:
         return job.run(settings, found, watch)
 

@@ -118,9 +118,26 @@ def read(file: Path, expected: dict[str, Any]) -> dict[Signature, Choice]:
         OSError: it cannot be read.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        table = _table(file)
     except FileNotFoundError:
         return {}
+    found = {name: table.conditions.get(name) for name in expected}
+    if found != expected:
+        raise Unusable(f"it was measured under {found}, not {expected}")
+    return table.choices
+
+
+class _Table(NamedTuple):
+    """What a file holds."""
+
+    conditions: dict[str, Any]
+    choices: dict[Signature, Choice]
+
+
+def _table(file: Path) -> _Table:
+    """Return what a file holds, or raise as :func:`read` and where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise Unusable(f"it is not JSON ({error})") from None
     except RecursionError:
@@ -129,13 +146,12 @@ def read(file: Path, expected: dict[str, Any]) -> dict[Signature, Choice]:
     if schema != SCHEMA:
         raise Unusable(f"its schema is {schema!r}, this version reads {SCHEMA}")
     try:
-        found = {name: content["conditions"][name] for name in expected}
-        choices = {_signature(call): _choice(*choice) for call, *choice in content["choices"]}
+        return _Table(
+            dict(content["conditions"]),
+            {_signature(call): _choice(*choice) for call, *choice in content["choices"]},
+        )
     except (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
         raise Unusable(f"it is not a whole table ({error!r})") from None
-    if found != expected:
-        raise Unusable(f"it was measured under {found}, not {expected}")
-    return choices
 
 
 def _choice(backend: Any, candidate: Any, microseconds: Any, margin: Any) -> Choice:
@@ -177,18 +193,17 @@ def _shipped(device: torch.device) -> dict[Signature, Choice]:
     NaN, or not compile.
     """
     file, here = SHIPPED / f"{_slug(_device.name(device))}.json", conditions(device)
-    alike = []
     try:
-        choices = read(file, {"device": here["device"]})
-        for name in _VERSIONED if choices else ():
-            with contextlib.suppress(Unusable):
-                read(file, {name: here[name]})
-                alike.append(name)
+        there, choices = _table(file)
+        if there.get("device") != here["device"]:
+            raise Unusable(f"it was measured on {there.get('device')}, not {here['device']}")
         return {
             key: choice
             for key, choice in choices.items()
-            if choice.backend not in _VERSIONED or choice.backend in alike
+            if choice.backend not in _VERSIONED or there.get(choice.backend) == here[choice.backend]
         }
+    except FileNotFoundError:
+        return {}
     except OSError as error:
         _warn(f"{file} cannot be read: {error.strerror}; nothing that was shipped is in force")
     except Unusable as error:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import shlex
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 from resnet_fused import env
@@ -12,7 +15,7 @@ from resnet_fused.bench.options import Settings
 CLOCKS_AFTER = "clocks_after"
 
 
-def of(settings: Settings, command: str) -> dict[str, Any]:
+def of(settings: Settings, program: str) -> dict[str, Any]:
     """Return this machine and installation, and what was asked for, ready for JSON."""
     found = env.collect()
     return {
@@ -22,6 +25,17 @@ def of(settings: Settings, command: str) -> dict[str, Any]:
         "threads": settings.threads,
         "backend": settings.backend,
         "seed": settings.seed,
-        "command": command,
+        "command": command(program, sys.argv[1:]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def command(program: str, words: Sequence[str]) -> str:
+    """Return what was typed but for --out: where its files went bears on no number."""
+    kept, rest = program.split(), iter(words)
+    for word in rest:
+        if word == "--out":
+            next(rest, None)
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return shlex.join(kept)

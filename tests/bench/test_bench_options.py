@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import pytest
 
-from resnet_fused.bench import options
+from resnet_fused.bench import conditions, options
 from resnet_fused.bench.options import UsageError
 
 
@@ -74,3 +74,10 @@ def test_out_under_a_file_is_refused(tmp_path: Path) -> None:
         options.writable_directory("--out", tmp_path / "file" / "out")
     with pytest.raises(UsageError, match="--out: cannot write to"):
         options.writable_directory("--out", tmp_path / "file")
+
+
+@pytest.mark.parametrize("out", [["--out", "/home/me/out"], ["--out=/home/me/out"], []])
+def test_a_record_tells_the_command_and_not_whose_folder_it_wrote_to(out: list[str]) -> None:
+    words = ["models", "-m", "resnet50", *out, "--images", "my photos"]
+    told = conditions.command("python -m benchmarks", words)
+    assert told == "python -m benchmarks models -m resnet50 --images 'my photos'"
