@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.backends import _bn_math, _training_kernels, cuda
 from resnet_fused.backends._derived import derived
 
 #: The BatchNorm classes whose eval forward is exactly scale and shift.
@@ -74,7 +76,7 @@ def scale_shift(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
     def compute() -> tuple[Tensor, Tensor]:
         # Tensors made in inference mode have no version counter, so nothing is keyed on them.
         with torch.inference_mode(False), torch.no_grad():
-            return _compute(*sources, eps=eps)
+            return _compute(*sources, eps=eps, by=_formula(sources[0]))
 
     return derived(seen, ("scale_shift", eps), compute)
 
@@ -95,11 +97,31 @@ def _compute(
     conv_bias: Tensor | None,
     *,
     eps: float,
+    by: Callable[..., tuple[Tensor, Tensor]] = _bn_math.scale_shift,
 ) -> tuple[Tensor, Tensor]:
+    variance, mean, gamma, beta, conv_bias = _widened(variance, mean, gamma, beta, conv_bias)
+    return by(mean if conv_bias is None else mean - conv_bias, variance, gamma, beta, eps)
+
+
+def _formula(variance: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return who computes scale and shift where no gradient is wanted.
+
+    On a GPU one kernel where torch takes four: a graph of a fused model runs this for every layer
+    at each replay.
+    """
+    on_gpu = variance.is_cuda and variance.dtype != torch.float64
+    if on_gpu and cuda.available() is None and cuda.supports("bn_act", variance) is None:
+        return _training_kernels.scale_shift
+    return _bn_math.scale_shift
+
+
+def _widened(variance: Tensor, *others: Tensor | None) -> list[Any]:
+    """Return vectors in float32, or float64; those of 16 bits all in one cast."""
+    vectors = (variance, *others)
     wide = torch.float64 if variance.dtype == torch.float64 else torch.float32
-    scale = torch.rsqrt(variance.to(wide) + eps)
-    if gamma is not None:
-        scale = scale * gamma.to(wide)
-    centre = mean.to(wide) if conv_bias is None else mean.to(wide) - conv_bias.to(wide)
-    shift = -centre * scale
-    return scale, shift if beta is None else shift + beta.to(wide)
+    given = [v for v in vectors if v is not None]
+    alike = len({(v.dtype, v.device) for v in given}) == 1
+    if alike and variance.dtype.itemsize == 2:
+        rows = iter(torch.stack(given).to(wide).unbind())
+        return [None if v is None else next(rows) for v in vectors]
+    return [None if v is None else v.to(wide) for v in vectors]
