@@ -130,8 +130,8 @@ for _name, _levels, _help in (
      "the sum of its ops is what fusing across layers, or a cache, gives."),
     ("models", (INFERENCE, COLD), "Whole models: throughput, memory, and what a cold start takes."
      "\n\nRatios are taken round by round; ≈ marks one that may as well be 1: no difference. "
-     "Several batch sizes give a picture of throughput. On a GPU it ends within ten minutes; cold "
-     "starts are then for `cold`."),
+     "Several batch sizes give a picture of throughput. On a GPU it is planned to end within ten "
+     "minutes; cold starts are then for `cold`."),
     ("training", (TRAINING,), "Training steps: throughput, gradients held to float64, memory."
      "\n\nForward, backward and SGD. kept MiB is what forward saves for backward, peak MiB the "
      "highest point of a whole step."),

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import limits, marked, report, summaries
+from benchmarks import graphs, limits, marked, report, summaries
 from resnet_fused.bench import chart, options
 from resnet_fused.bench.options import UsageError
 from resnet_fused.bench.results import (
@@ -154,5 +154,7 @@ def _of_record(path: Path, record: Record, level: str) -> str:
     if level == INFERENCE:
         where = picture.relative_to(RESULTS.parents[1]).as_posix()
         parts.insert(0, f"![Throughput against eager torch]({where})")
-    parts.append(f"{conditions_line(record.conditions)} · `{record.conditions['command']}`")
+    how = graphs.in_words(record.conditions, _part(record, section.levels).rows)
+    said = [conditions_line(record.conditions), how, f"`{record.conditions['command']}`"]
+    parts.append(" · ".join(filter(None, said)))
     return "\n\n".join(parts)

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from resnet_fused.bench.contenders import Build, Runner, Setup
+from resnet_fused.bench.results import COLD, EPOCH, TRAINING, Case, Row
 
 #: Calls on a side stream before the capture, as torch's own documents ask for.
 WARM_UP = 3
+
+
+def can_capture(case: Case) -> bool:
+    """Return whether the contenders of a case may run as CUDA graphs, where graphs are asked for.
+
+    Not from a cold start, in which `frozen` records its own; not over epochs; and not in training
+    in float16, whose scaler reads a value back.
+    """
+    return case.level not in (COLD, EPOCH) and (case.level, case.dtype) != (TRAINING, "float16")
+
+
+def in_words(conditions: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Return which of the rows ran as CUDA graphs; nothing where there was no GPU."""
+    if conditions.get("device_kind") != "cuda":
+        return ""
+    if not conditions.get("graphs"):
+        return "without CUDA graphs"
+    if all(can_capture(row.case) for row in rows):
+        return "all under CUDA graphs"
+    return (
+        "under CUDA graphs, but of cold starts frozen alone, of epochs and of training in float16 "
+        "none"
+    )
 
 
 def captured(build: Build) -> Build:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import bn, charts, convolutions, limits, page, summaries
+from benchmarks import bn, charts, convolutions, graphs, limits, page, summaries
 from benchmarks.cold import STAGES
 from benchmarks.peaks import Peaks
 from resnet_fused.bench import tables
@@ -108,9 +108,8 @@ def closing_lines(record: Record) -> list[str]:
     if peaks := Peaks.of(conditions):
         products = ", ".join(f"{SHORT_DTYPES[d]} {f / 1e12:.3g}" for d, f in peaks.flops.items())
         lines.append(f"peaks as measured: {products} TFLOP/s, {peaks.bandwidth / 1e9:.4g} GB/s")
-    graphs = "all contenders" if conditions.get("graphs") else "no contender"
-    never = "epochs and training in float16: never; cold starts: frozen at most"
-    lines.append(f"CUDA graphs: {graphs} ({never})")
+    if words := graphs.in_words(conditions, rows):
+        lines.append(words)
     present = [f"{level} {caches}" for level, caches in limits.caches(record).items()]
     lines.append(f"caches: {', '.join(present) or 'not said'}. {CACHES}")
     if left := conditions.get("unfinished"):

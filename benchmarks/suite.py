@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import bn, convolutions, epoch, subjects, training
 from benchmarks.cold import STARTS
-from benchmarks.graphs import captured
+from benchmarks.graphs import can_capture, captured
 from resnet_fused.bench import measure, timing
 from resnet_fused.bench.contenders import Build
 from resnet_fused.bench.options import BATCHES, Settings, UsageError, default_dtypes, one_of
@@ -91,7 +91,7 @@ def usual(levels: tuple[str, ...], device: str) -> Usual:
     """Return what a command for these levels measures on a device unless asked otherwise."""
     if device != "cuda":
         return Usual(levels, DEFAULT_PEERS[device])
-    # Each cold start takes ten seconds, each model in each dtype Inductor's minute.
+    # Another dtype takes START_S and COMPILE_S for each model again.
     within = tuple(level for level in levels if level != COLD) or levels
     every = Usual(within, DEFAULT_PEERS[device], dtypes=default_dtypes(device)[-1:])
     if levels != ALL:
@@ -141,7 +141,7 @@ class Suite:
 
     def prepared(self, case: Case, build: Build) -> Build:
         """Return a contender as the suite runs it: captured, where graphs were asked for."""
-        return captured(build) if self.graphs and case.level != COLD else build
+        return captured(build) if self.graphs and can_capture(case) else build
 
     @property
     def starts(self) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import resnet_fused as rf
 from benchmarks.apart import Apart
+from benchmarks.graphs import can_capture
 from resnet_fused.bench import measure, memory
 from resnet_fused.bench.accuracy import check_batch
 from resnet_fused.bench.contenders import FUSED, FUSED_LOW, REFERENCE, Setup
@@ -202,7 +203,7 @@ def enter(
     check = check_batch(network.checked, case.batch)
     checked = _trainer(name, prepare, network.model, setup, check)
     turn = 1 - gradient_metrics(checked.gradient(), exact).cosine
-    if setup.device == "cuda" and setup.graphs and setup.dtype != torch.float16:
+    if setup.device == "cuda" and setup.graphs and can_capture(case):
         trainer.capture()
     row = replace(_row(network, case, name), peak_mib=peak, saved_mib=saved)
     own = turn if name == REFERENCE else eager_turn

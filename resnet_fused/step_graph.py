@@ -52,8 +52,10 @@ def capture_step(
     ``requires_grad`` stay as they are. An optimizer that counts its steps has to do so on the GPU
     (``capturable=True``); a learning rate that is a tensor can be filled with another.
     ``GradScaler.step`` reads a value back, which no graph can: capture forward and backward alone.
-    ``DistributedDataParallel`` wants 11 warm-up steps. What an earlier step returned with its
-    history, a loss say, holds nodes of autograd's on that step's stream: let go of it first.
+    What an earlier step returned with its history, a loss say, holds nodes of autograd's on that
+    step's stream: let go of it first. ``DistributedDataParallel`` always holds some: it wants to be
+    made under a side stream, 11 warm-up steps, and
+    ``torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)`` before the capture.
 
     Args:
         step: takes as many tensors as there are examples; returns tensors in any nesting.
@@ -147,7 +149,7 @@ def _device(examples: Sequence[Tensor], warmup: int) -> torch.device:
 def _warm_up(
     step: Step, inputs: Sequence[Tensor], times: int, stream: Any, device: torch.device
 ) -> None:
-    gc.collect()  # an older step in a cycle holds the parameters as one that somebody holds
+    gc.collect()  # a loss that only a reference cycle keeps counts as held
     current = torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.random.fork_rng([device]), torch.cuda.stream(stream):
@@ -163,7 +165,7 @@ def _warm_up(
 
 @contextlib.contextmanager
 def _of_one_stream() -> Iterator[None]:
-    """Raise where backward would leave the stream of the recording, which CUDA then ends."""
+    """Raise where backward would leave the stream of the recording, which CUDA would then end."""
     before = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     try:
@@ -177,7 +179,7 @@ def _of_one_stream() -> Iterator[None]:
         raise RuntimeError(
             "step: a CUDA graph cannot repeat it: the model's parameters are held, on another "
             "stream, by a result of an earlier step, such as its loss; let go of it (`del loss`) "
-            "or detach it before"
+            "or detach it before; for DistributedDataParallel see help(rf.capture_step)"
         ) from None
     finally:
         torch.set_warn_always(before)

@@ -1,13 +1,18 @@
 """What a BatchNorm of fixed statistics does to a convolution: its vectors, and what they cost."""
 
+import contextlib
+import copy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import resnet_fused as rf
 from resnet_fused.backends import cuda
 from resnet_fused.nn import bn as bn_module
 from resnet_fused.nn.bn import scale_shift
@@ -65,11 +70,19 @@ def test_values_and_gradients(dtype, bias, affine):
     assert {v.dtype for v in found} == {torch.float64 if dtype == torch.float64 else torch.float32}
     assert_right(found, conv, bn)
     learned = [p for p in (*bn.parameters(), conv.bias) if p is not None]
-    if learned:
-        scale, shift = scale_shift(conv, bn)
-        gradients = torch.autograd.grad((scale + shift).sum(), learned)
-        assert all(g.abs().min() > 0 for g in gradients)
-        assert_right((scale.detach(), shift.detach()), conv, bn)
+    if not learned:
+        return
+    wide = copy.deepcopy(conv).double(), copy.deepcopy(bn).double()
+    expected_of = [p for p in (*wide[1].parameters(), wide[0].bias) if p is not None]
+    gradients, expected = (
+        torch.autograd.grad((2 * scale + shift).sum(), of)
+        for (scale, shift), of in (
+            (scale_shift(conv, bn), learned), (scale_shift(*wide), expected_of),
+        )
+    )  # fmt: skip
+    eps = torch.finfo(dtype).eps
+    for value, exactly in zip(gradients, expected, strict=True):
+        assert (value.double() - exactly).abs().max() <= 8 * eps * exactly.abs().max()
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 4), (torch.bfloat16, 6)])
@@ -80,33 +93,57 @@ def test_it_is_few_kernels(dtype, most):
     assert len(ran.names) <= most, ran.names
 
 
-@pytest.mark.parametrize(("dtype", "besides"), [(torch.float32, 0), (torch.bfloat16, 2)])
-def test_on_a_gpu_it_is_one_of_ours(dtype, besides, monkeypatch):
-    """In a graph it is run for each layer at each replay."""
-    conv, bn = layer(dtype)
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU made up, its kernels the host's; tells how often that of scale and shift has run."""
+    runs: list[int] = []
+    kernel = bn_module._training_kernels.scale_shift
+
+    def counted(*args):
+        runs.append(1)
+        return kernel(*args)
+
+    monkeypatch.setattr(bn_module._training_kernels, "scale_shift", counted)
+    monkeypatch.setattr(bn_module, "on_gpu", lambda tensor: True)
     with kernels_of(on_host.load()):
-        formula = bn_module._formula(_Elsewhere(bn.running_var))
-        assert formula is bn_module._training_kernels.scale_shift
-        monkeypatch.setattr(bn_module, "_formula", lambda variance: formula)
-        with torch.no_grad(), Kernels() as ran:
-            found = scale_shift(conv, bn)
-    assert_right(found, conv, bn)
-    assert len(ran.names) == besides, ran.names
+        yield runs
 
 
-def test_where_there_are_none_of_ours_it_is_torch(monkeypatch):
-    monkeypatch.setattr(cuda, "available", lambda: "not built")
-    vector = _Elsewhere(torch.ones(4))
-    assert bn_module._formula(vector) is bn_module._bn_math.scale_shift
-    wide = _Elsewhere(torch.ones(4, dtype=torch.float64))
-    assert bn_module._formula(wide) is bn_module._bn_math.scale_shift
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@each_dtype
+def test_on_a_gpu_it_is_one_of_ours(dtype, bias, affine, gpu):
+    """In a graph it is run for each layer at each replay."""
+    conv, bn = layer(dtype, bias, affine)
+    with torch.no_grad():
+        assert_right(scale_shift(conv, bn), conv, bn)
+    assert len(gpu) == (dtype != torch.float64)
 
 
-class _Elsewhere:
-    """A vector that says it is on a GPU."""
+def test_a_trace_and_fake_tensors_see_torch(gpu):
+    """A kernel would write where the trace does not look, and fake tensors have no address."""
+    conv, bn = layer(torch.float32)
+    x = torch.randn(2, 3, 4, 4)
+    fused = rf.fuse(nn.Sequential(conv, bn).eval())
+    with torch.no_grad(), rf.use_backend("auto"):
+        traced = make_fx(fused)(x)
+        torch.testing.assert_close(traced(x), bn(conv(x)))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert fused(mode.from_tensor(x)).shape == (2, 10, 4, 4)
+    assert not gpu
 
-    is_cuda = True
-    device = torch.device("cuda", 0)
 
-    def __init__(self, vector: torch.Tensor) -> None:
-        self.dtype = vector.dtype
+@pytest.mark.parametrize("spoil", ["reference", "float64", "length", "not built"])
+def test_where_the_kernel_does_not_run_it_is_torch(spoil, gpu):
+    conv, bn = layer(torch.float64 if spoil == "float64" else torch.float32)
+    backend = "reference" if spoil == "reference" else "auto"
+    raised = contextlib.nullcontext()
+    if spoil == "length":
+        bn.bias = nn.Parameter(torch.ones(11))
+        raised = pytest.raises(RuntimeError, match="size of tensor")
+    with pytest.MonkeyPatch.context() as patch:  # undone before those of `gpu`
+        if spoil == "not built":
+            patch.setattr(cuda, "available", lambda: "not built")
+        with torch.no_grad(), rf.use_backend(backend), raised:
+            assert_right(scale_shift(conv, bn), conv, bn)
+    assert not gpu

@@ -50,6 +50,26 @@ void bn_gradient_vectors(uintptr_t mean, uintptr_t var, uintptr_t weight, uintpt
   Device::run(args, queue...);
 }
 
+template <class Device, class... Queue>
+void bn_update_stats(uintptr_t running_mean, uintptr_t running_var, uintptr_t num_batches_tracked,
+                     uintptr_t mean, uintptr_t var, int64_t c, int64_t count, double momentum,
+                     Queue... queue) {
+  Operands on(DType::f32, 0, c);
+  need("count", count, 2, int64_t(1) << 46);
+  if (num_batches_tracked)
+    need_block({"num_batches_tracked", num_batches_tracked, sizeof(int64_t)}, alignof(int64_t));
+  const BnUpdateStatsArgs args{on.vector<float>("running_mean", running_mean),
+                               on.vector<float>("running_var", running_var),
+                               num_batches_tracked ? pointer<int64_t>(num_batches_tracked) : nullptr,
+                               on.vector("mean", mean),
+                               on.vector("var", var),
+                               c,
+                               (float)(1 - momentum),
+                               (float)momentum,
+                               (float)((double)count / (double)(count - 1))};
+  Device::run(args, queue...);
+}
+
 // Vectors of c floats within the scratch memory, and where the rest of it begins.
 class Vectors {
   char* base_;
@@ -157,6 +177,11 @@ void register_bn_ops(py::module_& m, const QueueName&... queue) {
         arg("weight"), arg("sum_g"), arg("sum_gx"), arg("a"), arg("b"), arg("d"), arg("c"),
         arg("eps"), arg("count"), queue...,
         "The a, b and d of bn_act_backward_apply; weight may be 0.");
+  m.def("bn_update_stats", &bn_update_stats<Device, Queue...>, arg("running_mean"),
+        arg("running_var"), arg("num_batches_tracked"), arg("mean"), arg("var"), arg("c"),
+        arg("count"), arg("momentum"), queue...,
+        "running = (1 - momentum)*running + momentum*batch, with the unbiased variance; one is added\n"
+        "to num_batches_tracked, an int64 or 0.");
   m.def("bn_act_scratch_bytes", &bn_act_scratch_bytes<Device>, arg("rows"), arg("c"));
   m.def("bn_act_backward_scratch_bytes", &bn_act_backward_scratch_bytes<Device>, arg("rows"),
         arg("c"));

@@ -40,4 +40,11 @@ RF_HOST_DEVICE void bn_gradient_vectors(const BnGradientVectorsArgs& g, int64_t 
   if (g.grad_weight) g.grad_weight[i] = grad_weight;
 }
 
+// The running statistics of channel i, moved in place; that of channel 0 counts the batch.
+RF_HOST_DEVICE void bn_update_stats(const BnUpdateStatsArgs& g, int64_t i) {
+  if (i == 0 && g.num_batches_tracked) ++*g.num_batches_tracked;
+  g.running_mean[i] = g.running_mean[i] * g.keep + g.mean[i] * g.share;
+  g.running_var[i] = g.running_var[i] * g.keep + g.var[i] * g.unbiased * g.share;
+}
+
 }  // namespace rf

@@ -35,6 +35,15 @@ struct BnGradientVectorsArgs {
   float eps, count;
 };
 
+// Null num_batches_tracked: nobody counts. running = keep*running + share*batch.
+struct BnUpdateStatsArgs {
+  float *running_mean, *running_var;
+  int64_t* num_batches_tracked;
+  const float *mean, *var;
+  int64_t c;
+  float keep, share, unbiased;
+};
+
 struct BnActArgs {
   const void* x;
   const float *scale, *shift;

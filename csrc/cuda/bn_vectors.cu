@@ -1,4 +1,4 @@
-// The per-channel vectors between the passes, each set in one small launch.
+// The per-channel vectors between the passes and the running statistics, each set in one small launch.
 #include "../common/bn_vectors.h"
 #include "launch.cuh"
 
@@ -15,6 +15,11 @@ __global__ void __launch_bounds__(kThreads) bn_gradient_vectors_kernel(const BnG
   if (i < g.c) bn_gradient_vectors(g, i);
 }
 
+__global__ void __launch_bounds__(kThreads) bn_update_stats_kernel(const BnUpdateStatsArgs g) {
+  const int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x;
+  if (i < g.c) bn_update_stats(g, i);
+}
+
 // -------------------------------------------------------------------------------------------------
 
 }  // namespace
@@ -25,6 +30,10 @@ void launch(const BnScaleShiftArgs& args, Stream stream) {
 
 void launch(const BnGradientVectorsArgs& args, Stream stream) {
   put("bn_gradient_vectors", bn_gradient_vectors_kernel, ceil_div(args.c, kThreads), args, stream);
+}
+
+void launch(const BnUpdateStatsArgs& args, Stream stream) {
+  put("bn_update_stats", bn_update_stats_kernel, ceil_div(args.c, kThreads), args, stream);
 }
 
 const char* fault() {

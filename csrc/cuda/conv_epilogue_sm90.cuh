@@ -70,8 +70,8 @@ struct Tree {
   }
 };
 
-// Pieces of a tile that the residual is fetched ahead by, and that may be on their way out. CUTLASS's
-// builder takes 4 and 2: too few bytes under way to hide memory behind so few products.
+// How many pieces of the residual are fetched ahead, and how many of y may be on their way out.
+// CUTLASS's builder takes 4 and 2: too few bytes under way to hide memory behind so few products.
 constexpr int kFetched = 8, kStored = 4;
 
 template <class Built>

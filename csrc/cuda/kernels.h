@@ -21,6 +21,7 @@ void launch(DType dtype, const PoolIndexArgs& args, Stream stream);
 void launch(DType dtype, const PoolBackwardArgs& args, Stream stream);
 void launch(const BnScaleShiftArgs& args, Stream stream);
 void launch(const BnGradientVectorsArgs& args, Stream stream);
+void launch(const BnUpdateStatsArgs& args, Stream stream);
 
 // What reductions over (rows, c) need, with so many doubles per part and channel.
 size_t reduction_scratch_bytes(int64_t rows, int64_t c, int doubles);

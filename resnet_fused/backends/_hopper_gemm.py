@@ -110,7 +110,7 @@ def heuristic(product: Product, kernels: Sequence[Kernel]) -> Kernel:
     """Return the kernel to use where none was measured.
 
     The tall tile where the products of an output are few, so that a block's time goes into what it
-    reads and writes: on an H200 that named the faster of the two in all 13 products of ResNet-50 at
+    reads and writes: on an H200 that named the faster of the two in all products of ResNet-50 at
     batch 256.
     """
     tall = product.c <= 128

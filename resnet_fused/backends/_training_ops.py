@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from resnet_fused.backends import _bn_math, native
 from resnet_fused.backends import _training_kernels as kernels
 from resnet_fused.backends._outputs import empty_channels_last
 from resnet_fused.backends._training_kernels import gradient_vectors, scale_shift
@@ -185,6 +187,39 @@ def max_pool_backward(
     return kernels.max_pool_backward(
         grad, index, x_size, pool_size[0], pool_stride[0], pool_padding[0]
     )
+
+
+def bn_update_stats(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int,
+    momentum: float | None,
+) -> None:
+    """Run the op: float32 by one call for seven of torch's, which took longer than statistics."""
+    tracked, device, shape = num_batches_tracked, mean.device, mean.shape
+    plain = all(
+        v.dtype == torch.float32 and v.device == device and v.shape == shape and v.is_contiguous()
+        for v in (running_mean, running_var, mean, var)
+    )
+    if tracked is not None:
+        # The kernel adds to 8 bytes; of another dtype, torch counts.
+        counts = tracked.dtype == torch.int64 and tracked.device == device and tracked.numel() == 1
+        plain = plain and counts
+    if momentum is None or not plain:
+        _bn_math.bn_update_stats(running_mean, running_var, tracked, mean, var, count, momentum)
+        return
+    native.run(
+        device, "bn_update_stats", running_mean.data_ptr(), running_var.data_ptr(),
+        0 if tracked is None else tracked.data_ptr(), mean.data_ptr(), var.data_ptr(),
+        len(mean), count, momentum,
+    )  # fmt: skip
+    written = (
+        (running_mean, running_var) if tracked is None else (running_mean, running_var, tracked)
+    )
+    torch.autograd.graph.increment_version(written)
 
 
 def chained_backward_data(convolution: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:

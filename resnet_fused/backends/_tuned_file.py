@@ -121,9 +121,7 @@ def read(file: Path, expected: dict[str, Any]) -> dict[Signature, Choice]:
         table = _table(file)
     except FileNotFoundError:
         return {}
-    found = {name: table.conditions.get(name) for name in expected}
-    if found != expected:
-        raise Unusable(f"it was measured under {found}, not {expected}")
+    table.check(expected)
     return table.choices
 
 
@@ -133,9 +131,15 @@ class _Table(NamedTuple):
     conditions: dict[str, Any]
     choices: dict[Signature, Choice]
 
+    def check(self, expected: dict[str, Any]) -> None:
+        """Raise `Unusable` if it was measured under other conditions."""
+        found = {name: self.conditions[name] for name in expected if name in self.conditions}
+        if found != expected:
+            raise Unusable(f"it was measured under {found}, not {expected}")
+
 
 def _table(file: Path) -> _Table:
-    """Return what a file holds, or raise as :func:`read` and where there is none."""
+    """Return what a file holds; raises as :func:`read`, and FileNotFoundError."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -194,13 +198,13 @@ def _shipped(device: torch.device) -> dict[Signature, Choice]:
     """
     file, here = SHIPPED / f"{_slug(_device.name(device))}.json", conditions(device)
     try:
-        there, choices = _table(file)
-        if there.get("device") != here["device"]:
-            raise Unusable(f"it was measured on {there.get('device')}, not {here['device']}")
+        table = _table(file)
+        table.check({"device": here["device"]})
         return {
             key: choice
-            for key, choice in choices.items()
-            if choice.backend not in _VERSIONED or there.get(choice.backend) == here[choice.backend]
+            for key, choice in table.choices.items()
+            if choice.backend not in _VERSIONED
+            or table.conditions.get(choice.backend) == here[choice.backend]
         }
     except FileNotFoundError:
         return {}

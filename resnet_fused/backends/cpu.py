@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import (
-    _bn_math,
     _cpu_conv,
     _torch_conv,
     _training_kernels,
@@ -27,6 +26,7 @@ from resnet_fused.backends._training_ops import bn_act_backward as bn_act_backwa
 from resnet_fused.backends._training_ops import bn_act_backward_apply as bn_act_backward_apply
 from resnet_fused.backends._training_ops import bn_act_backward_reduce as bn_act_backward_reduce
 from resnet_fused.backends._training_ops import bn_act_max_pool as bn_act_max_pool
+from resnet_fused.backends._training_ops import bn_update_stats as bn_update_stats
 from resnet_fused.backends._training_ops import dual_bn_act as dual_bn_act
 from resnet_fused.backends._training_ops import (
     dual_bn_act_backward_apply as dual_bn_act_backward_apply,
@@ -232,40 +232,6 @@ def conv_backward_weight(
 
 bn_act_conv_backward_data = _training_ops.chained_backward_data(conv_backward_data)
 bn_act_conv_backward_weight = _training_ops.chained_backward_weight(conv_backward_weight)
-
-
-def bn_update_stats(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    count: int,
-    momentum: float | None,
-) -> None:
-    """Run the op: float32 by one call for seven of torch's, which took longer than statistics."""
-    tracked = num_batches_tracked
-    vectors, shape = (running_mean, running_var, mean, var), mean.shape
-    plain = all(
-        v.dtype == torch.float32 and v.is_cpu and v.shape == shape and v.is_contiguous()
-        for v in vectors
-    )
-    if tracked is not None:
-        # The kernel adds to 8 bytes; of another dtype, torch counts.
-        counts = tracked.dtype == torch.int64 and tracked.is_cpu and tracked.numel() == 1
-        plain = plain and counts
-    if momentum is None or not plain:
-        _bn_math.bn_update_stats(running_mean, running_var, tracked, mean, var, count, momentum)
-        return
-    native.loaded().bn_update_stats(
-        running_mean.data_ptr(), running_var.data_ptr(),
-        0 if tracked is None else tracked.data_ptr(), mean.data_ptr(), var.data_ptr(),
-        len(mean), count, momentum,
-    )  # fmt: skip
-    written = (
-        (running_mean, running_var) if tracked is None else (running_mean, running_var, tracked)
-    )
-    torch.autograd.graph.increment_version(written)
 
 
 def bn_apply(

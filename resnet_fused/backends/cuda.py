@@ -23,7 +23,6 @@ from resnet_fused.backends import (
     _training_ops,
     native,
 )
-from resnet_fused.backends._bn_math import bn_update_stats as bn_update_stats
 
 # The stem of the paper's networks.
 from resnet_fused.backends._cuda_stem import conv_bn_act_max_pool as conv_bn_act_max_pool
@@ -38,6 +37,7 @@ from resnet_fused.backends._training_ops import (
     bn_act_backward_reduce as bn_act_backward_reduce,
 )
 from resnet_fused.backends._training_ops import bn_act_max_pool as bn_act_max_pool
+from resnet_fused.backends._training_ops import bn_update_stats as bn_update_stats
 from resnet_fused.backends._training_ops import dual_bn_act as dual_bn_act
 from resnet_fused.backends._training_ops import (
     dual_bn_act_backward_apply as dual_bn_act_backward_apply,

@@ -152,7 +152,6 @@ def conditions_line(conditions: dict[str, Any]) -> str:
     parts = [
         conditions.get("device", ""),
         f"images of {size}x{size}" if size != USUAL_IMAGE else "",
-        _graphs(conditions),
         f"{conditions.get('threads')} threads",
         f"torch {conditions.get('torch')}",
         f"resnet_fused {conditions.get('resnet_fused')}",
@@ -161,12 +160,6 @@ def conditions_line(conditions: dict[str, Any]) -> str:
         str(conditions.get("date", "")),
     ]
     return " · ".join(part for part in parts if part)
-
-
-def _graphs(conditions: dict[str, Any]) -> str:
-    if conditions.get("device_kind") != "cuda" or "graphs" not in conditions:
-        return ""
-    return "all under CUDA graphs" if conditions["graphs"] else "without CUDA graphs"
 
 
 def show(record: Record, console: Console) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.backends import _bn_math, _training_kernels, cuda
-from resnet_fused.backends._derived import derived
+from resnet_fused.backends import AUTO, _bn_math, _training_kernels, cuda, requested
+from resnet_fused.backends._derived import derived, on_gpu
+from resnet_fused.ops import _direct
 
 #: The BatchNorm classes whose eval forward is exactly scale and shift.
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -76,7 +76,7 @@ def scale_shift(conv: nn.Conv2d, bn: nn.Module) -> tuple[Tensor, Tensor]:
     def compute() -> tuple[Tensor, Tensor]:
         # Tensors made in inference mode have no version counter, so nothing is keyed on them.
         with torch.inference_mode(False), torch.no_grad():
-            return _compute(*sources, eps=eps, by=_formula(sources[0]))
+            return _compute(*sources, eps=eps, by_kernel=_kernel_takes(*sources))
 
     return derived(seen, ("scale_shift", eps), compute)
 
@@ -97,22 +97,27 @@ def _compute(
     conv_bias: Tensor | None,
     *,
     eps: float,
-    by: Callable[..., tuple[Tensor, Tensor]] = _bn_math.scale_shift,
+    by_kernel: bool = False,
 ) -> tuple[Tensor, Tensor]:
     variance, mean, gamma, beta, conv_bias = _widened(variance, mean, gamma, beta, conv_bias)
-    return by(mean if conv_bias is None else mean - conv_bias, variance, gamma, beta, eps)
+    centre = mean if conv_bias is None else mean - conv_bias
+    formula = _training_kernels.scale_shift if by_kernel else _bn_math.scale_shift
+    return formula(centre, variance, gamma, beta, eps)
 
 
-def _formula(variance: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return who computes scale and shift where no gradient is wanted.
+def _kernel_takes(*sources: Tensor | None) -> bool:
+    """Return whether one kernel of ours makes scale and shift, on a GPU, where torch takes four.
 
-    On a GPU one kernel where torch takes four: a graph of a fused model runs this for every layer
-    at each replay.
+    A graph of a fused model runs this for every layer at each replay.
     """
-    on_gpu = variance.is_cuda and variance.dtype != torch.float64
-    if on_gpu and cuda.available() is None and cuda.supports("bn_act", variance) is None:
-        return _training_kernels.scale_shift
-    return _bn_math.scale_shift
+    given = [source for source in sources if source is not None]
+    variance = given[0]
+    if not on_gpu(variance) or requested() not in (AUTO, "cuda") or _direct.watched(given):
+        return False
+    if any((s.device, s.shape) != (variance.device, variance.shape) for s in given):
+        return False  # torch says what is wrong
+    # Vectors that BatchNorm's passes take, it takes as well.
+    return cuda.available() is None and cuda.supports("bn_act", variance) is None
 
 
 def _widened(variance: Tensor, *others: Tensor | None) -> list[Any]:

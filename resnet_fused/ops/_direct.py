@@ -6,7 +6,7 @@ The dispatcher and torch.library's layer of autograd take 60 to 90 us a call in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,14 +33,14 @@ def call(name: str, *args: Any) -> Any:
 
     It goes by the dispatcher in grad mode, where double backward is refused.
     """
-    if torch.is_grad_enabled() or _watched(args):
+    if torch.is_grad_enabled() or watched(args):
         return getattr(torch.ops.resnet_fused, name)(*args)
     return RUN[name](*args)
 
 
 def record(name: str, *args: Any) -> Any:
     """Return ``torch.ops.resnet_fused.<name>(*args)``, in a forward."""
-    if torch.compiler.is_compiling() or _watched(args):
+    if torch.compiler.is_compiling() or watched(args):
         return getattr(torch.ops.resnet_fused, name)(*args)
     return (RECORD if torch.is_grad_enabled() else PLAIN)[name](*args)
 
@@ -55,8 +55,8 @@ def record_handing_on(name: str, x: Tensor, *args: Any) -> Any:
     return HANDING_ON[name](x, *args)
 
 
-def _watched(args: tuple[Any, ...]) -> bool:
-    """Return whether a mode, a trace, a profiler or a subclass of Tensor wants to see the op."""
+def watched(args: Iterable[Any]) -> bool:
+    """Return whether a mode, a trace, a profiler or a subclass of Tensor wants to see an op."""
     return bool(
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()

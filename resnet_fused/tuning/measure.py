@@ -26,15 +26,19 @@ Clock = Callable[[Callable[[], object]], float]
 CHECKED_IMAGES = 8
 #: Calls that a candidate is first judged by, and how much slower than the best it may then be.
 SHORT_SAMPLE, TOO_SLOW = 3, 1.5
-#: For how long a GPU is kept busy before each call, so that Python has launched it by then, and how
-#: often this is doubled for a call that takes Python longer.
-LAUNCHING_S, LONGER = 5e-4, 5
+#: For how long a GPU is kept busy before each call, so that Python has launched it by then.
+LAUNCHING_S = 5e-4
+#: How often that is doubled for a call that takes Python longer.
+DOUBLINGS = 5
 #: How many go on to the interleaved rounds, and how many rounds there are.
 FINALISTS, ROUNDS = 4, 9
 
 
 def calls_at_most(candidates: int) -> int:
-    """Return how often so many candidates of a call are run, two of each to check it."""
+    """Return how often so many candidates of a call are run, two of each to check it.
+
+    On a GPU those that Python was late for are run again beside.
+    """
     return (2 + SHORT_SAMPLE) * candidates + ROUNDS * min(FINALISTS, candidates)
 
 
@@ -205,8 +209,8 @@ class CudaClock:
     ) -> float:
         """Return the seconds that one call takes on the current stream, after `before`."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for longer in range(1 + LONGER):
-            for _ in range(self._flushes << longer):
+        for doublings in range(1 + DOUBLINGS):
+            for _ in range(self._flushes << doublings):
                 self._flush.zero_()
             before()
             start.record()

@@ -19,7 +19,8 @@ from fake_cuda import Graph, Recording
 from benchmarks import graphs
 from resnet_fused.bench import contenders, timing
 from resnet_fused.bench.contenders import Setup
-from resnet_fused.tuning.measure import LONGER, CudaClock
+from resnet_fused.bench.results import COLD, EPOCH, INFERENCE, OK, OP, TRAINING, Case, Row
+from resnet_fused.tuning.measure import DOUBLINGS, CudaClock
 
 
 class Stream:
@@ -126,7 +127,7 @@ def test_a_call_that_the_gpu_came_to_first_is_timed_again_behind_more_flushes(
     order.clear()
     early += [True] * 99
     clock(lambda: order.append("call"))
-    assert order.count("call") == 1 + LONGER, "one that waits for the GPU itself never comes first"
+    assert order.count("call") == 1 + DOUBLINGS, "a call that waits for the GPU is always late"
 
 
 def test_emptied_caches_are_fed_before_the_clock_runs(
@@ -137,3 +138,28 @@ def test_emptied_caches_are_fed_before_the_clock_runs(
     emptied = timing.clock_for("cuda", emptied=True)
     assert emptied(lambda: order.append("call"), 1, lambda: order.append("feed")) == 0.006
     assert order == ["flush", "feed", "event", "call", "event", "wait"]
+
+
+@pytest.mark.parametrize(
+    ("conditions", "levels", "words"),
+    [
+        ({"device_kind": "cpu", "graphs": False}, [INFERENCE], ""),
+        ({"device_kind": "cuda", "graphs": False}, [INFERENCE], "without CUDA graphs"),
+        ({"device_kind": "cuda", "graphs": True}, [OP, TRAINING], "all under CUDA graphs"),
+        ({"device_kind": "cuda", "graphs": True}, [OP, COLD], "of cold starts frozen alone"),
+        ({"device_kind": "cuda", "graphs": True}, [EPOCH], "of epochs"),
+    ],
+)
+def test_a_record_says_what_ran_as_graphs(
+    conditions: dict[str, object], levels: list[str], words: str
+) -> None:
+    rows = [Row(Case("resnet18", "bfloat16", 2, level), "eager", OK, 1, 1) for level in levels]
+    told = graphs.in_words(conditions, rows)
+    assert words in told
+    assert told.startswith("all") == (words == "all under CUDA graphs")
+
+
+def test_training_in_float16_is_never_captured() -> None:
+    assert graphs.can_capture(Case("resnet18", "bfloat16", 2, TRAINING))
+    assert not graphs.can_capture(Case("resnet18", "float16", 2, TRAINING))
+    assert graphs.can_capture(Case("resnet18", "float16", 2, INFERENCE))

@@ -61,22 +61,6 @@ def test_markdown_has_the_same_cells_and_the_conditions(record: Record) -> None:
     assert "`resnet-fused bench`" in page
 
 
-@pytest.mark.parametrize(
-    ("kind", "graphs", "words"),
-    [
-        ("cuda", True, "all under CUDA graphs"),
-        ("cuda", False, "without CUDA graphs"),
-        ("cpu", 0, ""),
-    ],
-)
-def test_on_a_gpu_the_conditions_say_whether_there_were_graphs(
-    kind: str, graphs: bool, words: str
-) -> None:
-    line = tables.conditions_line({"device": "D", "device_kind": kind, "graphs": graphs})
-    assert words in line
-    assert ("graphs" in line) == bool(words)
-
-
 def test_the_chart_is_a_picture(record: Record, tmp_path: Path) -> None:
     chart.save(record, tmp_path / "bench.png")
     with Image.open(tmp_path / "bench.png") as image:
