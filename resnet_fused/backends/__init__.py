@@ -4,8 +4,9 @@ A backend is a module with ``available() -> reason | None``, ``ADVICE`` (what to
 reason), ``supports(op, *args) -> reason | None`` and one function per op it runs, named as the op
 and taking its arguments. One that knows several ways to run a call lists them for the tuner:
 ``candidates(op, *args) -> {name: function}``. ``ONLY_MEASURED`` names ops that it runs where it was
-asked for or measured to be fastest, and not merely because it can. The reference is not a module:
-it stands in the op's own file.
+asked for or measured to be fastest, and not merely because it can; of these it may know calls that
+it runs unmeasured: ``faster_unmeasured(op, *args)``, asked where it supports them. The reference is
+not a module: it stands in the op's own file.
 """
 
 from __future__ import annotations
@@ -201,14 +202,17 @@ def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:
     if found := _measured(op, args):
         return found[1]
     for module in ORDER.values():
-        if not _only_measured(module, op) and _reason(module, op, args) is None:
+        if _reason(module, op, args) is None and not _only_measured(module, op, args):
             return getattr(module, op)
     return None
 
 
-def _only_measured(module: ModuleType, op: str) -> bool:
-    """Return whether "auto" takes a backend for ``op`` only where it was measured to be fastest."""
-    return op in getattr(module, "ONLY_MEASURED", ())
+def _only_measured(module: ModuleType, op: str, args: tuple[Any, ...]) -> bool:
+    """Return whether "auto" takes a backend for a call only where it was measured to be fastest."""
+    if op not in getattr(module, "ONLY_MEASURED", ()):
+        return False
+    faster = getattr(module, "faster_unmeasured", None)
+    return faster is None or not faster(op, *args)
 
 
 #: From how many multiply-adds on :func:`trains`, by requested backend, kind of device, and dtype.
@@ -268,6 +272,7 @@ def explain(op: str, *args: Any) -> Explanation:
     args = functional.op_arguments(op, *args)
     name = requested()
     fastest = measured(op, *args) if name == AUTO else None
+    unmeasured = name == AUTO and fastest is None
     verdicts, taken = [], False
     for candidate, module in ORDER.items():
         reason = _reason(module, op, args)
@@ -275,7 +280,7 @@ def explain(op: str, *args: Any) -> Explanation:
             reason = f"backend {name!r} was asked for"
         elif reason is None and fastest not in (None, candidate):
             reason = f"{fastest} was measured to be faster"
-        elif reason is None and name == AUTO and fastest is None and _only_measured(module, op):
+        elif reason is None and unmeasured and _only_measured(module, op, args):
             reason = "runs only where `tune` measured it to be fastest"
         elif reason is None and taken:
             reason = "a backend before it in the order runs the call"

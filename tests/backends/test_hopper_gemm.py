@@ -212,6 +212,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
+    monkeypatch.setattr(_hopper_gemm, "multiprocessors", lambda device: 132)
     caches = (cuda.available, cuda._declines_device, _hopper_gemm._declines_capability)
     for cached in caches:
         cached.cache_clear()
@@ -340,6 +341,40 @@ def test_the_tile_is_the_one_that_was_faster():
     for products, kernel in ((TALL, KERNELS[0]), (SQUARE, KERNELS[1])):
         for side, c, o in products:
             assert heuristic(Product(256 * side * side, c, o), KERNELS) == kernel
+
+
+#: Of these, with nothing to add, those that took less time than by Triton's first tile.
+FASTER = SQUARE[2:5] + SQUARE[6:7] + SQUARE[8:]
+#: And with something to add.
+ADDING = [(56, 64, 256), (28, 128, 512), (14, 256, 1024), (7, 512, 2048)]
+
+
+@pytest.mark.parametrize(("batch", "faster"), [(256, True), (1, False)])
+def test_it_beats_triton_where_it_was_faster(machine, batch, faster):
+    def taken(side, c, o, residual):
+        shape = SimpleNamespace(shape=torch.Size((batch, c, side, side)))
+        added = shape if residual else None
+        return _hopper_gemm.beats_triton(shape_on_gpu(shape), torch.empty(o, c, 1, 1), added)
+
+    assert {p for p in TALL + SQUARE if taken(*p, False)} == set(FASTER if faster else ())
+    assert {p for p in ADDING if taken(*p, True)} == set(ADDING if faster else ())
+
+
+def test_there_auto_takes_it_unmeasured(machine, monkeypatch):
+    monkeypatch.setattr(_tuned, "_tables", {OnGpu.device: {}})
+    monkeypatch.setattr("resnet_fused.functional.op_arguments", lambda op, *args: args)
+    call = on_gpu((64, 512, 28, 28), 128)
+    assert choose("conv_bn_act", *call) is cuda.conv_bn_act
+    assert rf.explain("conv_bn_act", *call).chosen == "cuda"
+
+
+def shape_on_gpu(x):
+    return SimpleNamespace(shape=x.shape, device=OnGpu.device)
+
+
+def test_the_stem_is_taken_unmeasured(machine, monkeypatch):
+    monkeypatch.setattr(_tuned, "_tables", {OnGpu.device: {}})
+    assert choose("conv_bn_act", *on_gpu((2, 3, 16, 16), 64, 7, 2, 3)) is cuda.conv_bn_act
 
 
 def test_every_kernel_has_a_use():
