@@ -102,3 +102,9 @@ def test_by_name_it_runs_and_auto_leaves_it_to_others(device):
     with rf.use_backend("cuda"):
         assert_right(args, torch.ops.resnet_fused.conv_bn_act(*args))
     assert rf.explain("conv_bn_act", *args).chosen != "cuda"
+
+
+def test_a_large_map_with_an_add_auto_leaves_to_it(device):
+    args = arguments((96, 256, 28, 28), 512, dtype=torch.bfloat16, residual=True, device=device)
+    assert rf.explain("conv_bn_act", *args).chosen == "cuda"
+    assert_right(args, torch.ops.resnet_fused.conv_bn_act(*args))
