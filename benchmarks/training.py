@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import resnet_fused as rf
 from benchmarks.apart import Apart
 from benchmarks.graphs import can_capture
+from resnet_fused.backends._requested import becoming_a_graph
 from resnet_fused.bench import measure, memory
 from resnet_fused.bench.accuracy import check_batch
 from resnet_fused.bench.contenders import FUSED, FUSED_LOW, REFERENCE, Setup
@@ -192,7 +193,27 @@ def enter(
     exact: Tensor,
     eager_turn: float,
 ) -> tuple[Row, Trainer]:
-    """Check the gradient, then take a step for its memory."""
+    """Check the gradient, then take a step for its memory.
+
+    What is to be captured already runs so before.
+    """
+    captured = setup.device == "cuda" and setup.graphs and can_capture(case)
+    with becoming_a_graph() if captured else contextlib.nullcontext():
+        row, trainer = _checked(name, prepare, network, case, setup, exact, eager_turn)
+    if captured:
+        trainer.capture()
+    return row, trainer
+
+
+def _checked(
+    name: str,
+    prepare: Prepare,
+    network: Network,
+    case: Case,
+    setup: Setup,
+    exact: Tensor,
+    eager_turn: float,
+) -> tuple[Row, Trainer]:
     meter = memory.meter_for(setup.device)
     before = meter.now()
     trainer = _trainer(name, prepare, network.model, setup, setup.example)
@@ -203,8 +224,6 @@ def enter(
     check = check_batch(network.checked, case.batch)
     checked = _trainer(name, prepare, network.model, setup, check)
     turn = 1 - gradient_metrics(checked.gradient(), exact).cosine
-    if setup.device == "cuda" and setup.graphs and can_capture(case):
-        trainer.capture()
     row = replace(_row(network, case, name), peak_mib=peak, saved_mib=saved)
     own = turn if name == REFERENCE else eager_turn
     return measure.judged(row, turn, 2 * own + TURN_FLOOR), trainer

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from resnet_fused.backends._requested import becoming_a_graph
 from resnet_fused.engine.graph import Watch, no_garbage_collection
 
 #: A training step: from a batch to whatever it returns, its loss say.
@@ -48,7 +49,9 @@ def capture_step(
         for x, target in batches:
             loss = step(x, target)
 
-    Recorded is what ``step`` does now: a learning rate that is a number, ``model.train()`` and
+    A fused model trains by the kernels that are fastest in a graph, also where it does not outside:
+    on a GPU, convolutions in bfloat16 of 800 million multiply-adds and more. Recorded is what
+    ``step`` does now: a learning rate that is a number, ``model.train()`` and
     ``requires_grad`` stay as they are. An optimizer that counts its steps has to do so on the GPU
     (``capturable=True``); a learning rate that is a tensor can be filled with another.
     ``GradScaler.step`` reads a value back, which no graph can: capture forward and backward alone.
@@ -75,7 +78,7 @@ def capture_step(
     state = _State(model, optimizer)
     inputs = [example.detach().clone() for example in examples]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), becoming_a_graph():
         try:
             stream = torch.cuda.Stream()
             _warm_up(step, inputs, warmup, stream, device)

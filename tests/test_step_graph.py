@@ -13,6 +13,7 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused import step_graph
+from resnet_fused.backends import _requested
 
 sys.path.append(str(Path(__file__).parent / "engine"))
 import fake_cuda
@@ -118,6 +119,24 @@ def test_captured_steps_are_eager_steps(cuda, name, steps_before):
     assert len({loss.item() for loss in losses}) == 4, "each the caller's own"
     assert_same(state(model, optimizers[1]), state(eager, optimizers[0]))
     assert int(model.bn.num_batches_tracked) == steps_before + 4
+
+
+def test_all_of_it_runs_as_is_best_in_a_graph_and_nothing_else(cuda):
+    """The warm-up too, or kernels would be compiled while they are recorded."""
+    model, asked = rf.fuse(Net().train()), []
+    step = trained(model, None, update=False)
+
+    def noting(*given):
+        asked.append(_requested.for_a_graph())
+        return step(*given)
+
+    rf.capture_step(noting, *batch(0), model=model)
+    assert asked == [True] * 5
+    noting(*batch(0))
+    with pytest.raises(Unrepeatable):
+        rf.capture_step(lambda x, t: raises(model, x, t), *batch(0), model=model)
+    noting(*batch(0))
+    assert asked[5:] == [False, False]
 
 
 def test_a_compiled_model_stays_compiled(cuda):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import resnet_fused as rf
 from resnet_fused.backends import cpu
+from resnet_fused.backends._requested import becoming_a_graph
 from resnet_fused.testing import gradient_metrics, max_error
 
 X = image(4, 3, 32, 32)
@@ -78,6 +79,20 @@ def test_small_maps_train_as_torch(monkeypatch):
         assert ops_called(model, X[:3]) == {}
     with rf.use_backend("cpu"):
         assert ops_called(model, X[:3])["bn_update_stats"] == 2
+
+
+@pytest.mark.skipif("cpu" not in KINDS, reason="stands in for a GPU's")
+def test_what_is_faster_in_a_graph_alone_trains_there_alone(monkeypatch):
+    monkeypatch.setattr(cpu, "FASTER_IN_TRAINING", {})
+    least = {torch.float32: 4 * 4 * 32 * 32 * 8 * 9}
+    monkeypatch.setattr(cpu, "FASTER_IN_A_GRAPH", least, raising=False)
+    model = rf.fuse(nn.Sequential(ConvBnRelu(3, 8), ConvBnRelu(8, 4)).train())
+    with rf.use_backend("auto"):
+        for _ in range(2):  # either is remembered
+            assert ops_called(model, X) == {}
+            with becoming_a_graph():
+                assert ops_called(model, X).get("conv_bn_stats") == 1
+                assert ops_called(model, X[:3]) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -215,8 +215,9 @@ def _only_measured(module: ModuleType, op: str, args: tuple[Any, ...]) -> bool:
     return faster is None or not faster(op, *args)
 
 
-#: From how many multiply-adds on :func:`trains`, by requested backend, kind of device, and dtype.
-_trains: dict[tuple[str, str, torch.dtype], float] = {}
+#: From how many multiply-adds on :func:`trains`, by requested backend, kind of device, dtype, and
+#: whether it is for a CUDA graph.
+_trains: dict[tuple[str, str, torch.dtype, bool], float] = {}
 
 
 def trains(device: torch.device, dtype: torch.dtype, macs: float) -> bool:
@@ -224,6 +225,7 @@ def trains(device: torch.device, dtype: torch.dtype, macs: float) -> bool:
 
     One asked for by name, the reference included, need not be faster: it saves memory. Where none
     is known to be, it is enough that ``tune`` measured a training model of the dtype on the device.
+    In a CUDA graph, which does not wait for Python, others are faster than outside.
     On the meta device, where nothing takes time, all trains. While torch.compile traces, nothing
     can be probed: what was not asked before counts as no.
 
@@ -235,25 +237,29 @@ def trains(device: torch.device, dtype: torch.dtype, macs: float) -> bool:
     """
     if device.type == "meta":
         return True
-    key = (requested(), device.type, dtype)
+    key = (requested(), device.type, dtype, _requested.for_a_graph())
     if key not in _trains and not torch.compiler.is_compiling():
-        _trains[key] = _least_to_train(
-            key[0], torch.empty((1, 1, 1, 1), dtype=dtype, device=device)
-        )
+        probe = torch.empty((1, 1, 1, 1), dtype=dtype, device=device)
+        _trains[key] = _least_to_train(key[0], probe, for_a_graph=key[3])
     least = _trains.get(key, math.inf)
     if macs >= least:
         return True
     return least == math.inf and key[0] == AUTO and _tuned.trains(device, dtype)
 
 
-def _least_to_train(name: str, probe: torch.Tensor) -> float:
+def _least_to_train(name: str, probe: torch.Tensor, *, for_a_graph: bool) -> float:
     if name == REFERENCE:
         return 0
     modules = ORDER.values() if name == AUTO else [ORDER[name]]
     able = [module for module in modules if _reason(module, "bn_act", (probe,)) is None]
     if name != AUTO:
         return 0 if able else math.inf
-    return min((m.FASTER_IN_TRAINING.get(probe.dtype, math.inf) for m in able), default=math.inf)
+    tables = [module.FASTER_IN_TRAINING for module in able]
+    if for_a_graph:
+        tables += [
+            module.FASTER_IN_A_GRAPH for module in able if hasattr(module, "FASTER_IN_A_GRAPH")
+        ]
+    return min((table.get(probe.dtype, math.inf) for table in tables), default=math.inf)
 
 
 def explain(op: str, *args: Any) -> Explanation:

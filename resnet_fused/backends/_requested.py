@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 AUTO = "auto"
 
@@ -20,3 +22,22 @@ def swap(new: str) -> str:
     global _name
     old, _name = _name, new
     return old
+
+
+_for_a_graph = False
+
+
+def for_a_graph() -> bool:
+    """Return whether what runs now is to become a CUDA graph, whose launches cost nothing."""
+    return _for_a_graph
+
+
+@contextlib.contextmanager
+def becoming_a_graph() -> Iterator[None]:
+    """Run what is recorded, and what runs before it to warm up, as is best for a CUDA graph."""
+    global _for_a_graph
+    before, _for_a_graph = _for_a_graph, True
+    try:
+        yield
+    finally:
+        _for_a_graph = before

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from nets import SmallNet, image
 
 import resnet_fused as rf
+from resnet_fused.backends import cuda
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
@@ -69,3 +70,28 @@ def test_an_older_loss_that_is_held_is_named(device):
     del loss
     captured = rf.capture_step(step, *batch(0, device), model=model, optimizer=optimizer)
     assert captured(*batch(1, device)).isfinite()
+
+
+def test_auto_captures_the_fused_step(device, monkeypatch):
+    """Which it does not run outside of a graph: there Python would take longer."""
+    monkeypatch.setattr(cuda, "FASTER_IN_A_GRAPH", {torch.bfloat16: 0})
+    if reason := cuda.available():
+        pytest.skip(reason)
+    ran = []
+    stats = cuda.conv_bn_stats
+    monkeypatch.setattr(cuda, "conv_bn_stats", lambda *args: ran.append(1) or stats(*args))
+    model = rf.fuse(SmallNet().to(device).train())
+
+    def step(x, target):
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        return loss
+
+    assert step(*batch(0, device)).isfinite()
+    assert not ran
+    captured = rf.capture_step(step, *batch(0, device), model=model)
+    assert ran
+    x, target = batch(1, device)
+    torch.testing.assert_close(captured(x, target), step(x, target).detach(), rtol=0.02, atol=0.02)
