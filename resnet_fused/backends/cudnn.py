@@ -132,10 +132,13 @@ def _fold(
 
 def _folded(weight: Tensor, scale: Tensor | None) -> Tensor:
     folded = weight.detach()
-    if scale is not None:
-        # In float32, cast last: scale alone may pass what 16 bits hold.
-        folded = (folded.float() * scale.detach().float().view(-1, 1, 1, 1)).to(weight.dtype)
-    return folded.contiguous(memory_format=torch.channels_last)
+    if scale is None:
+        return folded.contiguous(memory_format=torch.channels_last)
+    # In float32, cast last, as one kernel: scale alone may pass what 16 bits hold.
+    factors = scale.detach().float().view(-1, 1, 1, 1)
+    return torch.mul(
+        folded, factors, out=torch.empty_like(folded, memory_format=torch.channels_last)
+    )
 
 
 def _exactly_channels_last(y: Tensor) -> Tensor:
