@@ -195,7 +195,7 @@ def enter(
 ) -> tuple[Row, Trainer]:
     """Check the gradient, then take a step for its memory.
 
-    What is to be captured already runs so before.
+    What is to be captured runs the graph's kernels here already.
     """
     captured = setup.device == "cuda" and setup.graphs and can_capture(case)
     with becoming_a_graph() if captured else contextlib.nullcontext():

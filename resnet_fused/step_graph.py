@@ -49,12 +49,12 @@ def capture_step(
         for x, target in batches:
             loss = step(x, target)
 
-    A fused model trains by the kernels that are fastest in a graph, also where it does not outside:
-    on a GPU, convolutions in bfloat16 of 800 million multiply-adds and more. Recorded is what
-    ``step`` does now: a learning rate that is a number, ``model.train()`` and
-    ``requires_grad`` stay as they are. An optimizer that counts its steps has to do so on the GPU
-    (``capturable=True``); a learning rate that is a tensor can be filled with another.
-    ``GradScaler.step`` reads a value back, which no graph can: capture forward and backward alone.
+    In a graph the large convolutions of a fused model train fused in bfloat16, even where outside
+    of one they would by torch's kernels. Recorded is what ``step`` does now: a learning rate that
+    is a number, ``model.train()`` and ``requires_grad`` stay as they are. An optimizer that counts
+    its steps has to do so on the GPU (``capturable=True``); a learning rate that is a tensor can be
+    filled with another. ``GradScaler.step`` reads a value back, which no graph can: capture forward
+    and backward alone.
     What an earlier step returned with its history, a loss say, holds nodes of autograd's on that
     step's stream: let go of it first. ``DistributedDataParallel`` always holds some: it wants to be
     made under a side stream, 11 warm-up steps, and

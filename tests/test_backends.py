@@ -39,7 +39,8 @@ def test_a_backend_that_trains_has_every_op_of_training(name):
     """`trains` asks for one of them only."""
     module = ORDER[name]
     assert not [op for op, o in TRAINING.items() if not o.mutates and not hasattr(module, op)]
-    assert all(dtype.is_floating_point for dtype in module.FASTER_IN_TRAINING)
+    for table in (module.FASTER_IN_TRAINING, getattr(module, "FASTER_IN_A_GRAPH", {})):
+        assert all(dtype.is_floating_point for dtype in table)
 
 
 def test_use_backend_as_a_block_and_nested():

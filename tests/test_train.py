@@ -10,7 +10,7 @@ from nets import ConvBnRelu, Residual, SmallNet, image
 from torch import Tensor, nn
 
 import resnet_fused as rf
-from resnet_fused.backends import cpu
+from resnet_fused.backends import _requested, cpu
 from resnet_fused.backends._requested import becoming_a_graph
 from resnet_fused.testing import gradient_metrics, max_error
 
@@ -93,6 +93,37 @@ def test_what_is_faster_in_a_graph_alone_trains_there_alone(monkeypatch):
             with becoming_a_graph():
                 assert ops_called(model, X).get("conv_bn_stats") == 1
                 assert ops_called(model, X[:3]) == {}
+
+
+@pytest.mark.skipif("cpu" not in KINDS, reason="stands in for a GPU's")
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_a_compiled_model_trains_fused_in_a_graph_too(monkeypatch, backend):
+    """What may train is asked before it is traced, for within a graph as well."""
+    monkeypatch.setattr(cpu, "FASTER_IN_TRAINING", {})
+    monkeypatch.setattr(cpu, "FASTER_IN_A_GRAPH", {torch.float32: 0}, raising=False)
+    with rf.use_backend(backend):
+        model = rf.fuse(nn.Sequential(ConvBnRelu(3, 8)).train())
+        compiled = torch.compile(model, backend="aot_eager")
+
+        def fused() -> int:
+            compiled(X)  # traced
+            return ops_called(compiled, X).get("conv_bn_stats", 0)
+
+        with becoming_a_graph():
+            assert fused() == 1
+        assert fused() == (backend == "cpu")
+
+
+def test_recordings_may_overlap():
+    """In two threads, the first of which ends first."""
+    first, second = becoming_a_graph(), becoming_a_graph()
+    assert not _requested.for_a_graph()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert _requested.for_a_graph()
+    second.__exit__(None, None, None)
+    assert not _requested.for_a_graph()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

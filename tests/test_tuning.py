@@ -28,6 +28,7 @@ from resnet_fused.backends import (
     cudnn,
     trains,
 )
+from resnet_fused.backends._requested import becoming_a_graph
 from resnet_fused.backends._tuned_file import Choice
 from resnet_fused.models import create_model
 from resnet_fused.ops import INFERENCE, OPS, TRAINING
@@ -412,6 +413,11 @@ def test_what_was_tuned_in_training_mode_trains_fused(cache, monkeypatch):
     report = tune_calls(harvest(model, X), CPU, clock=lambda run: 1.0)
     assert report.ok
     assert {"conv_bn_stats", "bn_act_conv_backward_weight"} <= training_ops()
+    large = {torch.float32: 10**12}
+    monkeypatch.setattr(cpu, "FASTER_IN_A_GRAPH", large, raising=False)
+    sys.modules["resnet_fused.backends"]._trains.clear()
+    with becoming_a_graph():  # where none so large is known to be faster
+        assert {"conv_bn_stats", "bn_act_conv_backward_weight"} <= training_ops()
     assert not trains(CPU, torch.float64, 10**9)
     assert trains(CPU, torch.float64, math.inf)  # SyncBatchNorm's, in any dtype
 

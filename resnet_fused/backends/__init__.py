@@ -5,8 +5,10 @@ reason), ``supports(op, *args) -> reason | None`` and one function per op it run
 and taking its arguments. One that knows several ways to run a call lists them for the tuner:
 ``candidates(op, *args) -> {name: function}``. ``ONLY_MEASURED`` names ops that it runs where it was
 asked for or measured to be fastest, and not merely because it can; of these it may know calls that
-it runs unmeasured: ``faster_unmeasured(op, *args)``, asked where it supports them. The reference is
-not a module: it stands in the op's own file.
+it runs unmeasured: ``faster_unmeasured(op, *args)``, asked where it supports them. One that trains
+says from how many multiply-adds of a convolution on it was measured to be faster, by dtype:
+``FASTER_IN_TRAINING``, and in a CUDA graph ``FASTER_IN_A_GRAPH``. The reference is not a module: it
+stands in the op's own file.
 """
 
 from __future__ import annotations
@@ -202,6 +204,8 @@ def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:
     if found := _measured(op, args):
         return found[1]
     for module in ORDER.values():
+        if _never_unmeasured(module, op):
+            continue  # before asking it anything
         if _reason(module, op, args) is None and not _only_measured(module, op, args):
             return getattr(module, op)
     return None
@@ -211,13 +215,23 @@ def _only_measured(module: ModuleType, op: str, args: tuple[Any, ...]) -> bool:
     """Return whether "auto" takes a backend for a call only where it was measured to be fastest."""
     if op not in getattr(module, "ONLY_MEASURED", ()):
         return False
-    faster = getattr(module, "faster_unmeasured", None)
-    return faster is None or not faster(op, *args)
+    return _never_unmeasured(module, op) or not module.faster_unmeasured(op, *args)
 
 
-#: From how many multiply-adds on :func:`trains`, by requested backend, kind of device, dtype, and
-#: whether it is for a CUDA graph.
-_trains: dict[tuple[str, str, torch.dtype, bool], float] = {}
+def _never_unmeasured(module: ModuleType, op: str) -> bool:
+    only = op in getattr(module, "ONLY_MEASURED", ())
+    return only and not hasattr(module, "faster_unmeasured")
+
+
+class _Least(NamedTuple):
+    """From how many multiply-adds on :func:`trains`: outside of CUDA graphs, and within them."""
+
+    outside: float = math.inf
+    within: float = math.inf
+
+
+#: By requested backend, kind of device, and dtype.
+_trains: dict[tuple[str, str, torch.dtype], _Least] = {}
 
 
 def trains(device: torch.device, dtype: torch.dtype, macs: float) -> bool:
@@ -225,7 +239,7 @@ def trains(device: torch.device, dtype: torch.dtype, macs: float) -> bool:
 
     One asked for by name, the reference included, need not be faster: it saves memory. Where none
     is known to be, it is enough that ``tune`` measured a training model of the dtype on the device.
-    In a CUDA graph, which does not wait for Python, others are faster than outside.
+    In a CUDA graph, which does not wait for Python, more is faster (``FASTER_IN_A_GRAPH``).
     On the meta device, where nothing takes time, all trains. While torch.compile traces, nothing
     can be probed: what was not asked before counts as no.
 
@@ -237,29 +251,28 @@ def trains(device: torch.device, dtype: torch.dtype, macs: float) -> bool:
     """
     if device.type == "meta":
         return True
-    key = (requested(), device.type, dtype, _requested.for_a_graph())
+    key = (requested(), device.type, dtype)
     if key not in _trains and not torch.compiler.is_compiling():
         probe = torch.empty((1, 1, 1, 1), dtype=dtype, device=device)
-        _trains[key] = _least_to_train(key[0], probe, for_a_graph=key[3])
-    least = _trains.get(key, math.inf)
-    if macs >= least:
+        _trains[key] = _least_to_train(key[0], probe)
+    least = _trains.get(key, _Least())
+    if macs >= (least.within if _requested.for_a_graph() else least.outside):
         return True
-    return least == math.inf and key[0] == AUTO and _tuned.trains(device, dtype)
+    return least.outside == math.inf and key[0] == AUTO and _tuned.trains(device, dtype)
 
 
-def _least_to_train(name: str, probe: torch.Tensor, *, for_a_graph: bool) -> float:
+def _least_to_train(name: str, probe: torch.Tensor) -> _Least:
     if name == REFERENCE:
-        return 0
+        return _Least(0, 0)
     modules = ORDER.values() if name == AUTO else [ORDER[name]]
     able = [module for module in modules if _reason(module, "bn_act", (probe,)) is None]
     if name != AUTO:
-        return 0 if able else math.inf
-    tables = [module.FASTER_IN_TRAINING for module in able]
-    if for_a_graph:
-        tables += [
-            module.FASTER_IN_A_GRAPH for module in able if hasattr(module, "FASTER_IN_A_GRAPH")
-        ]
-    return min((table.get(probe.dtype, math.inf) for table in tables), default=math.inf)
+        return _Least(0, 0) if able else _Least()
+    outside, graph = (
+        min((getattr(m, table, {}).get(probe.dtype, math.inf) for m in able), default=math.inf)
+        for table in ("FASTER_IN_TRAINING", "FASTER_IN_A_GRAPH")
+    )
+    return _Least(outside, min(outside, graph))
 
 
 def explain(op: str, *args: Any) -> Explanation:
@@ -287,7 +300,7 @@ def explain(op: str, *args: Any) -> Explanation:
         elif reason is None and fastest not in (None, candidate):
             reason = f"{fastest} was measured to be faster"
         elif reason is None and unmeasured and _only_measured(module, op, args):
-            reason = "runs only where `tune` measured it to be fastest"
+            reason = "was not measured to be fastest (`tune`), nor is it known to be"
         elif reason is None and taken:
             reason = "a backend before it in the order runs the call"
         verdicts.append(Verdict(candidate, reason is None, reason or ""))

@@ -1,9 +1,10 @@
-"""The backend asked for: on its own, so that backends can read it without their registry."""
+"""The backend asked for, and whether for a CUDA graph: on its own, so that backends can read it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 
 AUTO = "auto"
@@ -24,20 +25,28 @@ def swap(new: str) -> str:
     return old
 
 
-_for_a_graph = False
+#: How many are at it, in all threads.
+_recordings = 0
+_counting = threading.Lock()
 
 
 def for_a_graph() -> bool:
     """Return whether what runs now is to become a CUDA graph, whose launches cost nothing."""
-    return _for_a_graph
+    return _recordings > 0
 
 
 @contextlib.contextmanager
 def becoming_a_graph() -> Iterator[None]:
-    """Run what is recorded, and what runs before it to warm up, as is best for a CUDA graph."""
-    global _for_a_graph
-    before, _for_a_graph = _for_a_graph, True
+    """Run what is recorded, and what runs before it to warm up, as is best for a CUDA graph.
+
+    It holds for the process: a step's parts may run in threads of autograd's. What others train
+    meanwhile runs likewise, and is as right.
+    """
+    global _recordings
+    with _counting:
+        _recordings += 1
     try:
         yield
     finally:
-        _for_a_graph = before
+        with _counting:
+            _recordings -= 1

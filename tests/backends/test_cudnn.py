@@ -106,6 +106,17 @@ def test_nan_is_kept_though_the_fused_relu_drops_it(monkeypatch):
     assert not cudnn.fused_conv_bn_act(*args).isnan().any()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("side", [1, 3])
+def test_weights_are_folded_in_float32_and_rounded_once(dtype, layout, side):
+    weight = torch.randn(16, 8, side, side).to(dtype).contiguous(memory_format=layout)
+    scale = 1e3 * torch.randn(16)
+    folded = cudnn._folded(weight, scale)
+    assert torch.equal(folded, (weight.float() * scale.view(-1, 1, 1, 1)).to(dtype))
+    assert folded.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_scale_is_folded_in_float32_and_follows_the_parameters():
     """A scale past float16's range folds right, once, and again when a parameter changes."""
     x, weight = torch.ones(1, 1, 2, 2).half(), torch.full((1, 1, 1, 1), 2.0**-10).half()

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks import cold, levels, subjects, suite, training
 from benchmarks.peaks import Peaks
 from benchmarks.suite import Suite
+from resnet_fused.backends import _requested
 from resnet_fused.bench import contenders, networks
 from resnet_fused.bench.options import Settings, UsageError
 from resnet_fused.bench.progress import Watch
@@ -169,6 +171,25 @@ def test_training_is_held_to_the_gradient_and_keeps_less(small: Suite, tmp_path:
     assert fused.saved_mib is not None
     assert fused.saved_mib < eager.saved_mib
     assert fused.img_s is not None
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_what_is_captured_is_checked_by_the_kernels_of_a_graph(
+    graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, captured = [], []
+    trainer = SimpleNamespace(capture=lambda: captured.append(_requested.for_a_graph()))
+
+    def checked(*args: object) -> tuple[None, SimpleNamespace]:
+        asked.append(_requested.for_a_graph())
+        return None, trainer
+
+    monkeypatch.setattr(training, "_checked", checked)
+    setup = SimpleNamespace(device="cuda", graphs=graphs)
+    case = Case(NAME, "bfloat16", 2, TRAINING)
+    training.enter("fused", training.OWN["fused"], None, case, setup, None, 0.0)  # type: ignore[arg-type]
+    assert asked == [graphs]
+    assert captured == ([False] if graphs else [])
 
 
 @pytest.mark.parametrize("name", training.OWN)

@@ -73,7 +73,7 @@ def test_an_older_loss_that_is_held_is_named(device):
 
 
 def test_auto_captures_the_fused_step(device, monkeypatch):
-    """Which it does not run outside of a graph: there Python would take longer."""
+    """Outside of a graph it runs torch's, as Python would take longer."""
     monkeypatch.setattr(cuda, "FASTER_IN_A_GRAPH", {torch.bfloat16: 0})
     if reason := cuda.available():
         pytest.skip(reason)
