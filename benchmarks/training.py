@@ -198,32 +198,19 @@ def enter(
     What is to be captured runs the graph's kernels here already.
     """
     captured = setup.device == "cuda" and setup.graphs and can_capture(case)
-    with becoming_a_graph() if captured else contextlib.nullcontext():
-        row, trainer = _checked(name, prepare, network, case, setup, exact, eager_turn)
-    if captured:
-        trainer.capture()
-    return row, trainer
-
-
-def _checked(
-    name: str,
-    prepare: Prepare,
-    network: Network,
-    case: Case,
-    setup: Setup,
-    exact: Tensor,
-    eager_turn: float,
-) -> tuple[Row, Trainer]:
     meter = memory.meter_for(setup.device)
     before = meter.now()
-    trainer = _trainer(name, prepare, network.model, setup, setup.example)
-    trainer()
-    meter.restart()
-    trainer()
-    peak, saved = memory.growth_mib(before, meter.peak()), trainer.saved_mib()
-    check = check_batch(network.checked, case.batch)
-    checked = _trainer(name, prepare, network.model, setup, check)
-    turn = 1 - gradient_metrics(checked.gradient(), exact).cosine
+    with becoming_a_graph() if captured else contextlib.nullcontext():
+        trainer = _trainer(name, prepare, network.model, setup, setup.example)
+        trainer()
+        meter.restart()
+        trainer()
+        peak, saved = memory.growth_mib(before, meter.peak()), trainer.saved_mib()
+        check = check_batch(network.checked, case.batch)
+        checked = _trainer(name, prepare, network.model, setup, check)
+        turn = 1 - gradient_metrics(checked.gradient(), exact).cosine
+    if captured:
+        trainer.capture()
     row = replace(_row(network, case, name), peak_mib=peak, saved_mib=saved)
     own = turn if name == REFERENCE else eager_turn
     return measure.judged(row, turn, 2 * own + TURN_FLOOR), trainer

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -177,18 +178,32 @@ def test_training_is_held_to_the_gradient_and_keeps_less(small: Suite, tmp_path:
 def test_what_is_captured_is_checked_by_the_kernels_of_a_graph(
     graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, captured = [], []
-    trainer = SimpleNamespace(capture=lambda: captured.append(_requested.for_a_graph()))
+    asked: list[bool] = []
+    captured: list[bool] = []
+    exact = torch.ones(3)
 
-    def checked(*args: object) -> tuple[None, SimpleNamespace]:
+    def note(given: object = None) -> Any:
         asked.append(_requested.for_a_graph())
-        return None, trainer
+        return given
 
-    monkeypatch.setattr(training, "_checked", checked)
-    setup = SimpleNamespace(device="cuda", graphs=graphs)
+    class Noting(SimpleNamespace):
+        def __call__(self) -> None:
+            note()
+
+    trainer = Noting(
+        saved_mib=lambda: note(1.0), gradient=lambda: note(exact),
+        capture=lambda: captured.append(_requested.for_a_graph()),
+    )  # fmt: skip
+    meter = training.memory.meter_for("cpu")
+    monkeypatch.setattr(training.memory, "meter_for", lambda device: meter)
+    monkeypatch.setattr(training, "_trainer", lambda *args: trainer)
+    network = SimpleNamespace(model=None, checked=torch.zeros(2, 1), macs=1, params=1)
+    setup = SimpleNamespace(device="cuda", graphs=graphs, example=None)
     case = Case(NAME, "bfloat16", 2, TRAINING)
-    training.enter("fused", training.OWN["fused"], None, case, setup, None, 0.0)  # type: ignore[arg-type]
-    assert asked == [graphs]
+    prepare = training.OWN["fused"]
+    row, _ = training.enter("fused", prepare, network, case, setup, exact, 0.0)  # type: ignore[arg-type]
+    assert row.verdict == OK
+    assert asked == [graphs] * 4, "two steps, what they keep, the gradient"
     assert captured == ([False] if graphs else [])
 
 
