@@ -235,7 +235,9 @@ def by_torch(what: str, geometry: Geometry, t: Tensors) -> Tensor:
         return _torch_conv.forward(t.x, t.weight, *geometry.steps)
     if what == DATA:
         return _torch_conv.backward_data(t.grad, t.weight, t.x.shape, *geometry.steps, None)
-    return _torch_conv.backward_weight(t.grad, t.x, geometry.weight, *geometry.steps, True)
+    return _torch_conv.backward_weight(
+        t.grad, t.x, geometry.weight, *geometry.steps, True, t.x.dtype
+    )
 
 
 def by_kernel(what: str, geometry: Geometry, t: Tensors) -> Tensor | None:
@@ -246,7 +248,7 @@ def by_kernel(what: str, geometry: Geometry, t: Tensors) -> Tensor | None:
         return _cpu_conv.convolve_once(t.x, t.weight, *geometry.steps)
     if what == DATA:
         return _cpu_conv.backward_data(t.grad, t.weight, t.x.shape, *geometry.steps, None)
-    return _cpu_conv.backward_weight(t.grad, t.x, geometry.weight, *geometry.steps, True)
+    return _cpu_conv.backward_weight(t.grad, t.x, geometry.weight, *geometry.steps, True, t.x.dtype)
 
 
 CONTENDERS: Mapping[str, Run] = {REFERENCE: by_torch, KERNEL: by_kernel}

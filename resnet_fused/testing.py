@@ -15,9 +15,11 @@ from torch import Tensor
 
 
 def to_float64(value: Any) -> Any:
-    """Return ``value`` with every floating point tensor in it (also in sequences) as float64."""
+    """Return ``value`` with every floating point tensor and dtype in it as float64."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.double()
+    if isinstance(value, torch.dtype) and value.is_floating_point:
+        return torch.float64
     if isinstance(value, list | tuple):
         return type(value)(to_float64(v) for v in value)
     return value

@@ -98,18 +98,19 @@ def guarded(size):
     return raw, raw.data_ptr() + -raw.data_ptr() % 64
 
 
-def run(grad, x, case, *, channels_last=False, threads=1):
+def run(grad, x, case, *, channels_last=False, wide=False, threads=1):
     """Return the gradient (O, C, KH, KW) and whether the kernel calls it right as it is."""
     c, o, (kh, kw) = case.c, case.o, case.kernel
     layout = (o, kh, kw, c) if channels_last else (o, c, kh, kw)
-    flat = torch.full((o * c * kh * kw + 128,), 7.0, dtype=x.dtype)
+    flat = torch.full((o * c * kh * kw + 128,), 7.0, dtype=torch.float32 if wide else x.dtype)
     out = flat[64:-64]
     sizes = case.sizes(x.dtype)
     size = _C.conv_backward_weight_scratch_bytes(*sizes, threads)
     raw, scratch = guarded(size)
     right = _C.conv_backward_weight(
-        grad.data_ptr(), x.data_ptr(), out.data_ptr(), scratch, size, *sizes, channels_last, threads
-    )
+        grad.data_ptr(), x.data_ptr(), out.data_ptr(), scratch, size, *sizes, channels_last, wide,
+        threads,
+    )  # fmt: skip
     assert (flat[:64] == 7).all()
     assert (flat[-64:] == 7).all()
     tail = ctypes.string_at(scratch + size, raw.data_ptr() + raw.numel() - scratch - size)
@@ -169,6 +170,18 @@ def test_drawn_convolutions(data):
     assert_right(case, data.draw(st.sampled_from(dtypes)), threads=data.draw(st.integers(1, 3)))
 
 
+@pytest.mark.skipif(_C.cpu_isa() != "avx512_bf16", reason="bfloat16 needs AVX-512 BF16")
+@each_case
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_wide_gradient_is_what_the_other_rounds(case, channels_last):
+    maps = draw(case, torch.bfloat16)
+    wide, right = run(*maps, case, channels_last=channels_last, wide=True)
+    narrow, right_too = run(*maps, case, channels_last=channels_last)
+    assert right == right_too
+    assert torch.equal(wide.bfloat16(), narrow)
+    assert case.n * case.c * case.o < 100 or not torch.equal(wide, narrow.float())
+
+
 @each_case
 def test_the_same_bits_on_any_number_of_threads(case):
     grad, x = draw(case)
@@ -193,7 +206,7 @@ def test_what_is_not_finite_is_told_of(value, where):
 def test_what_is_not_finite_lies_where_torch_has_it(value, channels_last):
     grad, x = draw(Case("winograd4", 2, 24, 9, 10, 24))
     grad[1, 3, 0, 0] = value
-    geometry = ([24, 24, 3, 3], [1, 1], [1, 1], [1, 1], 1, channels_last)
+    geometry = ([24, 24, 3, 3], [1, 1], [1, 1], [1, 1], 1, channels_last, torch.float32)
     got, want = (
         cpu.conv_backward_weight(grad, x, *geometry),
         cpu._torch_conv.backward_weight(grad, x, *geometry),
@@ -229,7 +242,7 @@ def test_the_direct_sum_keeps_what_is_not_finite_in_place(value, dtype):
 def test_the_backend_runs_it_where_it_pays(case, algorithm, channels_last):
     grad, x = draw(case)
     size, *geometry = (list(v) for v in ((case.o, case.c, *case.kernel), *case[7:]))
-    same = (*geometry, 1, channels_last)
+    same = (*geometry, 1, channels_last, torch.float32)
     assert _cpu_conv._gradient_algorithm(grad, size, *geometry[::2], 1) == algorithm
     got = _cpu_conv.backward_weight(grad.contiguous(), x.contiguous(), size, *same)
     want = cpu._torch_conv.backward_weight(grad, x, size, *same)
@@ -251,13 +264,13 @@ def test_the_backend_runs_it_where_it_pays(case, algorithm, channels_last):
 )
 def test_the_backend_leaves_the_rest_to_torch(size, stride, dilation, groups):
     x, grad = torch.empty(2, size[1] * groups, 9, 9), torch.empty(2, size[0], 9, 9)
-    args = (size, stride, [1, 1], dilation, groups, False)
+    args = (size, stride, [1, 1], dilation, groups, False, torch.float32)
     assert _cpu_conv.backward_weight(grad, x, *args) is None
 
 
 def test_the_backend_leaves_few_terms_to_torch():
     grad, x = draw(Case("winograd4", 1, 24, 9, 9, 24))
-    geometry = ([24, 24, 3, 3], [1, 1], [1, 1], [1, 1], 1, False)
+    geometry = ([24, 24, 3, 3], [1, 1], [1, 1], [1, 1], 1, False, torch.float32)
     assert _cpu_conv.backward_weight(grad, x, *geometry) is None
 
 
@@ -274,7 +287,8 @@ def arguments(**changed):
     keep = (*maps, out, raw)
     return keep, {
         "grad": maps[0].data_ptr(), "x": maps[1].data_ptr(), "grad_weight": out.data_ptr(),
-        "scratch": scratch, "scratch_bytes": size, "channels_last": False, "threads": 1,
+        "scratch": scratch, "scratch_bytes": size, "channels_last": False,
+        "wide": False, "threads": 1,
         **dict(zip(names, case.sizes(torch.float32), strict=True)), **changed,
     }  # fmt: skip
 

@@ -37,13 +37,14 @@ bool conv_backward_weight(uintptr_t grad, uintptr_t x, uintptr_t grad_weight, ui
                           const std::string& algorithm, int64_t n, int64_t h, int64_t w, int64_t c,
                           int64_t o, int64_t kh, int64_t kw, int64_t sh, int64_t sw, int64_t ph,
                           int64_t pw, int64_t dh, int64_t dw, int64_t groups, bool channels_last,
-                          int threads) {
+                          bool wide, int threads) {
   const ConvShape s = checked(
       {parse_dtype(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups});
   const cpu::WeightGradient& gradient = find(s, algorithm);
   need("threads", threads, 1, 1 << 16);
   const size_t item = itemsize(s.dtype);
-  const Block out{"grad_weight", grad_weight, kh * kw * o * s.cg() * item};
+  const size_t out_item = wide ? sizeof(float) : item;
+  const Block out{"grad_weight", grad_weight, kh * kw * o * s.cg() * out_item};
   const Block work{"scratch", scratch, gradient.scratch_bytes(s, threads)};
   const Block from[] = {{"grad", grad, n * s.oh() * s.ow() * o * item}, {"x", x, n * h * w * c * item}};
   for (const Block& in : from) {
@@ -51,7 +52,7 @@ bool conv_backward_weight(uintptr_t grad, uintptr_t x, uintptr_t grad_weight, ui
     need_apart(out, in);
     need_apart(work, in);
   }
-  need_block(out, item);
+  need_block(out, out_item);
   need_block(work, 64);
   need_apart(work, out);
   if (scratch_size < work.bytes)
@@ -59,7 +60,7 @@ bool conv_backward_weight(uintptr_t grad, uintptr_t x, uintptr_t grad_weight, ui
          std::to_string(scratch_size));
   py::gil_scoped_release release;
   return gradient.run({s, pointer<const void>(grad), pointer<const void>(x),
-                       pointer<void>(grad_weight), pointer<char>(scratch), threads, channels_last});
+                       pointer<void>(grad_weight), pointer<char>(scratch), threads, channels_last, wide});
 }
 
 }  // namespace
@@ -70,12 +71,13 @@ void register_conv_backward_weight(py::module_& m) {
         "Bytes of scratch that conv_backward_weight needs on that many threads.");
   m.def("conv_backward_weight", &conv_backward_weight, py::arg("grad"), py::arg("x"),
         py::arg("grad_weight"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("dtype"),
-        py::arg("algorithm"), RF_SHAPE, py::arg("channels_last"), py::arg("threads"),
+        py::arg("algorithm"), RF_SHAPE, py::arg("channels_last"), py::arg("wide"),
+        py::arg("threads"),
         "The gradient of a convolution's weight (o, c, kh, kw), summed by 'direct', in one group, or by\n"
         "'winograd4', 3x3 with stride and dilation 1. False where NaN and infinity are not where they\n"
         "belong, as the transform spreads them.\n\n"
         "grad (n, o, oh, ow) and x (n, c, h, w) are dense NHWC in dtype, grad_weight is channels_last\n"
-        "or contiguous; scratch is 64-byte aligned. The result does not depend on the threads.");
+        "or contiguous, in dtype or, wide, in float32; scratch is 64-byte aligned. The result does not depend on the threads.");
 }
 
 }  // namespace rf

@@ -142,10 +142,12 @@ struct DirectBackwardWeight {
   }
 
   // dW of a part: the sums of its runs, `apart` floats from each other, in the weight's own layout.
+  template <class Out>
   static void finish(const Plan& p, const ConvBackwardWeightArgs& args, const Unit& at, const float* u,
                      int64_t apart) {
     const int64_t c = args.s.c;
-    T* out = static_cast<T*>(args.grad_weight);
+    using To = typename Out::T;
+    To* out = static_cast<To*>(args.grad_weight);
     for (int64_t o = at.o0; o < at.o1; ++o)
       for (int64_t j = at.j0; j < at.j1; ++j)
         for (int64_t i = 0; i < NR; i += W) {
@@ -155,13 +157,14 @@ struct DirectBackwardWeight {
           reg sum = Vec::load(from);
           for (int64_t run = 1; run < p.runs; ++run) sum = Vec::add(sum, Vec::load(from + run * apart));
           if (args.channels_last || p.taps == 1) {
-            E::store(out + (o * p.taps + tap) * c + first, sum, Vec::first(lanes));
+            put_gradient<Out>(out + (o * p.taps + tap) * c + first, sum, lanes);
           } else {
-            T staged[W];
-            E::store(staged, sum);
+            To staged[W];
+            Out::store(staged, sum);
             for (int64_t l = 0; l < lanes; ++l) out[(o * c + first + l) * p.taps + tap] = staged[l];
           }
         }
+    _mm_sfence();  // what was streamed is there for the other threads
   }
 
   static bool run(const ConvBackwardWeightArgs& args) {
@@ -169,6 +172,7 @@ struct DirectBackwardWeight {
     const Plan p = plan(s);
     float* sums = reinterpret_cast<float*>(args.scratch + args.threads * p.per_thread);
     const int64_t apart = p.parts * p.u_floats;
+    const auto write = args.wide ? finish<F32> : finish<E>;
 #pragma omp parallel num_threads(args.threads)
     {
       const int64_t me = omp_get_thread_num();
@@ -178,12 +182,12 @@ struct DirectBackwardWeight {
         const Unit at(p, s, unit % p.parts, unit / p.parts);
         float* u = sums + (p.runs == 1 ? me : unit) * p.u_floats;
         sum_unit(p, args, at, work, u);
-        if (p.runs == 1) finish(p, args, at, u, apart);
+        if (p.runs == 1) write(p, args, at, u, apart);
       }
       if (p.runs > 1) {
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < p.parts; ++part)
-          finish(p, args, Unit(p, s, part, 0), sums + part * p.u_floats, apart);
+          write(p, args, Unit(p, s, part, 0), sums + part * p.u_floats, apart);
       }
     }
     return true;  // each NaN and infinity is where it belongs

@@ -126,6 +126,7 @@ struct WinogradBackwardWeight {
 
   // dW = G^T U G for one output channel and W input channels, U being the sum of those of so many
   // blocks; whether all of it is finite.
+  template <class Out>
   static bool transform_output(const Plan& p, const ConvBackwardWeightArgs& args, const float* u,
                                int64_t blocks, int64_t o, int64_t c) {
     reg d[P], t[3 * IN], w[9];
@@ -141,15 +142,15 @@ struct WinogradBackwardWeight {
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) F::weight_gradient(t + i * IN, 1, w + i * 3, 1);
     const int64_t lanes = min64(W, args.s.c - c);
-    const auto mask = Vec::first(lanes);
-    T* out = static_cast<T*>(args.grad_weight) + o * 9 * args.s.c;
-    T staged[9 * W];
+    using To = typename Out::T;
+    To* out = static_cast<To*>(args.grad_weight) + o * 9 * args.s.c;
+    To staged[9 * W];
     reg test = Vec::zero();  // 0 * w is NaN where w is not finite
     for (int i = 0; i < 9; ++i) {
       if (args.channels_last)
-        E::store(out + i * args.s.c + c, w[i], mask);
+        put_gradient<Out>(out + i * args.s.c + c, w[i], lanes);
       else
-        E::store(staged + i * W, w[i]);
+        Out::store(staged + i * W, w[i]);
       test = Vec::fma(w[i], Vec::zero(), test);
     }
     if (!args.channels_last)
@@ -160,10 +161,12 @@ struct WinogradBackwardWeight {
 
   static bool finish(const Plan& p, const ConvBackwardWeightArgs& args, const Part& at,
                      const float* u, int64_t blocks) {
+    const auto transform = args.wide ? transform_output<F32> : transform_output<E>;
     bool finite = true;
     for (int64_t o = at.o0; o < at.o1; ++o)
       for (int64_t c = at.c0; c < at.c1; c += W)
-        finite &= transform_output(p, args, u + (o - at.o0) * p.ldu + c - at.c0, blocks, o, c);
+        finite &= transform(p, args, u + (o - at.o0) * p.ldu + c - at.c0, blocks, o, c);
+    _mm_sfence();  // what was streamed is there for the other threads
     return finite;
   }
 

@@ -82,7 +82,7 @@ size_t packed_bytes(const std::string& dtype, const std::string& algorithm, int6
 
 void pack(uintptr_t weight, uintptr_t packed, size_t packed_size, const std::string& dtype,
           const std::string& algorithm, int64_t o, int64_t cg, int64_t kh, int64_t kw,
-          int64_t groups, int64_t along_o, int64_t along_c, int64_t along_tap, bool turned) {
+          int64_t groups, int64_t along_o, int64_t along_c, int64_t along_tap, bool turned, bool wide) {
   const ConvShape s = weight_shape(dtype, o, cg, kh, kw, groups);
   const cpu::ConvAlgorithm& a = find(s, algorithm);
   need("along_o", along_o, 0, int64_t(1) << 40);
@@ -90,16 +90,17 @@ void pack(uintptr_t weight, uintptr_t packed, size_t packed_size, const std::str
   need("along_tap", along_tap, 0, int64_t(1) << 40);
   const double last = double(o - 1) * along_o + double(cg - 1) * along_c +
                       double(kh * kw - 1) * along_tap;
-  const Block from{"weight", weight, need_bytes("weight", last + 1, itemsize(s.dtype))};
-  need_block(from, itemsize(s.dtype));
+  const size_t item = wide ? sizeof(float) : itemsize(s.dtype);
+  const Block from{"weight", weight, need_bytes("weight", last + 1, item)};
+  need_block(from, item);
   need_apart(packed_block(a, s, packed, packed_size), from);
   const char* data = pointer<const char>(weight);
   if (turned) {
-    data += (kh * kw - 1) * along_tap * int64_t(itemsize(s.dtype));
+    data += (kh * kw - 1) * along_tap * int64_t(item);
     along_tap = -along_tap;
   }
   py::gil_scoped_release release;
-  a.pack(s, {data, along_o, along_c, along_tap}, pointer<void>(packed));
+  a.pack(s, {data, along_o, along_c, along_tap, wide}, pointer<void>(packed));
 }
 
 size_t scratch_bytes(const std::string& dtype, const std::string& algorithm, int64_t n, int64_t h,
@@ -162,10 +163,11 @@ void register_conv_bn_act(py::module_& m) {
         "Bytes of the packed weights. They depend on the algorithm and the instruction set too.");
   m.def("conv_bn_act_pack", &pack, py::arg("weight"), py::arg("packed"), py::arg("packed_bytes"),
         py::arg("dtype"), py::arg("algorithm"), RF_WEIGHT, py::arg("along_o"), py::arg("along_c"),
-        py::arg("along_tap"), py::arg("turned") = false,
+        py::arg("along_tap"), py::arg("turned") = false, py::arg("wide") = false,
         "Packs a weight into a 64-byte aligned buffer. along_* are the elements from one output\n"
         "channel, input channel or tap to the next. turned: each kernel is read from its last tap to\n"
-        "its first; with along_o and along_c exchanged the convolution gives an input's gradient.");
+        "its first; with along_o and along_c exchanged the convolution gives an input's gradient. wide: the\n"
+        "weight is float32, rounded to dtype.");
   m.def("conv_bn_act_scratch_bytes", &scratch_bytes, py::arg("dtype"), py::arg("algorithm"), RF_SHAPE,
         py::arg("threads"), "Bytes of scratch a call wants to run on that many threads.");
   m.def("conv_bn_act", &conv_bn_act, py::arg("x"), py::arg("packed"), py::arg("packed_bytes"),

@@ -91,22 +91,26 @@ struct Direct {
     const int64_t runs = NARROW ? s.kh : kk, length = NARROW ? s.kw * cg : cg;
     const int64_t steps = ceil_div(length, E::KU);
     const int64_t along_o = weight.along_o, along_c = weight.along_c;
+    const bool whole = !NARROW && cg % E::KU == 0;
+    if (whole && along_o == 1) return pack_rows(p, weight, static_cast<T*>(packed));
 #pragma omp parallel for
     for (int64_t q = 0; q < s.groups * p.panels; ++q) {
       T* out = static_cast<T*>(packed) + q * p.panel;
       const int64_t o0 = q % p.panels * nr, valid = min64(nr, og - o0);
-      const T* w = static_cast<const T*>(weight.data) + (q / p.panels * og + o0) * along_o;
-      if (kk == 1 && length % E::KU == 0 && (along_o == 1 || along_c == 1)) {
-        pack_matrix(w, weight, valid, length, nr, out);
+      const int64_t w = (q / p.panels * og + o0) * along_o;
+      if (whole && along_c == 1) {
+        for (int64_t t = 0; t < kk; ++t, out += cg * nr)
+          pack_columns(weight, w + t * weight.along_tap, valid, cg, nr, out);
         continue;
       }
       if (valid < nr || length % E::KU) memset(out, 0, p.panel * sizeof(T));
       for (int64_t t = 0; t < runs; ++t, out += steps * nr * E::KU)
         for (int64_t x = 0; x < kk / runs; ++x) {
-          const T* from = w + (t * (kk / runs) + x) * weight.along_tap;
+          const int64_t from = w + (t * (kk / runs) + x) * weight.along_tap;
           const auto copy = [&](int64_t j, int64_t c) {
             const int64_t e = x * cg + c;
-            out[(e / E::KU * nr + j) * E::KU + e % E::KU] = from[j * along_o + c * along_c];
+            out[(e / E::KU * nr + j) * E::KU + e % E::KU] =
+                element<E>(weight, from + j * along_o + c * along_c);
           };
           // Along what is next to each other in memory.
           if (along_o < along_c)
@@ -119,30 +123,43 @@ struct Direct {
     }
   }
 
-  // A panel of a 1x1 convolution: rows copied where output channels lie side by side, else whole steps
-  // transposed, some at a time, so that what they are written to stays in the L1 cache.
-  static void pack_matrix(const T* w, const Weight& weight, int64_t valid, int64_t length, int64_t nr,
-                          T* out) {
+  // Where output channels lie side by side: their rows, each read once and dealt out to the panels.
+  static void pack_rows(const Plan& p, const Weight& weight, T* packed) {
     constexpr int KU = E::KU;
-    if (weight.along_o == 1) {
-      for (int64_t c = 0; c < length; c += KU, out += nr * KU) {
-        const T* rows[KU];
-        for (int k = 0; k < KU; ++k) rows[k] = w + (c + k) * weight.along_c;
-        copy_steps<E>(rows, KU, 0, valid, nr, out);
+    const ConvShape& s = p.s;
+    const int64_t nr = p.nv * E::W, og = s.og(), steps = s.cg() / KU, of_group = s.kh * s.kw * steps;
+#pragma omp parallel for
+    for (int64_t i = 0; i < s.groups * of_group; ++i) {
+      const int64_t g = i / of_group, step = i % of_group;
+      const int64_t w = g * og + step / steps * weight.along_tap + step % steps * KU * weight.along_c;
+      T room[KU][E::NV * E::W];
+      const T* rows[KU];
+      for (int64_t q = 0; q < p.panels; ++q) {
+        const int64_t valid = min64(nr, og - q * nr);
+        for (int k = 0; k < KU; ++k)
+          rows[k] = elements<E>(weight, w + k * weight.along_c + q * nr, valid, 2 * KU * weight.along_c, room[k]);
+        copy_steps<E>(rows, KU, 0, valid, nr, packed + (g * p.panels + q) * p.panel + step * nr * KU);
       }
-      return;
     }
-    constexpr int64_t BLOCK = 64;
-    const int64_t steps = length / KU;
-    for (int64_t s0 = 0; s0 < steps; s0 += BLOCK)
-      for (int64_t j = 0; j < nr; ++j)
-        for (int64_t i = s0; i < min64(steps, s0 + BLOCK); ++i) {
-          T* to = out + (i * nr + j) * KU;
-          if (j < valid)
-            memcpy(to, w + j * weight.along_o + i * KU, KU * sizeof(T));
-          else
-            memset(to, 0, KU * sizeof(T));
-        }
+  }
+
+  // A tap of a panel where input channels lie side by side: transposed.
+  static void pack_columns(const Weight& weight, int64_t w, int64_t valid, int64_t length, int64_t nr,
+                           T* out) {
+    constexpr int KU = E::KU, W = Vec::W;
+    for (int64_t s0 = 0; s0 < length / KU; s0 += W) {
+      const int64_t count = min64(W, length / KU - s0);
+      for (int64_t j0 = 0; j0 < nr; j0 += W) {
+        Vec::reg r[W];
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j)
+          r[j] = j0 + j < valid ? steps<E>(weight, w + (j0 + j) * weight.along_o + s0 * KU, count) : Vec::zero();
+        Vec::transpose(r);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i)
+          if (i < count) Vec::store(reinterpret_cast<float*>(out + ((s0 + i) * nr + j0) * KU), r[i]);
+      }
+    }
   }
 
   static size_t scratch_bytes(const ConvShape& s, int threads) {

@@ -136,6 +136,15 @@ static TileFn raw_tile_fn(int64_t rows) {
   return pick_tile<E, E::NV, true>(rows, std::make_integer_sequence<int, E::MR>{});
 }
 
+// Channels of a weight's gradient, past the caches where they fill lines of them: the optimizer reads it
+// when all of the others are written.
+template <class Out>
+static void put_gradient(typename Out::T* p, Vec::reg v, int64_t lanes) {
+  if constexpr (sizeof(typename Out::T) == sizeof(float))
+    if (lanes == Vec::W && reinterpret_cast<uintptr_t>(p) % sizeof(v) == 0) return Vec::stream(p, v);
+  Out::store(p, v, Vec::first(lanes));
+}
+
 // Elements [first, last) of so many rows -> [step][width][KU], as `conv_tile` and `sum_products` read
 // them: those of KU rows side by side, zeros for a null row and beyond the last. There are rows to a
 // whole step, and room for whole registers.

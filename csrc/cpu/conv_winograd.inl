@@ -157,10 +157,10 @@ struct Winograd {
     const int64_t op = round_up(s.o, W), lanes = max64(0, min64(W, s.o - o));
     float* u = packed + o / NR * P * s.c * NR + o % NR;
     float* plain = packed + ceil_div(s.o, NR) * P * s.c * NR + o;
-    const T* w = static_cast<const T*>(weight.data) + o * weight.along_o;
     float staged[BLOCK][9][W] = {};  // some input channels
     for (int64_t c = 0; c < s.c; ++c) {
-      if (c % BLOCK == 0) stage(w + c * weight.along_c, weight, lanes, min64(BLOCK, s.c - c), staged);
+      if (c % BLOCK == 0)
+        stage(weight, o * weight.along_o + c * weight.along_c, lanes, min64(BLOCK, s.c - c), staged);
       D g[9], half[3 * IN], full[P];
       for (int t = 0; t < 9; ++t) {
         V v;
@@ -176,16 +176,16 @@ struct Winograd {
   }
 
   // Weights of so many channels, read along what lies side by side.
-  static void stage(const T* w, const Weight& weight, int64_t lanes, int64_t channels, float (*to)[9][W]) {
+  static void stage(const Weight& weight, int64_t w, int64_t lanes, int64_t channels, float (*to)[9][W]) {
     const int64_t along_o = weight.along_o, along_c = weight.along_c;
     const bool by_output = along_o < along_c;
     for (int64_t i = 0; i < (by_output ? channels : lanes); ++i)
       for (int t = 0; t < 9; ++t) {
-        const T* from = w + i * (by_output ? along_c : along_o) + t * weight.along_tap;
+        const int64_t from = w + i * (by_output ? along_c : along_o) + t * weight.along_tap;
         if (by_output)
-          for (int64_t o = 0; o < lanes; ++o) to[i][t][o] = to_float(from[o * along_o]);
+          for (int64_t o = 0; o < lanes; ++o) to[i][t][o] = to_float(element<E>(weight, from + o * along_o));
         else
-          for (int64_t c = 0; c < channels; ++c) to[c][t][i] = to_float(from[c * along_c]);
+          for (int64_t c = 0; c < channels; ++c) to[c][t][i] = to_float(element<E>(weight, from + c * along_c));
       }
   }
 

@@ -20,10 +20,12 @@ struct ConvArgs {
 };
 
 // A weight as it lies in memory: the element of output channel o, input channel c (of one group)
-// and tap t is at data + o * along_o + c * along_c + t * along_tap.
+// and tap t is at data + o * along_o + c * along_c + t * along_tap. A wide one is float32, and rounded
+// to the kernel's dtype as it is read.
 struct Weight {
   const void* data;
   int64_t along_o, along_c, along_tap;
+  bool wide;
 };
 
 // An algorithm is four functions of the shape. Scratch is shared + threads * per_thread bytes.
@@ -45,6 +47,7 @@ struct ConvBackwardWeightArgs {
   char* scratch;
   int threads;
   bool channels_last;  // of grad_weight, else it is contiguous
+  bool wide;           // grad_weight is float32, whatever the dtype
 };
 
 // A way to sum a weight's gradient; `run` returns whether the result is finite, or right as it is.

@@ -17,6 +17,7 @@ namespace {
 #include "vec_avx512.h"
 using Element = F32;
 #include "conv_tile.inl"
+#include "weight.inl"
 #include "conv_direct.inl"
 #include "conv_winograd.inl"
 #include "conv_backward_weight_winograd.inl"

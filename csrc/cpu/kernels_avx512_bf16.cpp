@@ -18,6 +18,7 @@ namespace {
 #include "vec_avx512.h"
 using Element = Bf16;
 #include "conv_tile.inl"
+#include "weight.inl"
 #include "conv_direct.inl"
 #include "conv_winograd.inl"
 #include "conv_backward_weight_winograd.inl"

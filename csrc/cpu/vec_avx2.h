@@ -33,6 +33,26 @@ struct Vec {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+  static __m256d pd(reg v) { return _mm256_castps_pd(v); }
+  static reg ps(__m256d v) { return _mm256_castpd_ps(v); }
+  // W rows of W lanes become its columns: pairs, then fours within 128 bits, then the 128 bits.
+  static void transpose(reg (&r)[W]) {
+    reg t[W];
+    for (int i = 0; i < W; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < W; i += 4)
+      for (int k = 0; k < 2; ++k) {
+        r[i + 2 * k] = ps(_mm256_unpacklo_pd(pd(t[i + k]), pd(t[i + k + 2])));
+        r[i + 2 * k + 1] = ps(_mm256_unpackhi_pd(pd(t[i + k]), pd(t[i + k + 2])));
+      }
+    for (int k = 0; k < 4; ++k) {
+      const reg low = _mm256_permute2f128_ps(r[k], r[4 + k], 0x20);
+      r[4 + k] = _mm256_permute2f128_ps(r[k], r[4 + k], 0x31);
+      r[k] = low;
+    }
+  }
   static int count(mask m) { return __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(m))); }
   // v where z is above zero or NaN, else zero: the gradient of relu(z).
   static reg where_passed(reg z, reg v) {
@@ -81,12 +101,15 @@ struct F32 : Vec {
   static reg broadcast(const T* p) { return _mm256_broadcast_ss(p); }
   static reg load_b(const T* p) { return _mm256_loadu_ps(p); }
   static reg rounded(reg v) { return v; }  // to what T can hold
+  static T narrow_one(float v) { return v; }
   // A step of W elements from KU rows, zeros for a null row and beyond the mask.
   static reg step(const T* const* rows, int64_t at) { return rows[0] ? load(rows[0] + at) : zero(); }
   static reg step(const T* const* rows, int64_t at, mask m) {
     return rows[0] ? load(rows[0] + at, m) : zero();
   }
   static reg dot(reg acc, reg a, reg b) { return _mm256_fmadd_ps(a, b, acc); }
+  // So many steps, at most W, of one row.
+  static reg steps(const T* p, int64_t count) { return load(p, first(count)); }
 };
 
 static inline float to_float(float v) { return v; }

@@ -28,6 +28,35 @@ struct Vec {
   }
   static bool any_nan(reg v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
   static float sum(reg v) { return _mm512_reduce_add_ps(v); }
+  static __m512d pd(reg v) { return _mm512_castps_pd(v); }
+  static reg ps(__m512d v) { return _mm512_castpd_ps(v); }
+  // W rows of W lanes become its columns: pairs, then fours within 128 bits, then the 128 bits.
+  static void transpose(reg (&r)[W]) {
+    reg t[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < W; i += 4)
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) {
+        r[i + 2 * k] = ps(_mm512_unpacklo_pd(pd(t[i + k]), pd(t[i + k + 2])));
+        r[i + 2 * k + 1] = ps(_mm512_unpackhi_pd(pd(t[i + k]), pd(t[i + k + 2])));
+      }
+    constexpr int EVEN = 0x88, ODD = 0xdd;
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const reg even = _mm512_shuffle_f32x4(r[k], r[4 + k], EVEN), odd = _mm512_shuffle_f32x4(r[k], r[4 + k], ODD);
+      const reg even2 = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], EVEN);
+      const reg odd2 = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], ODD);
+      r[k] = _mm512_shuffle_f32x4(even, even2, EVEN);
+      r[4 + k] = _mm512_shuffle_f32x4(odd, odd2, EVEN);
+      r[8 + k] = _mm512_shuffle_f32x4(even, even2, ODD);
+      r[12 + k] = _mm512_shuffle_f32x4(odd, odd2, ODD);
+    }
+  }
   // v where z is above zero or NaN, else zero: the gradient of relu(z).
   static reg where_passed(reg z, reg v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
@@ -63,11 +92,14 @@ struct F32 : Vec {
   static reg broadcast(const T* p) { return _mm512_set1_ps(*p); }
   static reg load_b(const T* p) { return _mm512_loadu_ps(p); }
   static reg rounded(reg v) { return v; }  // to what T can hold
+  static T narrow_one(float v) { return v; }
   // A step of W elements from KU rows, zeros for a null row and beyond the mask.
   static reg step(const T* const* rows, int64_t at, mask m = 0xffff) {
     return rows[0] ? Vec::load(rows[0] + at, m) : zero();
   }
   static reg dot(reg acc, reg a, reg b) { return _mm512_fmadd_ps(a, b, acc); }
+  // So many steps, at most W, of one row: of its own elements, or rounded from floats.
+  static reg steps(const T* p, int64_t count) { return load(p, first(count)); }
 };
 
 static inline float to_float(float v) { return v; }
@@ -122,9 +154,17 @@ struct Bf16 : Bf16Memory {
     };
     return _mm512_castsi512_ps(_mm512_or_si512(wide(rows[0]), _mm512_slli_epi32(wide(rows[1]), 16)));
   }
+  static reg steps(const T* p, int64_t count) {
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(first(count), p));
+  }
+  static reg steps(const float* p, int64_t count) {
+    const reg low = Vec::load(p, first(2 * count)), high = Vec::load(p + W, first(2 * count - W));
+    return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
   static reg dot(reg acc, reg a, reg b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }
+  static T narrow_one(float v) { return _mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(v)), 0); }
   static void store(T* p, reg v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
   static void store(T* p, reg v, mask m) {
     _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(v));

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends._derived import derived
-from resnet_fused.backends._outputs import empty_channels_last, scratch
+from resnet_fused.backends._outputs import empty_channels_last, empty_contiguous, scratch
 from resnet_fused.backends._sizes import output_size
 from resnet_fused.backends.native import DTYPE_NAMES, loaded
 
@@ -89,7 +89,7 @@ def convolve_once(
 
     Args:
         x: the input, any layout.
-        weight: (O, C / groups, KH, KW).
+        weight: (O, C / groups, KH, KW), x's dtype or float32.
         stride: two integers.
         padding: two integers.
         dilation: two integers.
@@ -101,10 +101,10 @@ def convolve_once(
     shape = weight.shape
     if turned:
         shape = torch.Size((shape[1], shape[0], *shape[2:]))
-    algorithm = _worth_packing(x, shape, stride, padding, dilation, groups)
+    algorithm = _worth_packing(x, weight, shape, stride, padding, dilation, groups)
     if algorithm is None:
         return None
-    plan = _plan_for(x.shape, shape, weight.dtype, stride, padding, dilation, groups, algorithm)
+    plan = _plan_for(x.shape, shape, x.dtype, stride, padding, dilation, groups, algorithm)
     start = -(-plan.packed_bytes // _ALIGNMENT) * _ALIGNMENT
     work = scratch(start + plan.scratch_bytes)
     packed = _pack(weight, plan, work[:start], turned)
@@ -133,7 +133,7 @@ def backward_data(
 
     Args:
         grad: the output's gradient, any layout.
-        weight: (O, C / groups, KH, KW).
+        weight: (O, C / groups, KH, KW), grad's dtype or float32.
         x_size: of the input.
         stride: two integers.
         padding: two integers.
@@ -172,6 +172,7 @@ def backward_weight(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> Tensor | None:
     """Return the gradient of a convolution's weight, by Winograd's transform or directly, or None.
 
@@ -192,6 +193,7 @@ def backward_weight(
         dilation: two integers.
         groups: how many.
         channels_last: the layout of the result, else contiguous.
+        dtype: of the result: x's, or float32, to which nothing is rounded.
     """
     algorithm = _gradient_algorithm(grad, weight_size, stride, dilation, groups)
     if algorithm is None:
@@ -205,13 +207,10 @@ def backward_weight(
     threads = torch.get_num_threads()
     work = scratch(loaded().conv_backward_weight_scratch_bytes(*sizes, threads))
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    size = tuple(weight_size)
-    grad_weight = (
-        empty_channels_last(size, x.dtype) if channels_last else torch.empty(size, dtype=x.dtype)
-    )
+    grad_weight = (empty_channels_last if channels_last else empty_contiguous)(weight_size, dtype)
     finite = loaded().conv_backward_weight(
         grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr(), work.data_ptr(), work.nbytes,
-        *sizes, channels_last, threads,
+        *sizes, channels_last, dtype != x.dtype, threads,
     )  # fmt: skip
     return grad_weight if finite else None
 
@@ -242,6 +241,7 @@ def _is_winograds(
 
 def _worth_packing(
     x: Tensor,
+    weight: Tensor,
     weight_shape: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -254,18 +254,29 @@ def _worth_packing(
     channels. Measured on one thread of a Zen 5 at batch 8, in CPU time, packing included, against
     torch's own in memory that it need not fault in: float32, 3x3, 64 channels at 56x56 2.0x, 128 at
     28x28 2.2x, 256 at 14x14 1.8x, 512 at 7x7 1.3x; bfloat16 1.2x, 1.3x, 0.9x, 0.5x; 32 channels
-    at 16x16 0.8x; ResNet-50's 1x1 0.9 to 1.3x; other strided convolutions 0.8 to 1.1x.
+    at 16x16 0.8x; ResNet-50's 1x1 0.9 to 1.3x. Directly in bfloat16, on two threads with a float32
+    weight: 256 at 14x14 1.0x, 512 at 7x7 1.1 to 1.2x, the same with stride 2 1.05x, 1.2x, 16 to 64
+    channels 1.0 to 1.4x, 48, which fill one and a half panels, 0.8x; float32 0.9 to 1.1x. Of 3
+    channels, stem and CIFAR's first layer: bfloat16 1.2 to 1.3x, float32 1.1 to 1.3x.
     """
-    if groups == 1 and tuple(weight_shape[2:]) == (1, 1) and not any(padding):
-        return "direct"
-    if not _is_winograds(weight_shape, stride, dilation, groups):
+    if groups != 1:
         return None
-    n, _, *sides = x.shape
-    oh, ow = output_size(sides, (3, 3), (1, 1), padding)
-    tiles = n * -(-oh // 4) * -(-ow // 4)
-    if x.dtype == torch.float32:
-        return "winograd4" if tiles >= 32 else None
-    return "winograd4" if tiles >= 256 and min(weight_shape[:2]) >= 64 else None
+    narrow = x.dtype == torch.bfloat16
+    if weight_shape[1] < 16 and {*dilation} == {1} and weight_shape[0] >= 16:
+        return "narrow" if narrow and weight_shape[1] % 2 else "direct"
+    if tuple(weight_shape[2:]) == (1, 1) and not any(padding):
+        return "direct"
+    if _is_winograds(weight_shape, stride, dilation, groups):
+        n, _, *sides = x.shape
+        oh, ow = output_size(sides, (3, 3), (1, 1), padding)
+        tiles = n * -(-oh // 4) * -(-ow // 4)
+        pays = tiles >= 256 and min(weight_shape[:2]) >= 64 if narrow else tiles >= 32
+        if pays:
+            return "winograd4"
+    # Taps of a contiguous weight take longer to gather than all that is gained.
+    gathered = weight.is_contiguous(memory_format=torch.channels_last)
+    full = weight_shape[0] % 32 == 0 and weight_shape[1] >= 16
+    return "direct" if narrow and gathered and full else None
 
 
 class _Plan(NamedTuple):
@@ -327,7 +338,7 @@ def _pack(
     loaded().conv_bn_act_pack(
         weight.data_ptr(), packed.data_ptr(), packed.nbytes, plan.dtype, plan.algorithm,
         *plan.layout,
-        along_o, along_c, along_tap, turned,
+        along_o, along_c, along_tap, turned, DTYPE_NAMES[weight.dtype] != plan.dtype,
     )  # fmt: skip
     return packed
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 #: Smaller blocks come from the C library's own lists, which do not go back to the system.
-_LEAST = 2**20
+_LEAST = 2**18
 #: What one thread keeps at most; beyond it outputs are allocated as torch allocates them.
 _MOST = 2**30
 #: What is taken at once, at least; pages that were never touched take no memory.
@@ -88,13 +88,18 @@ class _Chunks(threading.local):
         """Bytes of all chunks."""
         return sum(chunk.memory.nbytes for chunk in self.all)
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype, nbytes: int) -> Tensor | None:
-        """Return a channels_last map in bytes that nobody holds, or None if none may be kept."""
+    def take(
+        self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
+    ) -> Tensor | None:
+        """Return a tensor in bytes that nobody holds, None for a small one or past the limit."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes < _LEAST:
+            return None
         size = -(-nbytes // _PAGE) * _PAGE
         for chunk in self.all:
             gap = chunk.take(size)
             if gap is not None:
-                return _lend(chunk, gap, shape, dtype)
+                return _lend(chunk, gap, shape, strides, dtype)
         if self.total + size > _MOST:
             # Each was just asked and had no room, so that what is unused is too small.
             self.all = [chunk for chunk in self.all if not chunk.unused]
@@ -105,13 +110,20 @@ class _Chunks(threading.local):
         self.all.append(chunk)
         gap = chunk.take(size)
         assert gap is not None
-        return _lend(chunk, gap, shape, dtype)
+        return _lend(chunk, gap, shape, strides, dtype)
 
 
-def _lend(chunk: _Chunk, gap: tuple[int, int], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    strides = [dtype.itemsize * stride for stride in _strides(shape)]
+def _lend(
+    chunk: _Chunk,
+    gap: tuple[int, int],
+    shape: Sequence[int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    size = dtype.itemsize
     # In its final shape, as each call of torch costs more than this one of NumPy.
-    lent = _Lent(tuple(shape), _NUMPY[dtype.itemsize], chunk.memory, gap[0], strides)
+    apart = [size * stride for stride in strides]
+    lent = _Lent(tuple(shape), _NUMPY[size], chunk.memory, gap[0], apart)
     lent.gap, lent.returned = gap, chunk.returned
     made = torch.from_numpy(lent)
     # Not a view: autograd adds to a gradient in place only where nothing else holds its memory.
@@ -131,11 +143,17 @@ def empty_channels_last(
     if device.type != "cpu":
         kind = torch.channels_last
         return torch.empty(tuple(shape), dtype=dtype, device=device, memory_format=kind)
-    nbytes = math.prod(shape) * dtype.itemsize
-    made = _chunks.take(shape, dtype, nbytes) if nbytes >= _LEAST else None
+    made = _chunks.take(shape, _strides(shape), dtype)
     if made is None:
         return torch.empty(tuple(shape), dtype=dtype, memory_format=torch.channels_last)
     return made
+
+
+def empty_contiguous(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return an empty contiguous tensor (N, C, H, W) on the CPU."""
+    _, c, h, w = shape
+    made = _chunks.take(shape, (c * h * w, h * w, w, 1), dtype)
+    return torch.empty(tuple(shape), dtype=dtype) if made is None else made
 
 
 def channels_last(x: Tensor) -> Tensor:

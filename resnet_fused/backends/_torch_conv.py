@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends._outputs import channels_last as as_channels_last
-from resnet_fused.backends._outputs import empty_channels_last
+from resnet_fused.backends._outputs import empty_channels_last, empty_contiguous
 
 
 def forward(
@@ -23,7 +23,7 @@ def forward(
     """Return the convolution, channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
     geometry = (list(stride), list(padding), list(dilation), groups)
-    return as_channels_last(F.conv2d(x, weight, None, *geometry))
+    return as_channels_last(F.conv2d(x, _rounded(weight, x.dtype), None, *geometry))
 
 
 def backward_data(
@@ -41,7 +41,7 @@ def backward_data(
     x = empty_channels_last(x_size, grad.dtype, grad.device)
     geometry = (stride, padding, dilation, False, [0, 0], groups)
     grad_x = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, *geometry, [True, False, False]
+        grad, x, _rounded(weight, grad.dtype), None, *geometry, [True, False, False]
     )[0]
     if residual is not None:
         grad_x.add_(residual)
@@ -57,14 +57,26 @@ def backward_weight(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Return the weight's gradient, channels_last or contiguous."""
+    """Return the weight's gradient, channels_last or contiguous, in ``dtype``."""
     weight = empty_channels_last(weight_size, grad.dtype, grad.device)
     geometry = (stride, padding, dilation, False, [0, 0], groups)
     grad_weight = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *geometry, [False, True, False]
     )[1]
-    return laid_out(grad_weight, channels_last)
+    return laid_out(grad_weight.to(dtype), channels_last)
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``weight`` in ``dtype``, on the CPU in memory that is used again.
+
+    Of a cast to fresh pages, touching them takes longer than the cast.
+    """
+    if weight.dtype == dtype or not weight.is_cpu:
+        return weight.to(dtype)
+    empty = empty_contiguous if weight.is_contiguous() else empty_channels_last
+    return empty(weight.shape, dtype).copy_(weight)
 
 
 def laid_out(weight: Tensor, channels_last: bool) -> Tensor:

@@ -223,9 +223,10 @@ def conv_backward_weight(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Run the op by Winograd's transform, or torch's own."""
-    args = (grad, x, weight_size, stride, padding, dilation, groups, channels_last)
+    args = (grad, x, weight_size, stride, padding, dilation, groups, channels_last, dtype)
     own = _cpu_conv.backward_weight(*args) if declines(grad) is None else None
     return _torch_conv.backward_weight(*args) if own is None else own
 

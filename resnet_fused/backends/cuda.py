@@ -211,7 +211,7 @@ def conv_bn_stats(
     if _cuda_stem.declines_convolution(x, weight.shape, *geometry):
         y = _torch_conv.forward(x, weight, *geometry)
     else:
-        y = _cuda_stem.convolve(x, weight)
+        y = _cuda_stem.convolve(x, weight.to(x.dtype))
     return y, *_training_kernels.bn_stats(y)
 
 
@@ -243,12 +243,13 @@ def conv_backward_weight(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Run the op; the gradient is torch's own, but for the stem's."""
     geometry = (stride, padding, dilation, groups)
     if x.numel() == 0 or _cuda_stem.declines_convolution(x, weight_size, *geometry):
-        return _torch_conv.backward_weight(grad, x, weight_size, *geometry, channels_last)
-    return _cuda_stem.backward_weight(grad, x, weight_size, channels_last)
+        return _torch_conv.backward_weight(grad, x, weight_size, *geometry, channels_last, dtype)
+    return _cuda_stem.backward_weight(grad, x, weight_size, channels_last).to(dtype)
 
 
 def conv_backward_data(
@@ -267,6 +268,7 @@ def conv_backward_data(
     """
     geometry = (stride, padding, dilation, groups)
     if residual is not None and grad.numel():
+        weight = weight.to(grad.dtype)
         turned = (grad, weight.transpose(0, 1), None, None, residual, *geometry, None)
         if not _hopper_gemm.declines(*turned):
             return _hopper_gemm.conv_bn_act(*turned)

@@ -47,7 +47,7 @@ def conv_bn_stats(
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64; channels_last is fastest.
-        weight: (O, C / groups, KH, KW), x's dtype.
+        weight: (O, C / groups, KH, KW), x's dtype, or float32, which is rounded to x's as it is read.
         stride: one or two integers of at least 1.
         padding: one or two integers of at least 0; zeros are padded.
         dilation: one or two integers of at least 1.
@@ -60,8 +60,8 @@ def conv_bn_stats(
             deviations of about 1e17 on: their sums are float32.
         var: likewise, biased.
 
-    Differentiable in x and weight; mean and var carry no gradient. Saved for backward: x and
-    weight. Under autocast both are cast.
+    Differentiable in x and weight; mean and var carry no gradient, weight's is in its dtype. Saved
+    for backward: x and weight. Under autocast both are cast, on the CPU x alone.
 
     Raises:
         ValueError: shapes, devices or geometry do not fit; nothing has run.
@@ -101,7 +101,7 @@ def bn_act_conv_bn_stats(
         var: likewise.
         bn_weight: γ, (C,), x's dtype or float32; None for 1.
         bn_bias: β, likewise; None for 0.
-        weight: (O, C / groups, KH, KW), x's dtype.
+        weight: (O, C / groups, KH, KW), x's dtype, or float32, which is rounded to x's as it is read.
         eps: ε, at least 0.
         act: None or "relu". NaN passes through.
         stride: one or two integers of at least 1.
@@ -114,7 +114,7 @@ def bn_act_conv_bn_stats(
 
     Differentiable in x, bn_weight, bn_bias and weight. Saved for backward: x, the vectors,
     bn_bias as a copy, and weight; the activation is computed again. Under autocast weight alone is
-    cast.
+    cast, on the CPU nothing.
 
     Raises:
         ValueError: shapes, devices, geometry, eps or act do not fit; nothing has run.

@@ -44,6 +44,26 @@ def check_same(op: str, name: str, tensor: torch.Tensor, x: torch.Tensor) -> Non
     check_device(op, name, tensor, x)
 
 
+def check_weight(op: str, weight: torch.Tensor, x: torch.Tensor) -> None:
+    """Check a weight of training: x's dtype or the accumulation dtype, x's device."""
+    _check_narrow_or_wide(op, "weight", weight.dtype, x)
+    check_device(op, "weight", weight, x)
+
+
+def check_result_dtype(op: str, dtype: torch.dtype, x: torch.Tensor) -> None:
+    """Check the dtype asked of a weight's gradient, as :func:`check_weight` checks the weight's."""
+    _check_narrow_or_wide(op, "dtype", dtype, x)
+
+
+def _check_narrow_or_wide(op: str, name: str, dtype: torch.dtype, x: torch.Tensor) -> None:
+    accepted = (x.dtype, accumulate_dtype(x.dtype))
+    if dtype not in accepted:
+        raise TypeError(
+            f"{op}: {name} must be {' or '.join(str(d) for d in dict.fromkeys(accepted))} "
+            f"for x of {x.dtype}, got {dtype}"
+        )
+
+
 def check_device(op: str, name: str, tensor: torch.Tensor, x: torch.Tensor) -> None:
     """Check that ``tensor`` is on the device of ``x``."""
     if tensor.device != x.device:
@@ -61,12 +81,7 @@ def check_channels(
             f"{op}: {name} must have shape ({channels},), one value per output channel, "
             f"got {tuple(vector.shape)}"
         )
-    accepted = (x.dtype, accumulate_dtype(x.dtype))
-    if vector.dtype not in accepted:
-        raise TypeError(
-            f"{op}: {name} must be {' or '.join(str(d) for d in dict.fromkeys(accepted))} "
-            f"for x of {x.dtype}, got {vector.dtype}"
-        )
+    _check_narrow_or_wide(op, name, vector.dtype, x)
     check_device(op, name, vector, x)
 
 
@@ -110,11 +125,12 @@ def channels_last(y: torch.Tensor) -> torch.Tensor:
     return empty_channels_last(y, y.shape).copy_(y)
 
 
-def empty_channels_last(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return an empty channels_last tensor of ``shape`` with x's dtype and device."""
-    return torch.empty(
-        tuple(shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+def empty_channels_last(
+    x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Return an empty channels_last tensor of ``shape`` on x's device, in x's dtype or another."""
+    kind = torch.channels_last
+    return torch.empty(tuple(shape), dtype=dtype or x.dtype, device=x.device, memory_format=kind)
 
 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:

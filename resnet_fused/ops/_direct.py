@@ -24,7 +24,7 @@ HANDING_ON: dict[str, Callable[..., Any]] = {}
 
 #: What an argument is of where nobody else has a say in it; a SymInt, say, is of none of them.
 _PLAIN = frozenset(
-    {Tensor, nn.Parameter, torch.Size, type(None), bool, int, float, str, tuple, list}
+    {Tensor, nn.Parameter, torch.Size, torch.dtype, type(None), bool, int, float, str, tuple, list}
 )
 
 

@@ -41,6 +41,9 @@ class Op:
     decomposition: Callable[..., Any] | None = None
     #: The arguments, by place, that the op writes.
     mutates: tuple[int, ...] = ()
+    #: The arguments that may be float32 beside 16-bit maps. Autocast leaves them so on the CPU,
+    #: where kernels round them as they read them.
+    wide: tuple[str, ...] = ()
     #: Whether ``backward`` takes, behind the gradients of the results, one of the first argument by
     #: its other readers, and adds it to its own.
     hands_on: bool = False

@@ -125,16 +125,18 @@ def _autocast(op: Op, handle: Any, device: str) -> Callable[..., Any]:
     """
     names = list(inspect.signature(op.check).parameters)
     chosen = {names.index(name) for name in op.autocast}
+    wide = {names.index(name) for name in op.wide} if device == "cpu" else set()
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
-    def cast(value: Any, dtype: torch.dtype) -> Any:
+    def cast(at: int, value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value if value.dtype == torch.float64 else value.to(dtype)
+            kept = (torch.float64, torch.float32) if at in wide else (torch.float64,)
+            return value if value.dtype in kept else value.to(dtype)
         return value
 
     def autocast(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return handle(*(cast(a, dtype) if i in chosen else a for i, a in enumerate(args)))
+            return handle(*(cast(i, a, dtype) if i in chosen else a for i, a in enumerate(args)))
 
     return autocast

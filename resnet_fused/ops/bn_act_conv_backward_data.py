@@ -161,6 +161,7 @@ OP = Op(
     setup_context=None,
     backward=None,
     autocast=("grad", "weight"),
+    wide=("weight",),
     flops=flops,
     nbytes=nbytes,
     samples=samples,

@@ -34,10 +34,11 @@ def check(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
     geometry = (stride, padding, dilation, groups)
-    conv_backward_weight.check_gradient(NAME, grad, x, weight_size, *geometry)
+    conv_backward_weight.check_gradient(NAME, grad, x, weight_size, *geometry, dtype)
     _bn.check_statistics(NAME, mean, var, x)
     _bn.check_affine(NAME, bn_weight, bn_bias, x, "bn_")
     _bn.check_eps(NAME, eps)
@@ -59,11 +60,12 @@ def reference(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Compute the op in plain torch; the activation is rounded to x's dtype."""
     a = bn_act.reference(x, mean, var, bn_weight, bn_bias, None, eps, act)
     geometry = (stride, padding, dilation, groups)
-    return conv_backward_weight.reference(grad, a, weight_size, *geometry, channels_last)
+    return conv_backward_weight.reference(grad, a, weight_size, *geometry, channels_last, dtype)
 
 
 def fake(
@@ -81,11 +83,12 @@ def fake(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return an empty tensor of the weight's shape and layout."""
     vectors, geometry = (mean, var, bn_weight, bn_bias), (stride, padding, dilation, groups)
-    check(grad, x, *vectors, weight_size, eps, act, *geometry, channels_last)
-    return conv_backward_weight.empty_like_weight(grad, weight_size, channels_last)
+    check(grad, x, *vectors, weight_size, eps, act, *geometry, channels_last, dtype)
+    return conv_backward_weight.empty_like_weight(grad, weight_size, channels_last, dtype)
 
 
 def flops(
@@ -116,7 +119,7 @@ def nbytes(
 ) -> int:
     """grad, x and the vectors read once, the weight's gradient written once."""
     read = sum(t.nbytes for t in (grad, x, mean, var, bn_weight, bn_bias) if t is not None)
-    return read + torch.Size(weight_size).numel() * grad.element_size()
+    return read + torch.Size(weight_size).numel() * args[-1].itemsize
 
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -128,7 +131,8 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
         shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
         grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
         geometry = (stride, padding, dilation, groups)
-        yield grad, x, *vectors, list(weight.shape), eps, act, *geometry, bool(i % 2)
+        rest = (eps, act, *geometry, bool(i % 2), weight.dtype)
+        yield grad, x, *vectors, list(weight.shape), *rest
 
 
 OP = Op(
@@ -136,7 +140,7 @@ OP = Op(
     schema=(
         "(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? bn_weight, Tensor? bn_bias, "
         "SymInt[] weight_size, float eps, str? act, SymInt[2] stride, SymInt[2] padding, "
-        "SymInt[2] dilation, SymInt groups, bool channels_last) -> Tensor"
+        "SymInt[2] dilation, SymInt groups, bool channels_last, ScalarType dtype) -> Tensor"
     ),
     check=check,
     reference=reference,

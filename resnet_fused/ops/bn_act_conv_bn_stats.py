@@ -37,6 +37,7 @@ def check(
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
     check_convolution(NAME, x, weight, stride, padding, dilation, groups)
+    _checks.check_weight(NAME, weight, x)
     _bn.check_statistics(NAME, mean, var, x)
     _bn.check_affine(NAME, bn_weight, bn_bias, x, "bn_")
     _bn.check_eps(NAME, eps)
@@ -102,7 +103,7 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
         channels_last = not weight.is_contiguous()
         grad_weight = call(
             "bn_act_conv_backward_weight", grad, x, *vectors, weight.shape, ctx.eps, ctx.act,
-            *ctx.geometry, channels_last,
+            *ctx.geometry, channels_last, weight.dtype,
         )  # fmt: skip
     grads = _before(ctx, grad, x, vectors, weight, (wants[0], wants[3], wants[4]))
     return (grads[0], None, None, grads[1], grads[2], grad_weight, *(None,) * 6)
@@ -187,6 +188,7 @@ OP = Op(
     setup_context=setup_context,
     backward=backward,
     autocast=("weight",),
+    wide=("weight",),
     flops=flops,
     nbytes=nbytes,
     samples=samples,

@@ -43,7 +43,7 @@ def check_gradient(
 ) -> None:
     """Check that grad is of the output that weight and an input of ``x_size`` give."""
     _checks.check_feature_map(op, grad, "grad")
-    _checks.check_same(op, "weight", weight, grad)
+    _checks.check_weight(op, weight, grad)
     check_geometry(op, stride, padding, dilation)
     expected = output_shape(x_size, weight.shape, stride, padding, dilation)
     if tuple(grad.shape) != expected or x_size[1] != weight.shape[1] * groups:
@@ -66,7 +66,7 @@ def reference(
     """Compute the op in plain torch; ``residual`` is the gradient by the input's other readers."""
     x = grad.new_empty(()).expand(tuple(x_size))
     grad_x = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
+        grad, x, weight.to(grad.dtype), None, stride, padding, dilation, False, [0, 0], groups,
         [True, False, False],
     )[0]  # fmt: skip
     return _checks.channels_last(grad_x if residual is None else grad_x + residual)
@@ -140,6 +140,7 @@ OP = Op(
     setup_context=None,
     backward=None,
     autocast=("grad", "weight", "residual"),
+    wide=("weight",),
     flops=flops,
     nbytes=nbytes,
     samples=samples,

@@ -25,9 +25,10 @@ def check(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
-    check_gradient(NAME, grad, x, weight_size, stride, padding, dilation, groups)
+    check_gradient(NAME, grad, x, weight_size, stride, padding, dilation, groups, dtype)
 
 
 def check_gradient(
@@ -39,10 +40,12 @@ def check_gradient(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Check that grad is of the output that x and a weight of ``weight_size`` give."""
+    """Check that grad is of the output that x and a weight of ``weight_size`` give, and dtype."""
     _checks.check_feature_map(op, grad, "grad")
     _checks.check_same(op, "x", x, grad)
+    _checks.check_result_dtype(op, dtype, x)
     check_geometry(op, stride, padding, dilation)
     expected = output_shape(x.shape, weight_size, stride, padding, dilation)
     if tuple(grad.shape) != expected or x.shape[1] != weight_size[1] * groups:
@@ -61,21 +64,27 @@ def reference(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Compute the op in plain torch, the result in the weight's own layout."""
+    """Compute the op in plain torch, the result in the weight's own layout.
+
+    Where ``dtype`` is wide, kernels may leave out the rounding to x's.
+    """
     weight = grad.new_empty(()).expand(tuple(weight_size))
     grad_weight = torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
         [False, True, False],
     )[1]  # fmt: skip
-    return empty_like_weight(grad, weight_size, channels_last).copy_(grad_weight)
+    return empty_like_weight(grad, weight_size, channels_last, dtype).copy_(grad_weight)
 
 
-def empty_like_weight(grad: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
+def empty_like_weight(
+    grad: Tensor, size: Sequence[int], channels_last: bool, dtype: torch.dtype
+) -> Tensor:
     """Return an empty weight, channels_last to the letter or contiguous."""
     if channels_last:
-        return _checks.empty_channels_last(grad, size)
-    return grad.new_empty(tuple(size))
+        return _checks.empty_channels_last(grad, size, dtype)
+    return grad.new_empty(tuple(size), dtype=dtype)
 
 
 def fake(
@@ -87,10 +96,11 @@ def fake(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return an empty tensor of the weight's shape and layout."""
-    check(grad, x, weight_size, stride, padding, dilation, groups, channels_last)
-    return empty_like_weight(grad, weight_size, channels_last)
+    check(grad, x, weight_size, stride, padding, dilation, groups, channels_last, dtype)
+    return empty_like_weight(grad, weight_size, channels_last, dtype)
 
 
 def flops(
@@ -115,9 +125,10 @@ def nbytes(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> int:
     """Grad and x read once, the weight's gradient written once."""
-    return grad.nbytes + x.nbytes + torch.Size(weight_size).numel() * grad.element_size()
+    return grad.nbytes + x.nbytes + torch.Size(weight_size).numel() * dtype.itemsize
 
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -127,14 +138,15 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
     for i, (x, weight, stride, padding, dilation, groups) in convolutions:
         shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
         grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
-        yield grad, x, list(weight.shape), stride, padding, dilation, groups, bool(i % 2)
+        geometry = (stride, padding, dilation, groups)
+        yield grad, x, list(weight.shape), *geometry, bool(i % 2), weight.dtype
 
 
 OP = Op(
     name=NAME,
     schema=(
         "(Tensor grad, Tensor x, SymInt[] weight_size, SymInt[2] stride, SymInt[2] padding, "
-        "SymInt[2] dilation, SymInt groups, bool channels_last) -> Tensor"
+        "SymInt[2] dilation, SymInt groups, bool channels_last, ScalarType dtype) -> Tensor"
     ),
     check=check,
     reference=reference,

@@ -30,6 +30,7 @@ def check(
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
     shape = check_convolution(NAME, x, weight, stride, padding, dilation, groups)
+    _checks.check_same(NAME, "weight", weight, x)
     _checks.check_channels(NAME, "scale", scale, shape[1], x)
     _checks.check_channels(NAME, "shift", shift, shape[1], x)
     _checks.check_residual(NAME, residual, shape, x)
@@ -45,14 +46,14 @@ def check_convolution(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[int, ...]:
-    """Check what every convolution takes, and return the output's shape."""
+    """Check what every convolution takes, but the weight's dtype; return the output's shape."""
     _checks.check_feature_map(op, x)
     if weight.dim() != 4:
         raise ValueError(
             f"{op}: weight must have 4 dimensions (O, C/groups, KH, KW), "
             f"got {weight.dim()}: {tuple(weight.shape)}"
         )
-    _checks.check_same(op, "weight", weight, x)
+    _checks.check_device(op, "weight", weight, x)
     check_geometry(op, stride, padding, dilation)
     out_channels, per_group = weight.shape[0], weight.shape[1]
     if groups < 1 or out_channels % groups or x.shape[1] != per_group * groups:

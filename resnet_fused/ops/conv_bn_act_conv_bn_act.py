@@ -47,6 +47,7 @@ def check(
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
     between = conv_bn_act.check_convolution(NAME, x, weight, stride, padding, dilation, 1)
+    _checks.check_same(NAME, "weight", weight, x)
     _checks.check_channels(NAME, "scale", scale, between[1], x)
     _checks.check_channels(NAME, "shift", shift, between[1], x)
     if tuple(weight2.shape[1:]) != (between[1], 1, 1) or not weight2.numel():

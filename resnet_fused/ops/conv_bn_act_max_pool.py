@@ -32,6 +32,7 @@ def check(
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
     shape = conv_bn_act.check_convolution(NAME, x, weight, stride, padding, dilation, groups)
+    _checks.check_same(NAME, "weight", weight, x)
     _checks.check_channels(NAME, "scale", scale, shape[1], x)
     _checks.check_channels(NAME, "shift", shift, shape[1], x)
     _checks.check_act(NAME, act)

@@ -30,6 +30,7 @@ def check(
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
     check_convolution(NAME, x, weight, stride, padding, dilation, groups)
+    _checks.check_weight(NAME, weight, x)
 
 
 def reference(
@@ -40,8 +41,11 @@ def reference(
     dilation: Sequence[int],
     groups: int,
 ) -> Result:
-    """Compute the op in plain torch; the statistics are those of the rounded output."""
-    y = F.conv2d(x, weight, None, list(stride), list(padding), list(dilation), groups)
+    """Compute the op in plain torch; the statistics are those of the rounded output.
+
+    A wide weight is rounded to x's dtype, as autocast would.
+    """
+    y = F.conv2d(x, weight.to(x.dtype), None, list(stride), list(padding), list(dilation), groups)
     y = _checks.channels_last(y)
     return y, *_bn.statistics(y)
 
@@ -85,7 +89,13 @@ def backward(
         # In the weight's own layout, or the accumulation would copy it.
         channels_last = not weight.is_contiguous()
         grad_weight = call(
-            "conv_backward_weight", grad, x, weight.shape, *ctx.geometry, channels_last
+            "conv_backward_weight",
+            grad,
+            x,
+            weight.shape,
+            *ctx.geometry,
+            channels_last,
+            weight.dtype,
         )
     return grad_x, grad_weight, None, None, None, None
 
@@ -122,10 +132,12 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
-    for shape, o, k, s, p, d, groups in GEOMETRIES:
+    wide = _checks.accumulate_dtype(dtype)
+    for i, (shape, o, k, s, p, d, groups) in enumerate(GEOMETRIES):
         if shape[0] * shape[2] * shape[3] > 1:
             kernel, stride, padding, dilation = map(pair, (k, s, p, d))
             weight = draw(o, shape[1] // groups, *kernel)
+            weight = weight.to(wide) if i % 3 == 1 else weight
             yield draw(*shape), weight, stride, padding, dilation, groups
 
 
@@ -141,6 +153,7 @@ OP = Op(
     setup_context=setup_context,
     backward=backward,
     autocast=("x", "weight"),
+    wide=("weight",),
     flops=flops,
     nbytes=nbytes,
     samples=samples,

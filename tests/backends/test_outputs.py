@@ -38,6 +38,18 @@ def test_layout_is_that_of_torch_empty() -> None:
         assert made.stride() == expected.stride()
 
 
+def test_a_contiguous_one_lies_in_the_same_memory() -> None:
+    shape = (512, 256, 3, 3)
+    first = _outputs.empty_contiguous(shape, torch.bfloat16)
+    assert first.is_contiguous()
+    assert (first.shape, first.dtype) == (shape, torch.bfloat16)
+    address = first.data_ptr()
+    del first
+    assert _make().data_ptr() == address
+    small = _outputs.empty_contiguous((2, 3, 1, 1), torch.float32)
+    assert small.stride() == (3, 1, 1, 1)
+
+
 def test_memory_comes_back_when_the_tensor_is_gone() -> None:
     first = _make()
     address = first.data_ptr()

@@ -51,7 +51,8 @@ def samples(op: str, dtype: torch.dtype, backend: str = "reference") -> list[tup
 
 def rounded_to(op: str, args: tuple) -> torch.dtype | None:
     """What an op rounds to on its way to a result that is of another dtype."""
-    return args[0].dtype if op == "bn_act_conv_backward_data" else None
+    ops = ("bn_act_conv_backward_data", "conv_backward_weight", "bn_act_conv_backward_weight")
+    return args[0].dtype if op in ops else None
 
 
 def terms(args: tuple) -> int:
@@ -358,8 +359,18 @@ BAD = {
                (GRAD, WEIGHT, X, *BN, 0.1, None, *SAME, [True, True, False]),
                "wanted must be False for bn_weight"),
     "an activation's grad": ("bn_act_conv_backward_weight",
-                             (X, X, *BN, [5, 3, 3, 3], 0.1, None, *SAME, False), "do not belong"),
-    "x's shape": ("conv_backward_weight", (X, X[..., :2], [3, 3, 3, 3], *SAME, False), "belong"),
+                             (X, X, *BN, [5, 3, 3, 3], 0.1, None, *SAME, False, torch.float32),
+                             "do not belong"),
+    "x's shape": ("conv_backward_weight",
+                  (X, X[..., :2], [3, 3, 3, 3], *SAME, False, torch.float32), "belong"),
+    "a gradient's dtype": ("conv_backward_weight",
+                           (GRAD, X, [5, 3, 3, 3], *SAME, False, torch.float64),
+                           "dtype must be torch.float32 for x of torch.float32, got torch.float64"),
+    "a weight's dtype": ("conv_bn_stats", (X.bfloat16(), WEIGHT.half(), *SAME),
+                         "weight must be torch.bfloat16 or torch.float32 for x"),
+    "a frozen weight's dtype": ("conv_bn_act",
+                                (X.bfloat16(), WEIGHT, None, None, None, *SAME, None),
+                                "weight must have x's dtype"),
     "one value": ("bn_update_stats", (VECTOR, VECTOR, None, VECTOR, VECTOR, 1, 0.1), "count must"),
     "no count": ("bn_update_stats", (VECTOR, VECTOR, None, VECTOR, VECTOR, 2, None), "batches"),
     "count's dtype": ("bn_update_stats", (VECTOR, VECTOR, VECTOR > 0, VECTOR, VECTOR, 2, 0.1),

@@ -77,7 +77,7 @@ def _conv_bn_stats(
         nothing = torch.full(y.shape[1:2], torch.nan, device=y.device)
         return y, nothing, nothing.clone()
     launches, mean, var = conv_launch.conv_bn_stats(
-        x, weight, y, problem, run.capability(x.device), own, act
+        x, weight.to(x.dtype), y, problem, run.capability(x.device), own, act
     )
     run_on(x, launches)
     return y, mean, var
@@ -100,6 +100,7 @@ def conv_backward_data(
     grad_x = empty_map(grad, x_size)
     if grad_x.numel():
         arch = run.capability(grad.device)
+        weight = weight.to(grad.dtype)
         run_on(grad, conv_launch.backward_data(grad, weight, grad_x, problem, arch, residual))
     return grad_x
 
@@ -134,7 +135,7 @@ def bn_act_conv_backward_data(
             return torch.zeros_like(mean), torch.zeros_like(mean), g
         arch = run.capability(grad.device)
         launches, (sum_g, sum_gx) = conv_launch.bn_act_backward_data(
-            grad, weight, x, own, act, g, problem, arch
+            grad, weight.to(grad.dtype), x, own, act, g, problem, arch
         )
         run_on(grad, launches)
         return sum_g, sum_gx, g
@@ -159,10 +160,11 @@ def conv_backward_weight(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Run the op: a product over pixels, in parts that are added in order."""
     problem = _problem(x.shape, weight_size, stride, padding, dilation, groups)
-    return _backward_weight(grad, x, weight_size, problem, None, None, channels_last)
+    return _backward_weight(grad, x, weight_size, problem, None, None, channels_last, dtype)
 
 
 def bn_act_conv_backward_weight(
@@ -180,13 +182,14 @@ def bn_act_conv_backward_weight(
     dilation: Sequence[int],
     groups: int,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Run the op; the input is normalised on its way from memory to the products."""
     from resnet_fused.backends.triton import bn_launch
 
     problem = _problem(x.shape, weight_size, stride, padding, dilation, groups)
     own = bn_launch.BatchNorm(mean, var, bn_weight, bn_bias, eps)
-    return _backward_weight(grad, x, weight_size, problem, own, act, channels_last)
+    return _backward_weight(grad, x, weight_size, problem, own, act, channels_last, dtype)
 
 
 def _backward_weight(
@@ -197,11 +200,12 @@ def _backward_weight(
     own: BatchNorm | None,
     act: str | None,
     channels_last: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     from resnet_fused.backends.triton import conv_launch, run
 
     o, c, kh, kw = weight_size
-    rows = grad.new_empty((o, kh * kw * c))
+    rows = grad.new_empty((o, kh * kw * c), dtype=dtype)
     if grad.numel():
         arch = run.capability(grad.device)
         run_on(grad, conv_launch.backward_weight(grad, x, rows, problem, arch, own, act))
