@@ -147,9 +147,9 @@ struct Direct {
   static void pack_columns(const Weight& weight, int64_t w, int64_t valid, int64_t length, int64_t nr,
                            T* out) {
     constexpr int KU = E::KU, W = Vec::W;
-    for (int64_t s0 = 0; s0 < length / KU; s0 += W) {
-      const int64_t count = min64(W, length / KU - s0);
-      for (int64_t j0 = 0; j0 < nr; j0 += W) {
+    for (int64_t j0 = 0; j0 < nr; j0 += W)
+      for (int64_t s0 = 0; s0 < length / KU; s0 += W) {
+        const int64_t count = min64(W, length / KU - s0);
         Vec::reg r[W];
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j)
@@ -159,7 +159,6 @@ struct Direct {
         for (int i = 0; i < W; ++i)
           if (i < count) Vec::store(reinterpret_cast<float*>(out + ((s0 + i) * nr + j0) * KU), r[i]);
       }
-    }
   }
 
   static size_t scratch_bytes(const ConvShape& s, int threads) {
