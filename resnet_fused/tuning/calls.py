@@ -73,14 +73,14 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
         ValueError: the model is frozen, its forward fails on such an input, or makes no fused call.
     """
     _check_arguments(model, example_input)
-    twin = _fused_copy(model)
+    twin, wide = _fused_copy(model), False
     dtype, x = _autocast_dtype(example_input), example_input.detach().to("meta")
     if twin.training:
         for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
             ours.requires_grad_(theirs.requires_grad)
         if dtype is not None:
-            x, dtype = _autocast(twin, x, dtype), None
-    recorder = _Recorder(dtype)
+            x, dtype, wide = _autocast(twin, x, dtype), None, example_input.is_cpu
+    recorder = _Recorder(dtype, wide=wide)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(twin.training), recorder:
             results = tree_leaves(twin(x))
@@ -178,11 +178,11 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 class _Recorder(TorchDispatchMode):
     """Keeps every call that maps floating point tensors, none empty, to new ones."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, dtype: torch.dtype | None, *, wide: bool) -> None:
         super().__init__()
         self.calls: dict[Any, Call] = {}
         self._names = {getattr(torch.ops.resnet_fused, name).default: name for name in OPS}
-        self._dtype = dtype
+        self._dtype, self._wide = dtype, wide
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -191,6 +191,8 @@ class _Recorder(TorchDispatchMode):
         name = self._names.get(func)
         if name is not None and _is_plain(func, args):
             args = self._behind_autocast(name, args)
+            if self._wide:
+                args = _with_wide_weights(name, args)
             key = signature(name, args)
             if key in self.calls:
                 self.calls[key].count += 1
@@ -207,6 +209,15 @@ class _Recorder(TorchDispatchMode):
             a.to(self._dtype) if c and isinstance(a, Tensor) and a.dtype != torch.float64 else a
             for a, c in zip(args, cast, strict=True)
         )
+
+
+def _with_wide_weights(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give back to a call the float32 weight, or gradient of one, that autocast leaves it."""
+    wide = [name in OPS[op].wide for name in argument_names(op)]
+    return tuple(
+        torch.float32 if isinstance(a, torch.dtype) else a.float() if w else a
+        for a, w in zip(args, wide, strict=True)
+    )
 
 
 def _is_plain(func: Any, args: tuple[Any, ...]) -> bool:

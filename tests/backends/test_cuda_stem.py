@@ -95,15 +95,16 @@ def test_the_gradient_of_the_weight(module, monkeypatch, shape, o, channels_last
     grad = grad.contiguous(memory_format=torch.channels_last)
     sizes = (list(weight.shape), *GEOMETRY, channels_last)
     reference = OPS["conv_backward_weight"].reference
-    expected = reference(grad.double(), x.double(), *sizes)
+    expected = reference(grad.double(), x.double(), *sizes, torch.float64)
     for processors in (132, 1):  # a band to a block, and several
         monkeypatch.setattr(_device, "multiprocessors", lambda device, n=processors: n)
-        out = cuda.conv_backward_weight(grad, x, *sizes)
-        check = two_x_rule(out, reference(grad, x, *sizes), expected, grad[:, 0].numel())
+        out = cuda.conv_backward_weight(grad, x, *sizes, x.dtype)
+        plain = reference(grad, x, *sizes, x.dtype)
+        check = two_x_rule(out, plain, expected, grad[:, 0].numel())
         assert check.ok, check
         assert out.stride() == expected.stride()
         module.reverse_threads(True)
-        assert torch.equal(cuda.conv_backward_weight(grad, x, *sizes), out), "a race"
+        assert torch.equal(cuda.conv_backward_weight(grad, x, *sizes, x.dtype), out), "a race"
         module.reverse_threads(False)
 
 
@@ -113,8 +114,10 @@ def test_what_lies_beside_a_row_is_in_no_gradient(module):
     x[0, :, :, -1] = torch.inf
     grad = torch.ones(1, 64, 5, 12, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
     sizes = (list(weight.shape), *GEOMETRY, True)
-    out = cuda.conv_backward_weight(grad, x, *sizes)
-    expected = OPS["conv_backward_weight"].reference(grad.double(), x.double(), *sizes)
+    out = cuda.conv_backward_weight(grad, x, *sizes, torch.float32)
+    assert out.dtype == torch.float32
+    reference = OPS["conv_backward_weight"].reference
+    expected = reference(grad.double(), x.double(), *sizes, torch.float64)
     assert torch.equal(out.isfinite(), expected.isfinite())
 
 

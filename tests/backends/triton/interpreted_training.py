@@ -195,7 +195,8 @@ def test_drawn_convolutions(args):
         assert_right(
             "bn_act_conv_bn_stats", normalised, results("bn_act_conv_bn_stats", normalised)
         )
-    grad, last = torch.randn(y.shape).to(x.dtype), (*geometry, not weight.is_contiguous())
+    grad = torch.randn(y.shape).to(x.dtype)
+    last = (*geometry, not weight.is_contiguous(), weight.dtype)
     vectors = (mean, var, None, None)
     for op, drawn in {
         "conv_backward_data": (grad, weight, list(x.shape), *geometry, x),
@@ -243,7 +244,7 @@ def test_padding_stays_zero_behind_the_activation():
     assert torch.equal(y, torch.zeros(2, 16, 4, 4))
     (grad_weight,) = results(
         "bn_act_conv_backward_weight",
-        (x, x, zeros, ones, ones, ones, [16, 16, 3, 3], 0.0, "relu", *SAME, True),
+        (x, x, zeros, ones, ones, ones, [16, 16, 3, 3], 0.0, "relu", *SAME, True, x.dtype),
     )
     assert torch.equal(grad_weight, torch.zeros(16, 16, 3, 3))
 
@@ -261,15 +262,16 @@ def test_the_gradient_of_an_activation_passes_the_forward_s_mask(dtype, stride):
     assert torch.equal(grad_bias, passed[..., ::stride, ::stride].sum((0, 2, 3)).float())
 
 
-def test_the_weight_s_gradient_in_parts(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_weight_s_gradient_in_parts(dtype, monkeypatch):
     grad, x = (torch.randn(2, 16, 6, 6).bfloat16() for _ in range(2))
     config = Config(16, 16, 16, 4, 2, split_k=4)
     monkeypatch.setattr(gradients, "weight_config", lambda *_: config)
     vectors = (torch.randn(16), torch.rand(16), torch.randn(16), torch.randn(16))
     for op, args in {
-        "conv_backward_weight": (grad, x, [16, 16, 3, 3], *SAME, True),
+        "conv_backward_weight": (grad, x, [16, 16, 3, 3], *SAME, True, dtype),
         "bn_act_conv_backward_weight": (
-            grad, x, *vectors, [16, 16, 3, 3], 1e-5, "relu", *SAME, True
+            grad, x, *vectors, [16, 16, 3, 3], 1e-5, "relu", *SAME, True, dtype
         ),
     }.items():  # fmt: skip
         out = results(op, args)
