@@ -47,7 +47,7 @@ def conv_bn_stats(
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64; channels_last is fastest.
-        weight: (O, C / groups, KH, KW), x's dtype, or float32, which is rounded to x's as it is read.
+        weight: (O, C / groups, KH, KW), x's dtype, or float32, then rounded to x's as it is read.
         stride: one or two integers of at least 1.
         padding: one or two integers of at least 0; zeros are padded.
         dilation: one or two integers of at least 1.
@@ -101,7 +101,7 @@ def bn_act_conv_bn_stats(
         var: likewise.
         bn_weight: γ, (C,), x's dtype or float32; None for 1.
         bn_bias: β, likewise; None for 0.
-        weight: (O, C / groups, KH, KW), x's dtype, or float32, which is rounded to x's as it is read.
+        weight: (O, C / groups, KH, KW), x's dtype, or float32, then rounded to x's as it is read.
         eps: ε, at least 0.
         act: None or "relu". NaN passes through.
         stride: one or two integers of at least 1.
