@@ -365,10 +365,16 @@ def test_harvest_under_autocast_is_what_the_ops_get():
     assert all(call.args[0].dtype == torch.bfloat16 for call in calls)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_harvest_in_training_mode_is_what_a_step_calls(autocast, monkeypatch):
+@pytest.mark.parametrize(
+    ("autocast", "weights"),
+    [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)],
+)
+def test_harvest_in_training_mode_is_what_a_step_calls(autocast, weights, monkeypatch):
     """Forward and backward, but what moves statistics, and what reads an index."""
     model, x, seen = SmallNet().train(), torch.randn(2, 3, 16, 16), []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(weights)
     state = {name: t.clone() for name, t in model.state_dict().items()}
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
     with mixed:

@@ -77,7 +77,8 @@ void register_conv_backward_weight(py::module_& m) {
         "'winograd4', 3x3 with stride and dilation 1. False where NaN and infinity are not where they\n"
         "belong, as the transform spreads them.\n\n"
         "grad (n, o, oh, ow) and x (n, c, h, w) are dense NHWC in dtype, grad_weight is channels_last\n"
-        "or contiguous, in dtype or, wide, in float32; scratch is 64-byte aligned. The result does not depend on the threads.");
+        "or contiguous, in dtype or, wide, in float32; scratch is 64-byte aligned. The result does not\n"
+        "depend on the threads.");
 }
 
 }  // namespace rf

@@ -136,8 +136,8 @@ static TileFn raw_tile_fn(int64_t rows) {
   return pick_tile<E, E::NV, true>(rows, std::make_integer_sequence<int, E::MR>{});
 }
 
-// Channels of a weight's gradient, past the caches where they fill lines of them: the optimizer reads it
-// when all of the others are written.
+// Channels of a weight's gradient, by AVX-512 past the caches where they fill lines of them: the optimizer
+// reads it when all of the others are written.
 template <class Out>
 static void put_gradient(typename Out::T* p, Vec::reg v, int64_t lanes) {
   if constexpr (sizeof(typename Out::T) == sizeof(float))

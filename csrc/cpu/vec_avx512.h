@@ -98,7 +98,7 @@ struct F32 : Vec {
     return rows[0] ? Vec::load(rows[0] + at, m) : zero();
   }
   static reg dot(reg acc, reg a, reg b) { return _mm512_fmadd_ps(a, b, acc); }
-  // So many steps, at most W, of one row: of its own elements, or rounded from floats.
+  // So many steps, at most W, of one row.
   static reg steps(const T* p, int64_t count) { return load(p, first(count)); }
 };
 
@@ -154,6 +154,7 @@ struct Bf16 : Bf16Memory {
     };
     return _mm512_castsi512_ps(_mm512_or_si512(wide(rows[0]), _mm512_slli_epi32(wide(rows[1]), 16)));
   }
+  // So many steps, at most W, of one row: of its own elements, or rounded from floats.
   static reg steps(const T* p, int64_t count) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(first(count), p));
   }
@@ -164,7 +165,11 @@ struct Bf16 : Bf16Memory {
   static reg dot(reg acc, reg a, reg b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }
-  static T narrow_one(float v) { return _mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(v)), 0); }
+  static T narrow_one(float v) {
+    uint32_t u;
+    __builtin_memcpy(&u, &v, 4);
+    return (v != v ? u | 0x400000 : u + 0x7fff + (u >> 16 & 1)) >> 16;
+  }
   static void store(T* p, reg v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
   static void store(T* p, reg v, mask m) {
     _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(v));

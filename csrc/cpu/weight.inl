@@ -1,4 +1,5 @@
-// Reading a weight that may be wide, rounded as a cast of the whole of it would round.
+// Reading a weight that may be wide, rounded as a cast of the whole of it would round; but whole
+// registers take what is below the normal range for zero, as the products that read them do.
 
 static inline void ask(const void* p) { __builtin_prefetch(p); }
 

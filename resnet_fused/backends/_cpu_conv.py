@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends._derived import derived
-from resnet_fused.backends._outputs import empty_channels_last, empty_contiguous, scratch
+from resnet_fused.backends._outputs import empty_channels_last, empty_weight, scratch
 from resnet_fused.backends._sizes import output_size
 from resnet_fused.backends.native import DTYPE_NAMES, loaded
 
@@ -207,7 +207,7 @@ def backward_weight(
     threads = torch.get_num_threads()
     work = scratch(loaded().conv_backward_weight_scratch_bytes(*sizes, threads))
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    grad_weight = (empty_channels_last if channels_last else empty_contiguous)(weight_size, dtype)
+    grad_weight = empty_weight(weight_size, dtype, channels_last=channels_last)
     finite = loaded().conv_backward_weight(
         grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr(), work.data_ptr(), work.nbytes,
         *sizes, channels_last, dtype != x.dtype, threads,
@@ -273,10 +273,10 @@ def _worth_packing(
         pays = tiles >= 256 and min(weight_shape[:2]) >= 64 if narrow else tiles >= 32
         if pays:
             return "winograd4"
-    # Taps of a contiguous weight take longer to gather than all that is gained.
-    gathered = weight.is_contiguous(memory_format=torch.channels_last)
+    # Taps of a contiguous weight, and odd channels, take longer to pack than all that is gained.
+    packs = weight.is_contiguous(memory_format=torch.channels_last) and weight_shape[1] % 2 == 0
     full = weight_shape[0] % 32 == 0 and weight_shape[1] >= 16
-    return "direct" if narrow and gathered and full else None
+    return "direct" if narrow and packs and full else None
 
 
 class _Plan(NamedTuple):

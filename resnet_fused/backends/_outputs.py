@@ -158,6 +158,11 @@ def empty_contiguous(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype) if made is None else made
 
 
+def empty_weight(size: Sequence[int], dtype: torch.dtype, *, channels_last: bool) -> Tensor:
+    """Return an empty weight on the CPU, channels_last or contiguous."""
+    return (empty_channels_last if channels_last else empty_contiguous)(size, dtype)
+
+
 def channels_last(x: Tensor) -> Tensor:
     """Return ``x`` as channels_last to the letter: sides of length one may have any stride."""
     strides = _strides(x.shape)

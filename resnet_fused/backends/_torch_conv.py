@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends._outputs import channels_last as as_channels_last
-from resnet_fused.backends._outputs import empty_channels_last, empty_contiguous
+from resnet_fused.backends._outputs import empty_channels_last, empty_weight
 
 
 def forward(
@@ -65,6 +65,9 @@ def backward_weight(
     grad_weight = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *geometry, [False, True, False]
     )[1]
+    if grad_weight.dtype != dtype and grad_weight.is_cpu:
+        made = empty_weight(weight_size, dtype, channels_last=channels_last)
+        return made.copy_(grad_weight)
     return laid_out(grad_weight.to(dtype), channels_last)
 
 
@@ -75,8 +78,8 @@ def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if weight.dtype == dtype or not weight.is_cpu:
         return weight.to(dtype)
-    empty = empty_contiguous if weight.is_contiguous() else empty_channels_last
-    return empty(weight.shape, dtype).copy_(weight)
+    channels_last = not weight.is_contiguous()
+    return empty_weight(weight.shape, dtype, channels_last=channels_last).copy_(weight)
 
 
 def laid_out(weight: Tensor, channels_last: bool) -> Tensor:

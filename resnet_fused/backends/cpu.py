@@ -225,7 +225,7 @@ def conv_backward_weight(
     channels_last: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Run the op by Winograd's transform, or torch's own."""
+    """Run the op by Winograd's transform, directly, or by torch's own."""
     args = (grad, x, weight_size, stride, padding, dilation, groups, channels_last, dtype)
     own = _cpu_conv.backward_weight(*args) if declines(grad) is None else None
     return _torch_conv.backward_weight(*args) if own is None else own

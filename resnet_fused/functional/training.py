@@ -61,7 +61,8 @@ def conv_bn_stats(
         var: likewise, biased.
 
     Differentiable in x and weight; mean and var carry no gradient, weight's is in its dtype. Saved
-    for backward: x and weight. Under autocast both are cast, on the CPU x alone.
+    for backward: x and weight. Under autocast both are cast, on the CPU x alone: a float32 weight
+    is saved itself, and may not be written before backward, as without autocast.
 
     Raises:
         ValueError: shapes, devices or geometry do not fit; nothing has run.
@@ -114,7 +115,7 @@ def bn_act_conv_bn_stats(
 
     Differentiable in x, bn_weight, bn_bias and weight. Saved for backward: x, the vectors,
     bn_bias as a copy, and weight; the activation is computed again. Under autocast weight alone is
-    cast, on the CPU nothing.
+    cast, on the CPU nothing: see :func:`conv_bn_stats`.
 
     Raises:
         ValueError: shapes, devices, geometry, eps or act do not fit; nothing has run.

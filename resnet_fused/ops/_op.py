@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Op:
@@ -41,9 +43,14 @@ class Op:
     decomposition: Callable[..., Any] | None = None
     #: The arguments, by place, that the op writes.
     mutates: tuple[int, ...] = ()
-    #: The arguments that may be float32 beside 16-bit maps. Autocast leaves them so on the CPU,
-    #: where kernels round them as they read them.
+    #: The arguments that may be float32 beside 16-bit maps, as a weight's gradient may by its own
+    #: argument ``dtype``. Autocast leaves them so on the CPU, where kernels round what they read.
     wide: tuple[str, ...] = ()
     #: Whether ``backward`` takes, behind the gradients of the results, one of the first argument by
     #: its other readers, and adds it to its own.
     hands_on: bool = False
+
+    def kept_by_autocast(self, name: str, device: str) -> tuple[torch.dtype, ...]:
+        """Return the dtypes that autocast on a device leaves an argument it casts."""
+        wide = device == "cpu" and name in self.wide
+        return (torch.float64, torch.float32) if wide else (torch.float64,)

@@ -124,19 +124,17 @@ def _autocast(op: Op, handle: Any, device: str) -> Callable[..., Any]:
     torch's own ``register_autocast`` casts every float argument, statistics included.
     """
     names = list(inspect.signature(op.check).parameters)
-    chosen = {names.index(name) for name in op.autocast}
-    wide = {names.index(name) for name in op.wide} if device == "cpu" else set()
+    kept = {names.index(name): op.kept_by_autocast(name, device) for name in op.autocast}
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
     def cast(at: int, value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            kept = (torch.float64, torch.float32) if at in wide else (torch.float64,)
-            return value if value.dtype in kept else value.to(dtype)
+            return value if value.dtype in kept[at] else value.to(dtype)
         return value
 
     def autocast(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return handle(*(cast(i, a, dtype) if i in chosen else a for i, a in enumerate(args)))
+            return handle(*(cast(i, a, dtype) if i in kept else a for i, a in enumerate(args)))
 
     return autocast

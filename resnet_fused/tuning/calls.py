@@ -79,8 +79,8 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
         for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
             ours.requires_grad_(theirs.requires_grad)
         if dtype is not None:
-            x, dtype, wide = _autocast(twin, x, dtype), None, example_input.is_cpu
-    recorder = _Recorder(dtype, wide=wide)
+            x, dtype, wide = _autocast(twin, x, dtype), None, _stays_wide(model, example_input)
+    recorder = _Recorder(dtype, example_input.device.type, wide=wide)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(twin.training), recorder:
             results = tree_leaves(twin(x))
@@ -150,6 +150,12 @@ def _autocast(twin: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
+def _stays_wide(model: nn.Module, example: Tensor) -> bool:
+    """Return whether autocast leaves the convolutions' weights to training's kernels."""
+    weights = (m.weight for m in model.modules() if isinstance(m, nn.Conv2d))
+    return example.is_cpu and all(weight.dtype == torch.float32 for weight in weights)
+
+
 def _fused_copy(model: nn.Module) -> nn.Module:
     twin = meta_copy(model)
     return (
@@ -178,11 +184,11 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 class _Recorder(TorchDispatchMode):
     """Keeps every call that maps floating point tensors, none empty, to new ones."""
 
-    def __init__(self, dtype: torch.dtype | None, *, wide: bool) -> None:
+    def __init__(self, dtype: torch.dtype | None, device: str, *, wide: bool) -> None:
         super().__init__()
         self.calls: dict[Any, Call] = {}
         self._names = {getattr(torch.ops.resnet_fused, name).default: name for name in OPS}
-        self._dtype, self._wide = dtype, wide
+        self._dtype, self._device, self._wide = dtype, device, wide
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -204,11 +210,14 @@ class _Recorder(TorchDispatchMode):
         """Cast what the op lets autocast cast; on meta tensors autocast itself does nothing."""
         if self._dtype is None:
             return args
-        cast = [name in OPS[op].autocast for name in argument_names(op)]
-        return tuple(
-            a.to(self._dtype) if c and isinstance(a, Tensor) and a.dtype != torch.float64 else a
-            for a, c in zip(args, cast, strict=True)
-        )
+
+        def cast(name: str, value: Any) -> Any:
+            if name not in OPS[op].autocast or not isinstance(value, Tensor):
+                return value
+            kept = OPS[op].kept_by_autocast(name, self._device)
+            return value if value.dtype in kept else value.to(self._dtype)
+
+        return tuple(map(cast, argument_names(op), args))
 
 
 def _with_wide_weights(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -123,3 +123,14 @@ def test_convolutions_are_the_kernels_own_where_packing_pays(case, dtype, layout
     weight = torch.empty(o, c, k, k).to(memory_format=layout)
     geometry = ((s, s), (k // 2, k // 2), (1, 1), 1)
     assert _cpu_conv._worth_packing(x, weight, weight.shape, *geometry) == algorithm
+
+
+def test_a_weight_written_before_backward_is_refused_as_without_autocast():
+    args = arguments("conv_bn_stats", CONVOLUTIONS[0], torch.bfloat16, torch.channels_last)
+    weight = args[1].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        z, *_ = torch.ops.resnet_fused.conv_bn_stats(args[0].requires_grad_(), *args[1:])
+    with torch.no_grad():
+        weight.mul_(0.9)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
