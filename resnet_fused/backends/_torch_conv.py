@@ -65,20 +65,21 @@ def backward_weight(
     grad_weight = torch.ops.aten.convolution_backward(
         grad, x, weight, None, *geometry, [False, True, False]
     )[1]
-    if grad_weight.dtype != dtype and grad_weight.is_cpu:
-        made = empty_weight(weight_size, dtype, channels_last=channels_last)
-        return made.copy_(grad_weight)
-    return laid_out(grad_weight.to(dtype), channels_last)
+    return laid_out(_cast(grad_weight, dtype, channels_last=channels_last), channels_last)
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``weight`` in ``dtype``, in its own layout."""
+    return _cast(weight, dtype, channels_last=not weight.is_contiguous())
+
+
+def _cast(weight: Tensor, dtype: torch.dtype, *, channels_last: bool) -> Tensor:
     """Return ``weight`` in ``dtype``, on the CPU in memory that is used again.
 
     Of a cast to fresh pages, touching them takes longer than the cast.
     """
     if weight.dtype == dtype or not weight.is_cpu:
         return weight.to(dtype)
-    channels_last = not weight.is_contiguous()
     return empty_weight(weight.shape, dtype, channels_last=channels_last).copy_(weight)
 
 

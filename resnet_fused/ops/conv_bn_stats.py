@@ -89,14 +89,9 @@ def backward(
         # In the weight's own layout, or the accumulation would copy it.
         channels_last = not weight.is_contiguous()
         grad_weight = call(
-            "conv_backward_weight",
-            grad,
-            x,
-            weight.shape,
-            *ctx.geometry,
-            channels_last,
+            "conv_backward_weight", grad, x, weight.shape, *ctx.geometry, channels_last,
             weight.dtype,
-        )
+        )  # fmt: skip
     return grad_x, grad_weight, None, None, None, None
 
 
