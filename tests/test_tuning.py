@@ -524,7 +524,7 @@ def test_what_was_shipped_is_measured_all_the_same(cache, backend, monkeypatch):
     calls = harvest(small_net(), torch.randn(2, 3, 8, 8))
     key = _tuned.signature(calls[0].op, draw(calls[0], CPU))
     shipped = {key: Choice("reference", "default", 1.0, None)}
-    monkeypatch.setattr(_tuned_file, "_shipped", lambda device: shipped)
+    monkeypatch.setattr(_tuned_file, "shipped", lambda device: shipped)
     assert not any(row.known for row in tune_calls(calls, CPU, clock=tick).rows)
 
 
@@ -702,11 +702,12 @@ def test_on_a_gpu_the_file_is_read_at_the_first_call_and_once(cache, monkeypatch
     key = _tuned.signature("conv_bn_act", args)
     reads = []
 
-    def load(device):
+    def shipped(device):
         reads.append(device)
         return {key: Choice("cudnn", "fused", 1.0, None)}
 
-    monkeypatch.setattr(_tuned_file, "load", load)
+    monkeypatch.setattr(_tuned_file, "shipped", shipped)
+    monkeypatch.setattr(_tuned_file, "measured", lambda device: {})
     monkeypatch.setattr(cudnn, "available", lambda: None)
     for _ in range(2):
         assert choose("conv_bn_act", *args) is cudnn.fused_conv_bn_act

@@ -64,8 +64,10 @@ def lookup(op: str, args: Sequence[Any]) -> Entry | None:
 
 
 def remember(device: torch.device, choices: dict[Signature, Choice]) -> None:
-    """Put choices in force for this process."""
-    _keep(device, {**_first_look(device), **_entries(choices)})
+    """Put choices that were measured here in force for this process."""
+    table = _first_look(device)
+    _trained[device] |= _trained_dtypes(choices)
+    _tables[device] = {**table, **_entries(choices)}
 
 
 def forget() -> None:
@@ -74,7 +76,11 @@ def forget() -> None:
 
 
 def trains(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether convolutions of a training model of the dtype were measured on the device."""
+    """Return whether convolutions of a training model of the dtype were measured on the device.
+
+    By whoever uses it, not by those who shipped a table: that says which kernels are fastest, not
+    that a step of theirs is.
+    """
     if device not in _tables:
         _first_look(device)
     return dtype in _trained[device]
@@ -83,15 +89,18 @@ def trains(device: torch.device, dtype: torch.dtype) -> bool:
 def _first_look(device: torch.device) -> dict[Signature, Entry]:
     with _loading:
         if device not in _tables:
-            found = _tuned_file.load(device) if device.type == "cuda" else {}
-            _keep(device, _entries(found))
+            shipped: dict[Signature, Choice] = {}
+            own: dict[Signature, Choice] = {}
+            if device.type == "cuda":
+                shipped, own = _tuned_file.shipped(device), _tuned_file.measured(device)
+            _trained[device] = _trained_dtypes(own)
+            _tables[device] = _entries({**shipped, **own})
         return _tables[device]
 
 
-def _keep(device: torch.device, table: dict[Signature, Entry]) -> None:
+def _trained_dtypes(choices: dict[Signature, Choice]) -> frozenset[torch.dtype]:
     # Of a signature, the fourth part is the first tensor's dtype and shape.
-    _trained[device] = frozenset(key[3][0] for key in table if key[0] == "conv_bn_stats")
-    _tables[device] = table
+    return frozenset(key[3][0] for key in choices if key[0] == "conv_bn_stats")
 
 
 def _entries(choices: dict[Signature, Choice]) -> dict[Signature, Entry]:

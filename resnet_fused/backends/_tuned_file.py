@@ -165,11 +165,6 @@ def _choice(backend: Any, candidate: Any, microseconds: Any, margin: Any) -> Cho
     return Choice(backend, candidate, float(microseconds), margin)
 
 
-def load(device: torch.device) -> dict[Signature, Choice]:
-    """Return the choices for a device: those shipped, and over them those measured here."""
-    return {**_shipped(device), **measured(device)}
-
-
 def measured(device: torch.device) -> dict[Signature, Choice]:
     """Return the choices that were measured here.
 
@@ -190,11 +185,11 @@ def measured(device: torch.device) -> dict[Signature, Choice]:
     return {}
 
 
-def _shipped(device: torch.device) -> dict[Signature, Choice]:
-    """Return the choices that came with the package, which is not ours to write to.
+def shipped(device: torch.device) -> dict[Signature, Choice]:
+    """Return the choices that came with the package, for what was not measured here.
 
-    Those of cuDNN and Triton are for the version that they were measured with: another may drop
-    NaN, or not compile.
+    Its file is not ours to write to. Those of cuDNN and Triton are for the version that they were
+    measured with: another may drop NaN, or not compile.
     """
     file, here = SHIPPED / f"{_slug(_device.name(device))}.json", conditions(device)
     try:

@@ -82,8 +82,8 @@ def tune_calls(
         torch.autocast(device.type, enabled=False),
         torch.cuda.device(device) if cuda else contextlib.nullcontext(),
     ):
-        _tuned.remember(device, _tuned_file.load(device))
         known = _tuned_file.measured(device)
+        _tuned.remember(device, known)
         if cuda:
             compile_ahead(calls, device, () if force else known, on_compiled)
         clock = clock or (CudaClock(device) if cuda else wall_clock)

@@ -14,6 +14,7 @@ import torch
 from resnet_fused.backends import ORDER, REFERENCE, _tuned, _tuned_file
 from resnet_fused.backends._tuned_file import Choice, Unusable
 from resnet_fused.backends.triton.shapes import Config
+from resnet_fused.bench import tune
 from resnet_fused.models import create_model
 from resnet_fused.tuning.calls import harvest
 
@@ -25,6 +26,10 @@ CHOICE = Choice("cpu", "default", 12.5, 1.25)
 
 def held():
     return _tuned_file.read(_tuned_file.path(CPU), _tuned_file.conditions(CPU))
+
+
+def in_force():
+    return {**_tuned_file.shipped(CPU), **_tuned_file.measured(CPU)}
 
 
 def in_process(code, *args, **kwargs):
@@ -73,12 +78,12 @@ def test_other_conditions_are_another_file(cache, monkeypatch):
 
 def test_round_trip(cache):
     other = (*KEY[:-1], None)
-    assert _tuned_file.load(CPU) == {}
+    assert in_force() == {}
     assert _tuned_file.merge(CPU, {KEY: CHOICE}) == _tuned_file.path(CPU)
     _tuned_file.merge(CPU, {other: Choice("reference", "default", 3.0, None)})
     assert held() == {KEY: CHOICE, other: Choice("reference", "default", 3.0, None)}
     _tuned_file.merge(CPU, {KEY: CHOICE._replace(backend="onednn")})
-    assert _tuned_file.load(CPU)[KEY].backend == "onednn"
+    assert in_force()[KEY].backend == "onednn"
     assert len(held()) == 2
     content = json.loads(_tuned_file.path(CPU).read_text())
     assert content["conditions"] == _tuned_file.conditions(CPU)
@@ -92,10 +97,10 @@ def test_a_shipped_table_stands_behind_what_was_measured(cache, monkeypatch):
     table = {KEY: CHOICE, ("add_relu",): CHOICE}
     text = _tuned_file._text({"device": device, "torch": "another"}, table)
     (shipped / f"{_tuned_file._slug(device)}.json").write_text(text)
-    assert _tuned_file.load(CPU) == table
+    assert in_force() == table
     measured = CHOICE._replace(backend="onednn")
     _tuned_file.merge(CPU, {KEY: measured})
-    assert _tuned_file.load(CPU) == {KEY: measured, ("add_relu",): CHOICE}
+    assert in_force() == {KEY: measured, ("add_relu",): CHOICE}
     assert held() == {KEY: measured}
 
 
@@ -114,7 +119,7 @@ def test_shipped_choices_of_a_library_are_for_its_version(cache, monkeypatch):
     ):
         text = _tuned_file._text({**here, **change}, table)
         (cache / f"{_tuned_file._slug(here['device'])}.json").write_text(text)
-        assert {key[0] for key in _tuned_file.load(CPU)} == left
+        assert {key[0] for key in _tuned_file.shipped(CPU)} == left
         assert _tuned_file.measured(CPU) == {}
 
 
@@ -147,6 +152,36 @@ def test_an_h200_has_choices_for_the_convolutions_at_batch_256(model, distinct):
     assert all(_tuned.signature(call.op, call.args) in shipped for call in convolutions)
 
 
+@pytest.mark.parametrize("model", ["resnet34", "resnet50", "resnet152"])
+def test_an_h200_has_choices_for_a_training_step_at_batch_256(model):
+    shipped = _tuned_file.read(_tuned_file.SHIPPED / "nvidia-h200.json", {"device": "NVIDIA H200"})
+    calls = tune._calls_of_a_step(model, (256, 3, 224, 224), torch.bfloat16, CPU)
+    assert {"conv_bn_stats", "conv_backward_data", "bn_act_backward"} <= {c.op for c in calls}
+    assert all(_tuned.signature(call.op, _on_a_gpu(call.args)) in shipped for call in calls)
+
+
+def _on_a_gpu(args):
+    """Autocast casts weights there, and their gradients leave in the same dtype."""
+    narrow = {torch.float32: torch.bfloat16}
+    return [
+        a.to(torch.bfloat16) if isinstance(a, torch.Tensor) and a.dim() == 4
+        else narrow.get(a, a) if isinstance(a, torch.dtype) else a
+        for a in args
+    ]  # fmt: skip
+
+
+def test_a_shipped_training_step_says_which_kernels_and_not_that_it_is_faster(monkeypatch):
+    """Outside of a graph it waits for Python: those who ask for one have it, nobody else."""
+    device, key = torch.device("cuda", 0), ("conv_bn_stats", *KEY[1:])
+    _tuned.forget()
+    monkeypatch.setattr(_tuned_file, "shipped", lambda device: {key: CHOICE})
+    for own, expected in (({}, False), ({key: CHOICE}, True)):
+        monkeypatch.setattr(_tuned_file, "measured", lambda device, own=own: own)
+        assert _tuned.trains(device, torch.bfloat16) is expected
+        assert _tuned._tables[device].keys() == {key}
+        _tuned.forget()
+
+
 @pytest.mark.parametrize("text", ["garbage", "[" * 200_000, None])
 def test_a_damaged_shipped_table_is_one_warning_and_stays(text, cache, monkeypatch):
     monkeypatch.setattr(_tuned_file, "SHIPPED", cache / "shipped")
@@ -159,7 +194,7 @@ def test_a_damaged_shipped_table_is_one_warning_and_stays(text, cache, monkeypat
         file.parent.mkdir()
         file.write_text(text)
     with pytest.warns(RuntimeWarning, match="nothing that was shipped is in force") as caught:
-        assert _tuned_file.load(CPU) == _tuned_file.load(CPU) == {KEY: CHOICE}
+        assert in_force() == in_force() == {KEY: CHOICE}
     assert len(caught) == 1
     assert file.exists()
 
@@ -243,8 +278,8 @@ SPOILED = {
 @pytest.mark.parametrize("name", SPOILED)
 @pytest.mark.parametrize(
     "by",
-    [_tuned_file.load, lambda device: _tuned_file.merge(device, {KEY: CHOICE})],
-    ids=["load", "merge"],
+    [_tuned_file.measured, lambda device: _tuned_file.merge(device, {KEY: CHOICE})],
+    ids=["read", "merge"],
 )
 def test_an_unusable_file_is_set_aside_with_one_warning(name, by, cache):
     file, text = _tuned_file.path(CPU), spoiled(SPOILED[name])
@@ -254,9 +289,9 @@ def test_an_unusable_file_is_set_aside_with_one_warning(name, by, cache):
     with pytest.warns(RuntimeWarning, match=r"is not used: .*renamed to .*bad-1") as caught:
         by(CPU)
     assert len(caught) == 1
-    assert held() == ({} if by is _tuned_file.load else {KEY: CHOICE})
+    assert held() == ({} if by is _tuned_file.measured else {KEY: CHOICE})
     _tuned_file.merge(CPU, {KEY: CHOICE})
-    assert _tuned_file.load(CPU) == {KEY: CHOICE}
+    assert in_force() == {KEY: CHOICE}
     assert file.with_name(f"{file.name}.bad-1").read_text() == text
 
 
@@ -265,7 +300,7 @@ def test_the_second_unusable_file_gets_the_next_number(cache):
     for number in (1, 2):
         file.write_text(f"garbage {number}")
         with pytest.warns(RuntimeWarning, match=f"bad-{number}"):
-            _tuned_file.load(CPU)
+            in_force()
     kept = [file.with_name(f"{file.name}.bad-{number}").read_text() for number in (1, 2)]
     assert kept == ["garbage 1", "garbage 2"]
 
@@ -281,7 +316,7 @@ def test_a_directory_that_cannot_be_is_one_warning(cache, monkeypatch):
     (cache / "file").write_text("")
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(cache / "file" / "sub"))
     once(lambda: _tuned_file.merge(CPU, {KEY: CHOICE}), "cannot be written to: .*in this process")
-    once(lambda: _tuned_file.load(CPU), "cannot be read: Not a directory")
+    once(lambda: in_force(), "cannot be read: Not a directory")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -312,7 +347,7 @@ def test_an_unusable_file_that_cannot_be_moved_is_left(cache, monkeypatch):
     monkeypatch.setattr(_tuned_file, "PATIENCE_S", 0.05)
     _tuned_file.path(CPU).write_text("garbage")
     with _tuned_file._locked(_tuned_file.path(CPU)):
-        once(lambda: _tuned_file.load(CPU), "is not used: it is not JSON")
+        once(lambda: in_force(), "is not used: it is not JSON")
     assert _tuned_file.path(CPU).read_text() == "garbage"
 
 
@@ -320,4 +355,4 @@ def test_a_good_file_gives_no_warning(cache):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _tuned_file.merge(CPU, {KEY: CHOICE})
-        assert _tuned_file.load(CPU) == {KEY: CHOICE}
+        assert in_force() == {KEY: CHOICE}
