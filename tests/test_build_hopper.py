@@ -59,6 +59,6 @@ def test_without_a_driver_a_call_raises_in_its_words(hopper):
         pytest.skip("there is a GPU")
     x = torch.zeros(3, 1024, dtype=torch.float16)
     maps = [x[0].data_ptr(), x[1].data_ptr(), 0, 0, 0, x[2].data_ptr(), 0, 0]
-    for name, *_ in hopper.conv_bn_act_kernels():
+    for name in hopper.conv_bn_act_kernels():
         with pytest.raises(RuntimeError, match=re.escape(hopper.fault())):
             hopper.conv_bn_act(*maps, "float16", name, 16, 8, 8, True, 0)

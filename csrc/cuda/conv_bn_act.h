@@ -21,15 +21,14 @@ struct ConvArgs {
 struct ConvKernel {
   const char* name;
   DType dtype;
-  int pixels;  // of one block
   bool (*can_implement)(const ConvArgs&);
   size_t (*workspace_bytes)(const ConvArgs&);
   // Puts the kernel on a stream; raises runtime_error if that fails.
   void (*run)(const ConvArgs&, void* workspace, Stream stream);
 };
 
-// A tile in bfloat16 and float16. Each is defined in a source of its own, with the reason for it.
+// A kernel in bfloat16 and float16. Each is defined in a source of its own, with the reason for it.
 using ConvKernels = const ConvKernel[2];
-extern ConvKernels gemm_256x128, gemm_128x128;
+extern ConvKernels gemm, gemm_add;
 
 }  // namespace rf::cuda

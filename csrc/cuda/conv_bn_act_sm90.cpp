@@ -5,7 +5,6 @@
 #include <limits>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "conv_bn_act.h"
@@ -18,12 +17,12 @@ namespace {
 
 constexpr size_t kAlignment = 16;  // of every map, for TMA
 
-const ConvKernel* const kTiles[] = {gemm_256x128, gemm_128x128};
+const ConvKernel* const kKernels[] = {gemm, gemm_add};
 
 const ConvKernel& find(DType dtype, const std::string& name) {
-  for (const ConvKernel* tile : kTiles)
+  for (const ConvKernel* kernel : kKernels)
     for (int i = 0; i < 2; ++i)
-      if (tile[i].dtype == dtype && name == tile[i].name) return tile[i];
+      if (kernel[i].dtype == dtype && name == kernel[i].name) return kernel[i];
   fail("kernel: unknown name " + name);
 }
 
@@ -49,9 +48,9 @@ std::string decline(const ConvKernel& kernel, const ConvArgs& args) {
   return "";
 }
 
-std::vector<std::tuple<std::string, int>> kernels() {
-  std::vector<std::tuple<std::string, int>> found;
-  for (const ConvKernel* k : kTiles) found.emplace_back(k->name, k->pixels);
+std::vector<std::string> kernels() {
+  std::vector<std::string> found;
+  for (const ConvKernel* k : kKernels) found.emplace_back(k->name);
   return found;
 }
 
@@ -103,7 +102,7 @@ void conv_bn_act(uintptr_t x, uintptr_t weight, uintptr_t scale, uintptr_t shift
 void register_conv_bn_act(py::module_& m) {
   using py::arg;
   m.def("conv_bn_act_kernels", &kernels,
-        "Each kernel's name, and the pixels of a block. There is one of each in either dtype.");
+        "The kernels' names. There is one of each in either dtype.");
   m.def("conv_bn_act_declines", &declines, arg("dtype"), arg("kernel"), arg("pixels"), arg("c"),
         arg("o"), "Why a kernel does not take these sizes in 'bfloat16' or 'float16', or None.");
   m.def("conv_bn_act_workspace_bytes", &workspace_bytes, arg("dtype"), arg("kernel"), arg("pixels"),

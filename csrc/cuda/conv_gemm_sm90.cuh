@@ -10,30 +10,18 @@
 
 namespace rf::cuda::sm90 {
 
-// Two groups of warps multiply: halves of one tile, or tiles of their own, one's end beside the
-// other's products.
-struct Cooperative {
-  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
-  using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
-};
-struct Pingpong {
-  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
-  using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
-};
-
-template <class E, int M, int N, int ClusterM, class Schedule>
+template <class E, template <class> class Output>
 struct Gemm {
-  static constexpr int kPixels = M;
-
   // 64 channels are 128 bytes, the widest swizzle.
-  using Tile = cute::Shape<cute::Int<M>, cute::Int<N>, cute::_64>;
-  using Cluster = cute::Shape<cute::Int<ClusterM>, cute::_1, cute::_1>;
-  using End = Epilogue<E, Tile, Cluster, typename Schedule::Epilogue>;
+  using Tile = cute::Shape<cute::_128, cute::_128, cute::_64>;
+  using Cluster = cute::Shape<cute::_1, cute::_1, cute::_1>;
+  using End = Epilogue<E, Tile, Cluster, Output>;
+  // Two groups of warps on tiles of their own: one's end runs beside the other's products.
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, E, cutlass::layout::RowMajor, kChannelStep,
       E, cutlass::layout::ColumnMajor, kChannelStep, float, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<(int)sizeof(typename End::SharedStorage)>,
-      typename Schedule::Mainloop>::CollectiveOp;
+      cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
   using Problem = cute::Shape<int, int, int, int>;
   // A name of its own keeps the symbols short.
   struct Kernel : cutlass::gemm::kernel::GemmUniversal<Problem, Mainloop, End,
@@ -51,11 +39,10 @@ struct Gemm {
 
 }  // namespace rf::cuda::sm90
 
-#define RF_GEMM(M, N, CLUSTER, SCHEDULE)                                                    \
-  namespace rf::cuda {                                                                      \
-  template <class E>                                                                        \
-  using Gemm = sm90::Gemm<E, M, N, CLUSTER, sm90::SCHEDULE>;                                \
-  ConvKernels gemm_##M##x##N = {                                                            \
-      sm90::entry<Gemm<cutlass::bfloat16_t>>("gemm-m" #M "n" #N "c" #CLUSTER, DType::bf16), \
-      sm90::entry<Gemm<cutlass::half_t>>("gemm-m" #M "n" #N "c" #CLUSTER, DType::f16)};     \
+#define RF_GEMM(TABLE, NAME, OUTPUT)                                             \
+  namespace rf::cuda {                                                         \
+  template <class E>                                                           \
+  using Gemm = sm90::Gemm<E, sm90::OUTPUT>;                                    \
+  ConvKernels TABLE = {sm90::entry<Gemm<cutlass::bfloat16_t>>(NAME, DType::bf16), \
+                       sm90::entry<Gemm<cutlass::half_t>>(NAME, DType::f16)};  \
   }

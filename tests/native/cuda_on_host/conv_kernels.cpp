@@ -30,18 +30,13 @@ void run(const ConvArgs& a, void* workspace, Stream stream) {
 }
 
 template <class E>
-constexpr ConvKernel entry(const char* name, DType dtype, int pixels) {
-  return {name, dtype, pixels, &can_implement, &workspace_bytes, &run<E>};
+constexpr ConvKernel entry(const char* name, DType dtype) {
+  return {name, dtype, &can_implement, &workspace_bytes, &run<E>};
 }
 
 }  // namespace
 
-#define ON_HOST(M, N, CLUSTER)                                         \
-  ConvKernels gemm_##M##x##N = {                                       \
-      entry<Bf16>("gemm-m" #M "n" #N "c" #CLUSTER, DType::bf16, M),    \
-      entry<F16>("gemm-m" #M "n" #N "c" #CLUSTER, DType::f16, M)}
-
-ON_HOST(256, 128, 1);
-ON_HOST(128, 128, 1);
+ConvKernels gemm = {entry<Bf16>("gemm", DType::bf16), entry<F16>("gemm", DType::f16)};
+ConvKernels gemm_add = {entry<Bf16>("gemm-add", DType::bf16), entry<F16>("gemm-add", DType::f16)};
 
 }  // namespace rf::cuda
