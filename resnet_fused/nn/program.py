@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,16 @@ from torch import Tensor, fx, nn
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
+from resnet_fused.backends import trains
 from resnet_fused.backends._sizes import output_shape
 from resnet_fused.nn import train
-from resnet_fused.nn.bn import is_batch_norm, is_sharded, scale_shift, uses_batch_statistics
+from resnet_fused.nn.bn import (
+    is_batch_norm,
+    is_sharded,
+    scale_shift,
+    sharing_group,
+    uses_batch_statistics,
+)
 from resnet_fused.nn.match import Group, Matches
 from resnet_fused.nn.trace import Trace, has_hooks
 from resnet_fused.nn.train import Pending, padding_of, result_dtype
@@ -81,6 +89,13 @@ class Child:
         """Its fully qualified name in the module that runs the program."""
         return ".".join(self.path)
 
+    def of(self, module: nn.Module) -> nn.Module | None:
+        """Return the submodule of the one that runs the program, if it is there."""
+        found: nn.Module | None = module
+        for name in self.path:
+            found = found._modules.get(name) if found is not None else None
+        return found
+
     def holds(self, module: nn.Module) -> bool:
         """Return whether ``module`` is still what the steps were made for."""
         if self.bypassed and has_hooks(module):
@@ -115,8 +130,10 @@ class Program:
     def bind(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[nn.Module] | None:
-        """Return the modules that the steps call, or None if this call may not run the steps.
+        """Return the modules that the steps call, or None if this call is the class's forward's.
 
+        It is where it may not run the steps, and where they would call nothing but torch's layers:
+        in training where nothing of ours is faster, where running them one by one takes longer.
         It may with the usual arguments, no hook passed by, and no change to the module since:
         children exchanged or removed, a flag set that the forward was traced with. Under
         ``torch.func`` and in forward mode it may not: ops registered from Python have no gradients
@@ -128,15 +145,25 @@ class Program:
             return None
         if any(a is None for a in args):
             return None
+        if self._is_torchs(module, args[0]):
+            return None
         bound = []
         for child in self.children:
-            found: nn.Module | None = module
-            for name in child.path:
-                found = found._modules.get(name) if found is not None else None
+            found = child.of(module)
             if found is None or not child.holds(found):
                 return None
             bound.append(found)
         return bound
+
+    def _is_torchs(self, module: nn.Module, x: Any) -> bool:
+        """Return whether no fused call would be fused, whatever its size."""
+        if not isinstance(x, Tensor) or trains(x.device, result_dtype(x), sys.maxsize):
+            return False
+        norms = (self.children[s.target.bn].of(module) for s in self.steps if s.kind == "fused")
+        return all(
+            bn is not None and uses_batch_statistics(bn) and sharing_group(bn) is None
+            for bn in norms
+        )
 
     def run(self, bound: list[nn.Module], args: tuple[Any, ...]) -> Any:
         """Run the steps on positional arguments, with the modules that :meth:`bind` gave."""
