@@ -327,6 +327,30 @@ def test_no_kernel_spills():
     assert not [name for name, _, stack in usage if int(stack)]
 
 
+def test_sums_leave_registers_for_all_their_blocks_at_once():
+    """A map is cut into as many as three on each of an H100's multiprocessors."""
+    usage = re.findall(r"Function (\S+):\s+REG:(\d+)", cuobjdump("-res-usage", "-arch", "sm_90a"))
+    for kernel, blocks in (("bn_stats_parts", 4), ("bn_reduce_parts", 3)):
+        found = [int(registers) for name, registers in usage if kernel in name]
+        assert found
+        assert max(found) * 256 * blocks <= 65536, (kernel, found)
+
+
+def test_the_loop_of_the_statistics_is_short():
+    """With 12 instructions a value, an H200 read at half of its memory's speed."""
+    parts = cuobjdump("-sass", "-arch", "sm_90a").split("Function : ")
+    (code,) = [p for p in parts if re.match(r"\S*bn_stats_parts\S*Bf16ELi8", p)]
+    found = [(int(at, 16), word) for at, word in re.findall(r"/\*(\w{4,5})\*/\s+([^;]*);", code)]
+    loops = []
+    for at, word in found:
+        back = re.search(r"BRA (?:!?U?P\d, )?0x(\w+)", word)
+        if back and int(back[1], 16) < at:
+            loops.append([w for a, w in found if int(back[1], 16) <= a <= at])
+    (loop,) = [body for body in loops if any("LDG" in w for w in body)]
+    assert sum("LDG" in w for w in loop) == 4
+    assert len(loop) <= 6 * 32
+
+
 def test_maps_are_read_and_written_16_bytes_at_a_time():
     """In every kernel over whole accesses, on the oldest and the newest architecture."""
     archs = kernels().cuda.archs.split()

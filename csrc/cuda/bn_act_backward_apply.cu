@@ -12,15 +12,19 @@ template <class E, int W, Mask M, bool DUAL>
 __global__ void __launch_bounds__(kThreads) bn_apply_kernel(const Tiled<BnApplyArgs> g) {
   constexpr int R = kRows<DUAL>;
   const Thread t(g.tiling, W);
-  if (!t.inside) return;
-  const GradientRows<E, W, M, DUAL, R> maps(g, t, t.part * R * t.step + t.row, g.rows);
+  const int64_t first = t.part * R * t.step + t.row;
+  if (!t.inside || first >= g.rows) return;
+  const auto has = [&](int i) { return first + i * t.step < g.rows; };
+  // In place of a row that is not there the first is read again.
+  const auto at = [&](int i) { return (has(i) ? first + i * t.step : first) * g.c + t.channel; };
+  const GradientRows<E, W, M, DUAL, R> maps(g, at);
   const Channels<W> a(g.a, t.channel), b(g.b, t.channel), d(g.d, t.channel);
   const Channels<W> a2(DUAL ? g.a2 : g.a, t.channel), b2(DUAL ? g.b2 : g.b, t.channel),
       d2(DUAL ? g.d2 : g.d, t.channel);
   const MaskVectors<W, M> mask(g, t.channel);
 #pragma unroll
   for (int i = 0; i < R; ++i) {
-    if (!maps.has(i)) break;
+    if (!has(i)) break;
     Pack<E, W> grad_x, grad_x2;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
@@ -30,8 +34,8 @@ __global__ void __launch_bounds__(kThreads) bn_apply_kernel(const Tiled<BnApplyA
         grad_x2.at[j] = E::narrow(
             bn_gradient<E>(v, E::widen(maps.x2[i].at[j]), a2.at[j], b2.at[j], d2.at[j]));
     }
-    store<E, W>(g.grad_x, maps.at(i), grad_x);
-    if (DUAL) store<E, W>(g.grad_x2, maps.at(i), grad_x2);
+    store<E, W>(g.grad_x, at(i), grad_x);
+    if (DUAL) store<E, W>(g.grad_x2, at(i), grad_x2);
   }
 }
 

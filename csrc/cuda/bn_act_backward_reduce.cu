@@ -6,75 +6,81 @@
 namespace rf::cuda {
 namespace {
 
-// Of each thread: their loads are in flight together. As many as leave registers for two blocks on a
-// multiprocessor, without spilling.
+// Of each thread: their loads are in flight together. As many as leave registers for three blocks on
+// a multiprocessor, without spilling.
 template <Mask M, bool DUAL>
 constexpr int kRows = M == Mask::none && !DUAL ? 4 : M == Mask::from_y && DUAL ? 1 : 2;
 
-struct Add {
-  template <int N>
-  __device__ __forceinline__ void operator()(double (&own)[N], const double (&other)[N]) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) own[i] += other[i];
-  }
-};
-
 // Of each part, channel by channel: the sums of g, those of g * (x - mean), those with x2.
 template <class E, int W, Mask M, bool DUAL>
-__global__ void __launch_bounds__(kThreads, 2) bn_reduce_parts_kernel(const Tiled<BnReduceArgs> g) {
+__global__ void __launch_bounds__(kThreads, 3) bn_reduce_parts_kernel(const Tiled<BnReduceArgs> g) {
   constexpr int R = kRows<M, DUAL>, sums = DUAL ? 3 : 2;
+  __shared__ PutDown<sums, W> put_down;
+  using Maps = GradientRows<E, W, M, DUAL, R>;
   const Thread t(g.tiling, W);
-  float sum[sums * W] = {};
+  float sum[sums][W] = {};
   if (t.inside) {
     const Channels<W> mean(g.mean, t.channel), mean2(DUAL ? g.mean2 : g.mean, t.channel);
     const MaskVectors<W, M> mask(g, t.channel);
+    const int64_t begin = part_begin(g.rows, g.tiling.parts, t.part);
     const int64_t end = part_begin(g.rows, g.tiling.parts, t.part + 1);
-    int64_t row = part_begin(g.rows, g.tiling.parts, t.part) + t.row;
-    for (; row < end; row += R * t.step) {
-      const GradientRows<E, W, M, DUAL, R> maps(g, t, row, end);
+    int rows = (int)((end - begin - t.row + t.step - 1) / t.step);
+    const int64_t pitch = t.step * g.c;
+    int64_t at = (begin + t.row) * g.c + t.channel;
+    const auto add = [&](const Maps& maps, int i) {
+      Pack<E, W> kept;
 #pragma unroll
-      for (int i = 0; i < R; ++i) {
-        if (!maps.has(i)) break;
-        Pack<E, W> kept;
-#pragma unroll
-        for (int j = 0; j < W; ++j) {
-          const float x = E::widen(maps.x[i].at[j]), v = maps.masked(i, j, x, mask);
-          sum[j] = E::add(sum[j], v);
-          sum[W + j] = bn_add_product<E>(sum[W + j], v, x, mean.at[j]);
-          if (DUAL)
-            sum[sums * W - W + j] = bn_add_product<E>(
-                sum[sums * W - W + j], v, E::widen(maps.x2[DUAL ? i : 0].at[j]), mean2.at[j]);
-          kept.at[j] = E::narrow(v);
-        }
-        if (M != Mask::none && g.masked) store<E, W>(g.masked, maps.at(i), kept);
+      for (int j = 0; j < W; ++j) {
+        const float x = E::widen(maps.x[i].at[j]), v = maps.masked(i, j, x, mask);
+        sum[0][j] = E::add(sum[0][j], v);
+        sum[1][j] = bn_add_product<E>(sum[1][j], v, x, mean.at[j]);
+        if constexpr (DUAL)
+          sum[2][j] = bn_add_product<E>(sum[2][j], v, E::widen(maps.x2[i].at[j]), mean2.at[j]);
+        kept.at[j] = E::narrow(v);
       }
+      if (M != Mask::none && g.masked) store<E, W>(g.masked, at + i * pitch, kept);
+    };
+#pragma unroll 1
+    for (; rows >= R; rows -= R, at += R * pitch) {
+      const Maps maps(g, [&](int i) { return at + i * pitch; });
+#pragma unroll
+      for (int i = 0; i < R; ++i) add(maps, i);
+    }
+    if (R > 1 && rows > 0) {  // what is not there is read as the first and not added
+      const Maps maps(g, [&](int i) { return at + (i < rows ? i : 0) * pitch; });
+#pragma unroll
+      for (int i = 0; i < R; ++i)
+        if (i < rows) add(maps, i);
     }
   }
-  double total[sums * W];
 #pragma unroll
-  for (int i = 0; i < sums * W; ++i) total[i] = sum[i];
-  merge_rows(t, total, Add{});
-  if (t.row != 0 || !t.inside) return;
-  double* out = reinterpret_cast<double*>(g.scratch) + t.part * sums * g.c + t.channel;
+  for (int k = 0; k < sums; ++k) put_down.put(k, sum[k]);
+  __syncthreads();
+
+  const Gather<W> to(t);
+  const int64_t channel = to.global(t);
+  double* out = reinterpret_cast<double*>(g.scratch) + t.part * sums * g.c + channel;
 #pragma unroll
-  for (int i = 0; i < sums; ++i)
+  for (int k = 0; k < sums; ++k) {
+    double total = 0;
 #pragma unroll
-    for (int j = 0; j < W; ++j) out[i * g.c + j] = total[i * W + j];
+    for (int i = 0; i < W; ++i) total += to.of(put_down.at[k], i);
+    total = to.over_groups(total);
+    if (to.row == 0 && channel < g.c) out[k * g.c] = total;
+  }
 }
 
 // The tiling is over the parts and, as channels, over all sums of all channels.
 __global__ void __launch_bounds__(kThreads) bn_reduce_merge_kernel(const Tiled<BnReduceArgs> g) {
   const Thread t(g.tiling, 1);
-  const double* parts = reinterpret_cast<const double*>(g.scratch);
-  double total[1] = {};
-  if (t.inside)
-    for (int64_t p = t.row; p < g.tiling.rows; p += t.step)
-      total[0] += parts[p * g.tiling.c + t.channel];
-  merge_rows(t, total, Add{});
+  const double* parts = reinterpret_cast<const double*>(g.scratch) + t.channel;
+  const int64_t end = t.inside ? g.tiling.rows : 0;
+  const double total = Gather<1>(t).over_groups(
+      sum_parts(t.row, end, t.step, [&](int64_t p) { return parts[p * g.tiling.c]; }));
   if (t.row != 0 || !t.inside) return;
   const int64_t which = t.channel / g.c;
   float* out = which == 0 ? g.sum_g : which == 1 ? g.sum_gx : g.sum_gx2;
-  out[t.channel - which * g.c] = (float)total[0];
+  out[t.channel - which * g.c] = (float)total;
 }
 
 // -------------------------------------------------------------------------------------------------

@@ -6,99 +6,134 @@ namespace {
 
 #include "../common/bn_math.h"
 
-constexpr int kRows = 8;  // read at once; the first ones give the shift
+__device__ __forceinline__ double squared(double v) { return v * v; }
 
-// Counts, sums and squared deviations of W channels.
+// Read at once; the first ones give the shift. As few as leave registers for four blocks on a
+// multiprocessor: a map's parts, up to 512 blocks, then run in one go.
 template <int W>
-struct Moments {
-  double at[1 + 2 * W] = {};  // n, sums, m2s
-
-  static __device__ __forceinline__ void merge(double (&own)[1 + 2 * W],
-                                               const double (&other)[1 + 2 * W]) {
-    if (other[0] == 0) return;
-    const MomentsMerge merge(own[0], other[0]);
-#pragma unroll
-    for (int j = 0; j < W; ++j) merge.add(own[1 + j], own[1 + W + j], other[1 + j], other[1 + W + j]);
-    own[0] += other[0];
-  }
-};
+constexpr int kRows = W == 8 ? 4 : 8;
 
 // A thread's rows, shifted by the mean of its first few. Being a mean of k of n values it is within
 // sqrt(n/k) standard deviations of the mean of all, whatever the data: the variance's relative error
-// is at most 1 + n/k = 33 times that of a sum.
+// is at most 1 + n/k times that of a sum, 33 times, of 16-bit maps 65.
 template <class E, int W>
-__device__ __forceinline__ void add_rows(const BnStatsArgs& g, const Thread& t, int64_t first,
-                                         int64_t end, Moments<W>& moments) {
-  float shift[W], sum[W] = {}, square[W] = {};
-  int64_t n = 0;
-  for (int64_t at = first + t.row; at < end; at += kRows * t.step) {
-    Pack<E, W> x[kRows];
-    int rows = 0;
+struct Moments {
+  float shift[W] = {}, sum[W] = {}, square[W] = {};
+
+  __device__ __forceinline__ void add(const Pack<E, W>& x) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i)
-      if (at + i * t.step < end) {
-        x[i] = load<E, W>(g.x, (at + i * t.step) * g.c + t.channel);
-        ++rows;
-      }
+    for (int j = 0; j < W; ++j) bn_add_moments<E>(E::widen(x.at[j]), shift[j], sum[j], square[j]);
+  }
+
+  // So many rows, `pitch` elements apart.
+  __device__ __forceinline__ void add_rows(const typename E::T* row, int64_t pitch, int rows) {
+    constexpr int R = kRows<W>;
+    some_rows(row, pitch, rows, [&](const auto& x) { set_shift(x, rows); });
+    // Here no row is asked whether it is one: that took as many instructions again, and they are
+    // what the time went into.
+    for (rows -= R, row += R * pitch; rows >= R; rows -= R, row += R * pitch) {
+      Pack<E, W> x[R];
+#pragma unroll
+      for (int i = 0; i < R; ++i) x[i] = load<E, W>(row, i * pitch);
+#pragma unroll
+      for (int i = 0; i < R; ++i) add(x[i]);
+    }
+    some_rows(row, pitch, rows, [](const auto&) {});
+  }
+
+  // Up to kRows of them, all read before the first is added; in place of those that are not there the
+  // last one is, as registers that may not have been written would spill.
+  template <class F>
+  __device__ __forceinline__ void some_rows(const typename E::T* row, int64_t pitch, int rows,
+                                            F before) {
+    constexpr int R = kRows<W>;
+    if (rows < 1) return;
+    Pack<E, W> x[R];
+#pragma unroll
+    for (int i = 0; i < R; ++i) x[i] = load<E, W>(row, (i < rows ? i : rows - 1) * pitch);
+    before(x);
+#pragma unroll
+    for (int i = 0; i < R; ++i)
+      if (i < rows) add(x[i]);
+  }
+
+  __device__ __forceinline__ void set_shift(const Pack<E, W> (&x)[kRows<W>], int rows) {
+    constexpr int R = kRows<W>;
+    const float by_count = 1.0f / (rows < R ? rows : R);
 #pragma unroll
     for (int j = 0; j < W; ++j) {
-      if (n == 0) {
-        float total = 0;
+      float total = 0;
 #pragma unroll
-        for (int i = 0; i < kRows; ++i)
-          if (i < rows) total += E::widen(x[i].at[j]);
-        shift[j] = bn_shift<E>(total, 1.0f / rows);
-      }
-#pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        if (i < rows) bn_add_moments<E>(E::widen(x[i].at[j]), shift[j], sum[j], square[j]);
+      for (int i = 0; i < R; ++i)
+        if (i < rows) total += E::widen(x[i].at[j]);
+      shift[j] = bn_shift<E>(total, by_count);
     }
-    n += rows;
   }
-  if (n == 0) return;
-  moments.at[0] = (double)n;
-#pragma unroll
-  for (int j = 0; j < W; ++j)
-    unshifted((double)n, 1.0 / n, shift[j], sum[j], square[j], moments.at[1 + j],
-              moments.at[1 + W + j]);
-}
+};
 
 // Of each part and channel the sum, and behind all sums the squared deviations, into scratch.
 template <class E, int W>
-__global__ void __launch_bounds__(kThreads, 2) bn_stats_parts_kernel(const Tiled<BnStatsArgs> g) {
+__global__ void __launch_bounds__(kThreads, 4) bn_stats_parts_kernel(const Tiled<BnStatsArgs> g) {
+  __shared__ PutDown<3, W> put_down;
   const Thread t(g.tiling, W);
-  Moments<W> moments;
+  const int64_t first = part_begin(g.rows, g.tiling.parts, t.part);
+  const int64_t end = part_begin(g.rows, g.tiling.parts, t.part + 1);
+  const Dealt rows(end - first, t.step);
+  Moments<E, W> moments;
   if (t.inside)
-    add_rows<E, W>(g, t, part_begin(g.rows, g.tiling.parts, t.part),
-                   part_begin(g.rows, g.tiling.parts, t.part + 1), moments);
-  merge_rows(t, moments.at, Moments<W>::merge);
-  if (t.row != 0 || !t.inside) return;
-  double* sums = reinterpret_cast<double*>(g.scratch) + t.part * g.c + t.channel;
-  double* m2s = sums + g.tiling.parts * g.c;
+    moments.add_rows(static_cast<const typename E::T*>(g.x) + (first + t.row) * g.c + t.channel,
+                     t.step * g.c, (int)rows.each + (t.row < rows.more));
+  put_down.put(0, moments.shift);
+  put_down.put(1, moments.sum);
+  put_down.put(2, moments.square);
+  __syncthreads();
+
+  const Gather<W> to(t);
+  const auto of_row = [&](int i, double& sum, double& m2) {
+    unshifted(rows.of(to.row + i), rows.over(to.row + i), to.of(put_down.at[0], i),
+              to.of(put_down.at[1], i), to.of(put_down.at[2], i), sum, m2);
+  };
+  double total = 0, deviations = 0;
 #pragma unroll
-  for (int j = 0; j < W; ++j) {
-    sums[j] = moments.at[1 + j];
-    m2s[j] = moments.at[1 + W + j];
+  for (int i = 0; i < W; ++i) {
+    double sum, m2;
+    of_row(i, sum, m2);
+    total += sum;
   }
+  total = to.over_groups(total);
+  const double mean = total / (double)(end - first);
+#pragma unroll 2  // all at once, each with what the loop before found, would spill
+  for (int i = 0; i < W; ++i) {
+    double sum, m2;
+    of_row(i, sum, m2);
+    deviations += m2 + rows.of(to.row + i) * squared(sum * rows.over(to.row + i) - mean);
+  }
+  deviations = to.over_groups(deviations);
+  const int64_t channel = to.global(t);
+  if (to.row != 0 || channel >= g.c) return;
+  double* out = reinterpret_cast<double*>(g.scratch) + t.part * g.c + channel;
+  out[0] = total;
+  out[g.tiling.parts * g.c] = deviations;
 }
 
 // The tiling is over the parts; each thread takes every 32nd.
 __global__ void __launch_bounds__(kThreads) bn_stats_merge_kernel(const Tiled<BnStatsArgs> g) {
   const Thread t(g.tiling, 1);
+  const Gather<1> to(t);
   const int64_t parts = g.tiling.rows;
-  const double* sums = reinterpret_cast<const double*>(g.scratch);
+  const Dealt rows(g.rows, parts);
+  const double* sums = reinterpret_cast<const double*>(g.scratch) + t.channel;
   const double* m2s = sums + parts * g.c;
-  Moments<1> moments;
-  if (t.inside)
-    for (int64_t p = t.row; p < parts; p += t.step) {
-      const int64_t n = part_begin(g.rows, parts, p + 1) - part_begin(g.rows, parts, p);
-      const double part[] = {(double)n, sums[p * g.c + t.channel], m2s[p * g.c + t.channel]};
-      Moments<1>::merge(moments.at, part);
-    }
-  merge_rows(t, moments.at, Moments<1>::merge);
+  const int64_t end = t.inside ? parts : 0;
+  const double total = to.over_groups(
+      sum_parts(t.row, end, t.step, [&](int64_t p) { return sums[p * g.c]; }));
+  const double mean = total / (double)g.rows;
+  const double deviations = to.over_groups(sum_parts(t.row, end, t.step, [&](int64_t p) {
+    return m2s[p * g.c] + rows.of(p) * squared(sums[p * g.c] * rows.over(p) - mean);
+  }));
   if (t.row != 0 || !t.inside) return;
-  g.mean[t.channel] = (float)(moments.at[1] / (double)g.rows);
-  g.var[t.channel] = (float)(moments.at[2] / (double)g.rows);
+  g.mean[t.channel] = (float)mean;
+  g.var[t.channel] = (float)(deviations / (double)g.rows);
 }
 
 // -------------------------------------------------------------------------------------------------

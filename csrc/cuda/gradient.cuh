@@ -22,28 +22,22 @@ struct MaskVectors<W, Mask::recomputed> {
       : scale(g.scale, channel), shift(g.shift, channel) {}
 };
 
-// R rows of a thread, from `first` on and before `end`, all read at once.
+// R rows of a thread, all read at once; at(i) is the element at which its part of row i begins.
 template <class E, int W, Mask M, bool DUAL, int R>
 struct GradientRows {
   static constexpr int N2 = DUAL ? R : 1, NY = M == Mask::from_y ? R : 1;
   Pack<E, W> grad[R], x[R], x2[N2], y[NY];
-  int64_t first, end, c, channel;
-  int step;
 
-  __device__ __forceinline__ GradientRows(const BnGradient& g, const Thread& t, int64_t first,
-                                          int64_t end)
-      : first(first), end(end), c(g.c), channel(t.channel), step(t.step) {
+  template <class At>
+  __device__ __forceinline__ GradientRows(const BnGradient& g, At at) {
 #pragma unroll
     for (int i = 0; i < R; ++i) {
-      if (has(i)) grad[i] = load<E, W>(g.grad, at(i));
-      if (has(i)) x[i] = load<E, W>(g.x, at(i));
-      if (DUAL && has(i)) x2[i % N2] = load<E, W>(g.x2, at(i));
-      if (M == Mask::from_y && has(i)) y[i % NY] = load<E, W>(g.y, at(i));
+      grad[i] = load<E, W>(g.grad, at(i));
+      x[i] = load<E, W>(g.x, at(i));
+      if (DUAL) x2[i % N2] = load<E, W>(g.x2, at(i));
+      if (M == Mask::from_y) y[i % NY] = load<E, W>(g.y, at(i));
     }
   }
-
-  __device__ __forceinline__ bool has(int i) const { return first + i * step < end; }
-  __device__ __forceinline__ int64_t at(int i) const { return (first + i * step) * c + channel; }
 
   // The gradient behind the ReLU.
   __device__ __forceinline__ float masked(int i, int j, float x, const MaskVectors<W, M>& v) const {
