@@ -9,7 +9,8 @@ namespace {
 __device__ __forceinline__ double squared(double v) { return v * v; }
 
 // Read at once; the first ones give the shift. As few as leave registers for four blocks on a
-// multiprocessor: a map's parts, up to 512 blocks, then run in one go.
+// multiprocessor: float32 has tiles of half as many channels, so twice the blocks, and who waits for
+// memory is then one of many.
 template <int W>
 constexpr int kRows = W == 8 ? 4 : 8;
 

@@ -39,10 +39,10 @@ struct Gemm {
 
 }  // namespace rf::cuda::sm90
 
-#define RF_GEMM(TABLE, NAME, OUTPUT)                                             \
-  namespace rf::cuda {                                                         \
-  template <class E>                                                           \
-  using Gemm = sm90::Gemm<E, sm90::OUTPUT>;                                    \
+#define RF_GEMM(TABLE, NAME, OUTPUT)                                              \
+  namespace rf::cuda {                                                            \
+  template <class E>                                                              \
+  using Gemm = sm90::Gemm<E, sm90::OUTPUT>;                                       \
   ConvKernels TABLE = {sm90::entry<Gemm<cutlass::bfloat16_t>>(NAME, DType::bf16), \
-                       sm90::entry<Gemm<cutlass::half_t>>(NAME, DType::f16)};  \
+                       sm90::entry<Gemm<cutlass::half_t>>(NAME, DType::f16)};     \
   }

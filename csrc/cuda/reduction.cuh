@@ -10,9 +10,9 @@ namespace rf::cuda {
 // A thread's own sums stay in float over this many rows at most.
 constexpr int kMostRows = 256;
 
-// Into how many parts the rows are cut. Blocks that all run at once, three on each of an H100's 132
-// multiprocessors; but with 16 rows or more for each thread, so that a part's results are small beside
-// what it reads.
+// Into how many parts the rows are cut. 384 blocks of 16-bit maps all run at once, three on each of an
+// H100's 132 multiprocessors; fewer where a thread would have less than 16 rows, so that a part's
+// results are small beside what it reads, more where it would have over kMostRows.
 inline int64_t device_parts(int64_t rows, int64_t c) {
   constexpr int64_t blocks = 384, wide = 256;  // channels of a tile of 32 threads, 8 apiece
   const int64_t by_rows = rows * min64(c, wide) / (16 * kThreads * 8);

@@ -145,7 +145,7 @@ class Program:
             return None
         if any(a is None for a in args):
             return None
-        if self._is_torchs(module, args[0]):
+        if self._is_torchs(module):
             return None
         bound = []
         for child in self.children:
@@ -155,15 +155,20 @@ class Program:
             bound.append(found)
         return bound
 
-    def _is_torchs(self, module: nn.Module, x: Any) -> bool:
+    def _is_torchs(self, module: nn.Module) -> bool:
         """Return whether no fused call would be fused, whatever its size."""
-        if not isinstance(x, Tensor) or trains(x.device, result_dtype(x), sys.maxsize):
-            return False
-        norms = (self.children[s.target.bn].of(module) for s in self.steps if s.kind == "fused")
-        return all(
-            bn is not None and uses_batch_statistics(bn) and sharing_group(bn) is None
-            for bn in norms
-        )
+        weights = []
+        for step in self.steps:
+            if step.kind != "fused":
+                continue
+            conv, bn = (self.children[i].of(module) for i in (step.target.conv, step.target.bn))
+            if type(conv) is not nn.Conv2d or bn is None or not uses_batch_statistics(bn):
+                return False
+            if sharing_group(bn) is not None:
+                return False
+            weights.append(conv.weight)
+        # Last, as torch.compile cannot trace the first look at a device, and eval needs none.
+        return not any(trains(w.device, result_dtype(w), sys.maxsize) for w in weights)
 
     def run(self, bound: list[nn.Module], args: tuple[Any, ...]) -> Any:
         """Run the steps on positional arguments, with the modules that :meth:`bind` gave."""

@@ -182,6 +182,17 @@ def test_a_shipped_training_step_says_which_kernels_and_not_that_it_is_faster(mo
         _tuned.forget()
 
 
+def test_what_was_measured_here_goes_before_what_was_shipped(monkeypatch):
+    device, key, other = torch.device("cuda", 0), KEY, ("add_relu", *KEY[1:])
+    own = CHOICE._replace(backend="onednn")
+    _tuned.forget()
+    monkeypatch.setattr(_tuned_file, "shipped", lambda device: {key: CHOICE, other: CHOICE})
+    monkeypatch.setattr(_tuned_file, "measured", lambda device: {key: own})
+    assert not _tuned.trains(device, torch.bfloat16)
+    assert {k: e.choice for k, e in _tuned._tables[device].items()} == {key: own, other: CHOICE}
+    _tuned.forget()
+
+
 @pytest.mark.parametrize("text", ["garbage", "[" * 200_000, None])
 def test_a_damaged_shipped_table_is_one_warning_and_stays(text, cache, monkeypatch):
     monkeypatch.setattr(_tuned_file, "SHIPPED", cache / "shipped")
