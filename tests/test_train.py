@@ -121,7 +121,7 @@ def test_where_nothing_of_ours_is_faster_the_classs_own_forward_runs(monkeypatch
         assert len(ran) == 2
         assert program_of(model).bind(model, (x,), {}) is None
         with monkeypatch.context() as shared:  # SyncBatchNorm's is ours anywhere
-            shared.setattr("resnet_fused.nn.program.sharing_group", lambda bn: object())
+            shared.setattr("resnet_fused.nn.train.sharing_group", lambda bn: object())
             assert program_of(model).bind(model, (x,), {})
         model.eval()(x)
         assert len(ran) == 3

@@ -1,6 +1,6 @@
 // The max pool of the stem in training: which element of each window was taken, and backward. Each
-// thread writes W channels of one pixel, each block a part of a row: places within an image are
-// numbers of 32 bits, as divisions of longer ones would outlast the memory.
+// thread writes W channels of one pixel, backward of a few, each block a part of a row: places within
+// an image are numbers of 32 bits, as divisions of longer ones would outlast the memory.
 #include "launch.cuh"
 
 namespace rf::cuda {
@@ -35,6 +35,17 @@ struct Pool : Args {
   __device__ __forceinline__ int side() const { return K ? K : (int)this->k; }
   __device__ __forceinline__ int step() const { return S ? S : (int)this->s; }
 };
+
+// Pixels of the input in the side of a square that one thread writes. It looks once at each window that
+// lies over any of them: of the stem's 3x3 by 2 at 4 for 4 pixels, where each by itself looks at 4.
+template <int S>
+constexpr int kSquare = S ? S : 1;
+
+// Squares of the padded input that hold any of so many pixels.
+template <int S>
+__host__ __device__ __forceinline__ int squares_along(int pixels, int padding) {
+  return (pixels + padding - 1) / kSquare<S> + 1;
+}
 
 // The first of equals, the last NaN, as torch; values are compared as a map in between would have
 // had them.
@@ -88,35 +99,53 @@ __global__ void __launch_bounds__(kThreads)
   *reinterpret_cast<Places<W>*>(g.index + at) = places;
 }
 
-// Each element of the input gathers from the windows over it, in one order.
+// Each element of the input gathers from the windows over it, in one order. A square begins where the
+// padded input is a multiple of its side.
 template <class E, int W, int K, int S>
 __global__ void __launch_bounds__(kThreads)
     max_pool_backward_kernel(const Pool<PoolBackwardArgs, K, S> g) {
-  const int c = (int)g.c, h = (int)g.h, k = g.side(), s = g.step();
-  const Pixel in((int)g.w, c, W);
+  constexpr int B = kSquare<S>;
+  const int c = (int)g.c, h = (int)g.h, w = (int)g.w, k = g.side(), s = g.step(), p = (int)g.p;
+  const int squares = squares_along<S>(h, p);
+  const Pixel in(squares_along<S>(w, p), c, W);
   if (!in.inside) return;
-  const int y0 = (int)(blockIdx.x % h + g.p), x0 = in.column + (int)g.p;
-  const int over = (k + s - 1) / s, last_y = y0 / s, last_x = x0 / s;  // windows over a pixel
-  const int64_t image = (int64_t)(blockIdx.x / h) * g.oh * g.ow * c + in.channel;
-  float sum[W] = {};
+  const int y0 = (int)(blockIdx.x % squares) * B, x0 = in.column * B;  // in the padded input
+  const int over = (k + s - 1) / s, last_y = y0 / s, last_x = x0 / s;   // windows over a pixel
+  const int n = (int)(blockIdx.x / squares);
+  const int64_t image = (int64_t)n * g.oh * g.ow * c + in.channel;
+  float sum[B][B][W] = {};
 #pragma unroll(K ? K : 1)
   for (int i = over - 1; i >= 0; --i)
 #pragma unroll(K ? K : 1)
     for (int l = over - 1; l >= 0; --l) {
-      const int oy = last_y - i, ox = last_x - l, down = y0 - oy * s, right = x0 - ox * s;
+      const int oy = last_y - i, ox = last_x - l;
+      const int down = K ? i * s : y0 - oy * s, right = K ? l * s : x0 - ox * s;
       if (oy < 0 || oy >= g.oh || down >= k || ox < 0 || ox >= g.ow || right >= k) continue;
       const int64_t at = image + (oy * g.ow + ox) * c;
-      const int place = down * k + right;
       const auto grad = load<E, W>(g.grad, at);
       const auto places = *reinterpret_cast<const Places<W>*>(g.index + at);
 #pragma unroll
-      for (int j = 0; j < W; ++j)
-        sum[j] = E::add(sum[j], places.at[j] == place ? E::widen(grad.at[j]) : 0);
-    }
-  Pack<E, W> grad_x;
+      for (int dy = 0; dy < B; ++dy)
 #pragma unroll
-  for (int j = 0; j < W; ++j) grad_x.at[j] = E::narrow(sum[j]);
-  store<E, W>(g.grad_x, ((int64_t)blockIdx.x * g.w + in.column) * c + in.channel, grad_x);
+        for (int dx = 0; dx < B; ++dx) {
+          if (down + dy >= k || right + dx >= k) continue;
+          const int place = (down + dy) * k + right + dx;
+#pragma unroll
+          for (int j = 0; j < W; ++j)
+            sum[dy][dx][j] = E::add(sum[dy][dx][j], places.at[j] == place ? E::widen(grad.at[j]) : 0);
+        }
+    }
+#pragma unroll
+  for (int dy = 0; dy < B; ++dy)
+#pragma unroll
+    for (int dx = 0; dx < B; ++dx) {
+      const int y = y0 + dy - p, x = x0 + dx - p;
+      if (y < 0 || y >= h || x < 0 || x >= w) continue;
+      Pack<E, W> grad_x;
+#pragma unroll
+      for (int j = 0; j < W; ++j) grad_x.at[j] = E::narrow(sum[dy][dx][j]);
+      store<E, W>(g.grad_x, (((int64_t)n * h + y) * w + x) * c + in.channel, grad_x);
+    }
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -148,7 +177,9 @@ void launch_with(const Pool<PoolIndexArgs, K, S>& g, Stream stream) {
 template <class E, int W, int K, int S>
 void launch_with(const Pool<PoolBackwardArgs, K, S>& g, Stream stream) {
   put("max_pool_backward", max_pool_backward_kernel<E, W, K, S>,
-      blocks("max_pool_backward", g, g.n * g.h, g.w, W), dim3(kThreads), g, stream);
+      blocks("max_pool_backward", g, g.n * squares_along<S>((int)g.h, (int)g.p),
+             squares_along<S>((int)g.w, (int)g.p), W),
+      dim3(kThreads), g, stream);
 }
 
 template <class Args>

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +12,9 @@ from torch import Tensor, fx, nn
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from resnet_fused.backends import trains
 from resnet_fused.backends._sizes import output_shape
 from resnet_fused.nn import train
-from resnet_fused.nn.bn import (
-    is_batch_norm,
-    is_sharded,
-    scale_shift,
-    sharing_group,
-    uses_batch_statistics,
-)
+from resnet_fused.nn.bn import is_batch_norm, is_sharded, scale_shift, uses_batch_statistics
 from resnet_fused.nn.match import Group, Matches
 from resnet_fused.nn.trace import Trace, has_hooks
 from resnet_fused.nn.train import Pending, padding_of, result_dtype
@@ -157,18 +149,9 @@ class Program:
 
     def _is_torchs(self, module: nn.Module) -> bool:
         """Return whether no fused call would be fused, whatever its size."""
-        weights = []
-        for step in self.steps:
-            if step.kind != "fused":
-                continue
-            conv, bn = (self.children[i].of(module) for i in (step.target.conv, step.target.bn))
-            if type(conv) is not nn.Conv2d or bn is None or not uses_batch_statistics(bn):
-                return False
-            if sharing_group(bn) is not None:
-                return False
-            weights.append(conv.weight)
-        # Last, as torch.compile cannot trace the first look at a device, and eval needs none.
-        return not any(trains(w.device, result_dtype(w), sys.maxsize) for w in weights)
+        calls = (step.target for step in self.steps if step.kind == "fused")
+        pairs = ((self.children[c.conv].of(module), self.children[c.bn].of(module)) for c in calls)
+        return all(train.is_torchs(conv, bn) for conv, bn in pairs)
 
     def run(self, bound: list[nn.Module], args: tuple[Any, ...]) -> Any:
         """Run the steps on positional arguments, with the modules that :meth:`bind` gave."""

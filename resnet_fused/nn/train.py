@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -140,6 +141,20 @@ def _applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
     if torch.compiler.is_compiling() and sharing_group(bn) is not None:
         return False
     return _raw(x).dim() == 4
+
+
+def is_torchs(conv: nn.Module | None, bn: nn.Module | None) -> bool:
+    """Return whether :func:`run` leaves the two modules to torch in training, whatever the size.
+
+    Not where BatchNorm, called now, is no training: then they are a scale and a shift.
+    """
+    if type(conv) is not nn.Conv2d or bn is None or not uses_batch_statistics(bn):
+        return False
+    if sharing_group(bn) is not None:
+        return False
+    # Last, as torch.compile cannot trace the first look at a device, and eval needs none.
+    weight = conv.weight
+    return not trains(weight.device, result_dtype(weight), sys.maxsize)
 
 
 class _Biased(torch.autograd.Function):
