@@ -172,11 +172,20 @@ def _compiler() -> str | None:
     return text.splitlines()[0] if text else None
 
 
+#: For how long, since its driver was loaded, a GPU held its clocks down to stay within its power.
+POWER_CAPPED = "clocks_event_reasons_counters.sw_power_cap"
+
+
 def clocks() -> dict[str, str]:
     """Return clocks and power as the drivers tell them: what a GPU runs at, or each CPU core."""
-    asked = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-    if text := _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"):
-        return dict(zip(asked.split(","), text.splitlines()[0].split(", "), strict=False))
+    found: dict[str, str] = {}
+    # Drivers that do not know one of those asked for answer none, and older ones have no counter.
+    for asked in ("clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu", POWER_CAPPED):
+        if text := _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"):
+            values = text.splitlines()[0].split(", ")
+            found |= dict(zip(asked.split(","), values, strict=False))
+    if found:
+        return found
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

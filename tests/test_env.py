@@ -51,6 +51,23 @@ def test_a_package_in_somebody_elses_checkout_has_no_commit(
     assert env.commit() is None
 
 
+@pytest.mark.parametrize("counter", ["1200 us", None])
+def test_a_gpu_says_how_long_it_was_held_down(
+    counter: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older driver does not know the counter, and answers no question that asks for it."""
+
+    def output(*command: str) -> str | None:
+        if env.POWER_CAPPED in command[1]:
+            return counter
+        return "1980 MHz, 3201 MHz, 1980 MHz, 700.00 W, 36"
+
+    monkeypatch.setattr(env, "_output", output)
+    found = env.clocks()
+    assert found.get(env.POWER_CAPPED) == counter
+    assert (found["clocks.sm"], found["temperature.gpu"]) == ("1980 MHz", "36")
+
+
 def test_a_commit_with_changes_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "env.py").write_text("")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,16 @@ def of(settings: Settings, program: str) -> dict[str, Any]:
         "command": command(program, sys.argv[1:]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def power_capped_s(conditions: dict[str, Any]) -> float | None:
+    """Return for how long of a run the GPU held its clocks down to stay within its power.
+
+    A fast contender is then measured slower than it is, and the faster, the more so.
+    """
+    both = (conditions.get(name, {}).get(env.POWER_CAPPED, "") for name in ("clocks", CLOCKS_AFTER))
+    before, after = (re.match(r"\d+", text) for text in both)  # such as "1200 us"
+    return (int(after[0]) - int(before[0])) / 1e6 if before and after else None
 
 
 def command(program: str, words: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from resnet_fused.bench import memory
+from resnet_fused.bench.conditions import power_capped_s
 from resnet_fused.bench.contenders import FROZEN, REFERENCE
 from resnet_fused.bench.options import SHORT_DTYPES
 from resnet_fused.bench.results import (
@@ -149,6 +150,7 @@ USUAL_IMAGE = 224
 def conditions_line(conditions: dict[str, Any]) -> str:
     """Return the conditions that a number cannot do without, in one line."""
     size = conditions.get("image_size", USUAL_IMAGE)
+    capped = power_capped_s(conditions)
     parts = [
         conditions.get("device", ""),
         f"images of {size}x{size}" if size != USUAL_IMAGE else "",
@@ -158,6 +160,7 @@ def conditions_line(conditions: dict[str, Any]) -> str:
         f"commit {conditions['commit']}" if conditions.get("commit") else "",
         f"seed {conditions.get('seed')}",
         str(conditions.get("date", "")),
+        f"clocks held down by power for {capped:.0f} s" if capped else "",
     ]
     return " · ".join(part for part in parts if part)
 

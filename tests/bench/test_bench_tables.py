@@ -12,6 +12,7 @@ from rich.console import Console
 from resnet_fused.bench import chart, measure, tables
 from resnet_fused.bench.options import UsageError
 from resnet_fused.bench.results import Record, Row
+from resnet_fused.env import POWER_CAPPED
 
 
 def shown(record: Record, width: int) -> str:
@@ -76,3 +77,21 @@ def test_no_matplotlib_is_said_with_the_extra(
     with pytest.raises(UsageError, match=r'pip install "resnet_fused\[bench\]"'):
         chart.save(record, tmp_path / "bench.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("1000000 us", "14600000 us", "clocks held down by power for 14 s"),
+        ("1000000 us", "1000000 us", None),
+        ("[N/A]", "[N/A]", None),
+        (None, "1200 us", None),
+    ],
+)
+def test_a_gpu_held_down_by_its_power_is_told(
+    before: str | None, after: str, told: str | None
+) -> None:
+    clocks = {} if before is None else {POWER_CAPPED: before}
+    line = tables.conditions_line({"clocks": clocks, "clocks_after": {POWER_CAPPED: after}})
+    assert ("held down" in line) == (told is not None)
+    assert told is None or line.endswith(told)
