@@ -115,6 +115,23 @@ def elementwise(shape, dtype):
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 5), (2, 17, 3, 2), (2, 64, 9, 7), (1, 304, 3, 5), (0, 8, 3, 3)]
 
 
+@pytest.mark.parametrize("window", [(3, 2, 1), (3, 2, 0), (2, 2, 1), (3, 1, 1), (5, 3, 2)], ids=str)
+@pytest.mark.parametrize("size", [(5, 5), (6, 9), (3, 14)], ids=str)
+@pytest.mark.parametrize("channels", [7, 72])
+def test_the_pool_at_every_edge(window, size, channels):
+    """The stem's window goes by squares of pixels, which may stick out on any side."""
+    x = torch.randn(2, channels, *size, dtype=torch.float16)
+    wide = x.double().requires_grad_()
+    y = torch.nn.functional.max_pool2d(wide, *window)
+    grad = torch.randn(y.shape, dtype=torch.float16)
+    y.backward(grad.double())
+    with kernels_of(on_host.load()):
+        pooled, index = kernels.max_pool_index(x, *window)
+        grad_x = kernels.max_pool_backward(grad, index, x.shape, *window)
+    assert torch.equal(pooled.double(), y)
+    torch.testing.assert_close(grad_x.double(), wide.grad, atol=1e-2, rtol=1e-3)
+
+
 @pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", list(native.DTYPE_NAMES), ids=str)
