@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, 3) bn_reduce_parts_kernel(const Tile
     const MaskVectors<W, M> mask(g, t.channel);
     const int64_t begin = part_begin(g.rows, g.tiling.parts, t.part);
     const int64_t end = part_begin(g.rows, g.tiling.parts, t.part + 1);
-    int rows = (int)((end - begin - t.row + t.step - 1) / t.step);
+    int rows = (int)Dealt(end - begin, t.step).count(t.row);
     const int64_t pitch = t.step * g.c;
     int64_t at = (begin + t.row) * g.c + t.channel;
     const auto add = [&](const Maps& maps, int i) {

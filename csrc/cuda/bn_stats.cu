@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 4) bn_stats_parts_kernel(const Tiled
   Moments<E, W> moments;
   if (t.inside)
     moments.add_rows(static_cast<const typename E::T*>(g.x) + (first + t.row) * g.c + t.channel,
-                     t.step * g.c, (int)rows.each + (t.row < rows.more));
+                     t.step * g.c, (int)rows.count(t.row));
   put_down.put(0, moments.shift);
   put_down.put(1, moments.sum);
   put_down.put(2, moments.square);

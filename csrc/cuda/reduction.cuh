@@ -65,7 +65,8 @@ struct Gather {
   }
 };
 
-// `total` dealt out to `ways`, one by one: how many each gets, and one over it.
+// `total` dealt out to `ways`, one by one, as rows are to threads and by part_begin to parts: how many
+// each gets, and one over it.
 struct Dealt {
   int64_t each, more;
   double over_each, over_more;
@@ -76,7 +77,8 @@ struct Dealt {
         over_each(each ? 1.0 / (double)each : 0),
         over_more(1.0 / (double)(each + 1)) {}
 
-  __device__ __forceinline__ double of(int64_t way) const { return (double)(each + (way < more)); }
+  __device__ __forceinline__ int64_t count(int64_t way) const { return each + (way < more); }
+  __device__ __forceinline__ double of(int64_t way) const { return (double)count(way); }
   __device__ __forceinline__ double over(int64_t way) const { return way < more ? over_more : over_each; }
 };
 
