@@ -6,15 +6,40 @@
 // pixels. A thread takes whole units; block by block of pixels it copies what a unit reads to where its
 // core finds it again, so that threads share nothing but what is only read. Runs are added in order.
 
+// A Core multiplies a block: its registers hold MR output channels by a panel.
+
+// The sums in vector registers, a gradient as [step][channel][KU].
 template <class E>
+struct VectorCore {
+  using T = typename E::T;
+  static constexpr int MR = E::MR, KU = E::KU, NR = E::NV * Vec::W;
+  // A panel's block of pixels stays in the L1 cache while all of the unit's channels meet it.
+  static constexpr int64_t kBlock = (int64_t(16) << 10) / (NR * sizeof(T));
+
+  static void begin() {}
+  static void end() {}
+  // Channels from one step to the next, away from powers of two, which share cache sets.
+  static int64_t pitch(int64_t rows) { return round_up(rows, Vec::W) + Vec::W; }
+  static int64_t height(int64_t rows) { return rows; }  // of a unit's sums
+  static int64_t cut(int64_t i, int64_t cuts, int64_t height) { return i * height / cuts; }
+  static void end_panel(T*, int64_t) {}
+  static void copy(const T* const* rows, int64_t count, int64_t o0, int64_t o1, int64_t ldg, T* g) {
+    copy_steps<E>(rows, count, o0, o1, ldg, g);
+  }
+  static void sum(const T* g, int64_t ldg, int64_t r0, int64_t r1, const T* v, int64_t count, float* u, int64_t ldu,
+                  bool add) {
+    sum_fn<E>(r1 - r0)(g + r0 * KU, ldg * KU, v, NR * KU, ceil_div(count, KU), u, ldu, add);
+  }
+};
+
+template <class E, class Core = VectorCore<E>>
 struct DirectBackwardWeight {
   using T = typename E::T;
   using reg = typename Vec::reg;
-  static constexpr int W = Vec::W, NR = E::NV * W, MR = E::MR, KU = E::KU;
+  static constexpr int W = Vec::W, NR = Core::NR, MR = Core::MR, KU = E::KU;
   // Output channels and panels of a unit: each copied value is then used some 256 times.
-  static constexpr int64_t kRows = 256, kPanels = 256 / NR;
-  // A panel's block of pixels stays in the L1 cache while all of the unit's channels meet it.
-  static constexpr int64_t kBlock = (int64_t(16) << 10) / (NR * sizeof(T));
+  static constexpr int64_t kRows = 256, kPanels = 256 / NR, kBlock = Core::kBlock;
+  static constexpr const char* name = Core::name;
   // Units enough for a few threads to get as many each; but no runs shorter than two blocks, nor sums
   // of more than this in all.
   static constexpr int64_t kUnits = 16, kMostSums = int64_t(12) << 20;
@@ -35,14 +60,14 @@ struct DirectBackwardWeight {
     p.row_parts = ceil_div(s.o, kRows);
     p.column_parts = ceil_div(p.panels, kPanels);
     p.rows = ceil_div(s.o, p.row_parts);
+    p.ldg = Core::pitch(p.rows);
     p.columns = ceil_div(p.panels, p.column_parts);
     p.parts = p.row_parts * p.column_parts;
-    p.u_floats = p.rows * p.columns * NR;
+    p.u_floats = Core::height(p.rows) * p.columns * NR;
     const int64_t sums = p.parts * p.u_floats * (int64_t)sizeof(float);
     p.runs = min64(min64(ceil_div(kUnits, p.parts), p.pixels / (2 * kBlock)), kMostSums / sums);
     p.runs = max64(1, p.runs);
     p.units = p.parts * p.runs;
-    p.ldg = round_up(p.rows, W) + W;  // away from powers of two, which share cache sets
     p.grad_elements = p.ldg * kBlock;
     p.per_thread = 3 * kBlock * (int64_t)sizeof(const T*) +
                    (p.grad_elements + kBlock * NR) * (int64_t)sizeof(T);
@@ -116,10 +141,10 @@ struct DirectBackwardWeight {
     const int64_t panels = at.j1 - at.j0, c0 = at.j0 % p.of_tap * NR, c1 = min64(s.c, c0 + panels * NR);
     if (at.p0 == at.p1) memset(u, 0, p.u_floats * sizeof(float));
     for (int64_t p0 = at.p0; p0 < at.p1; p0 += kBlock) {
-      const int64_t count = min64(kBlock, at.p1 - p0), steps = ceil_div(count, KU);
+      const int64_t count = min64(kBlock, at.p1 - p0);
       const int64_t next = min64(kBlock, at.p1 - p0 - count);
       find_grad_rows(args, p0, count, rows);
-      copy_steps<E>(rows, count, at.o0, at.o1, p.ldg, g);
+      Core::copy(rows, count, at.o0, at.o1, p.ldg, g);
       if (next > 0) {
         find_grad_rows(args, p0 + count, next, next_grad);
         find_rows(s, x, at.j0 / p.of_tap, p0 + count, next, next_x);
@@ -128,14 +153,14 @@ struct DirectBackwardWeight {
         const int64_t panel = (at.j0 + j) % p.of_tap;
         if (j == 0 || panel == 0) find_rows(s, x, (at.j0 + j) / p.of_tap, p0, count, rows);
         copy_steps<E>(rows, count, panel * NR, s.c, NR, v);
+        Core::end_panel(v, count);
         for (int64_t cut = 0; cut < cuts; ++cut) {
           const int64_t i0 = (j * cuts + cut) * next / (panels * cuts);
           const int64_t i1 = (j * cuts + cut + 1) * next / (panels * cuts);
           ask_for(next_grad + i0, i1 - i0, at.o0, at.o1);
           ask_for(next_x + i0, i1 - i0, c0, c1);
-          const int64_t r0 = cut * height / cuts, r1 = (cut + 1) * height / cuts;
-          sum_fn<E>(r1 - r0)(g + r0 * KU, p.ldg * KU, v, NR * KU, steps, u + r0 * ldu + j * NR, ldu,
-                             p0 > at.p0);
+          const int64_t r0 = Core::cut(cut, cuts, height), r1 = Core::cut(cut + 1, cuts, height);
+          Core::sum(g, p.ldg, r0, r1, v, count, u + r0 * ldu + j * NR, ldu, p0 > at.p0);
         }
       }
     }
@@ -177,6 +202,7 @@ struct DirectBackwardWeight {
     {
       const int64_t me = omp_get_thread_num();
       char* work = args.scratch + me * p.per_thread;
+      Core::begin();
 #pragma omp for schedule(static)
       for (int64_t unit = 0; unit < p.units; ++unit) {
         const Unit at(p, s, unit % p.parts, unit / p.parts);
@@ -184,6 +210,7 @@ struct DirectBackwardWeight {
         sum_unit(p, args, at, work, u);
         if (p.runs == 1) write(p, args, at, u, apart);
       }
+      Core::end();
       if (p.runs > 1) {
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < p.parts; ++part)

@@ -3,9 +3,30 @@
 #include <atomic>
 #include <cstring>
 
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace rf::cpu {
 
-static const char* const kNames[] = {"none", "avx2", "avx512", "avx512_bf16"};
+static const char* const kNames[] = {"none", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+
+#if defined(__x86_64__)
+// Whether there are tile registers for bfloat16, and Linux lets this process use them, which it has to
+// be asked for.
+static bool has_amx() {
+  if (!amx::table_bf16()) return false;
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
 
 Isa detected_isa() {
 #if defined(__x86_64__)
@@ -15,7 +36,8 @@ Isa detected_isa() {
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
       return Isa::avx2;
-    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+    return has_amx() ? Isa::amx_bf16 : Isa::avx512_bf16;
   }();
   return isa;
 #else

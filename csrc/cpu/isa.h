@@ -3,7 +3,7 @@
 
 namespace rf::cpu {
 
-enum class Isa : int { none = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa : int { none = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx_bf16 = 4 };
 
 Isa detected_isa();               // the best this processor and operating system can run
 Isa active_isa();                 // the detected one, unless lowered by set_isa

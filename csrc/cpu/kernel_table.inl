@@ -7,10 +7,6 @@ constexpr ConvAlgorithm algorithms[] = {Winograd<Element, Wino4>::algorithm,
                                         Direct<Element, true>::algorithm,
 #endif
                                         {}};
-template <class G>
-constexpr WeightGradient weight_gradient(const char* name) {
-  return {name, G::can_run, G::scratch_bytes, G::run};
-}
 constexpr WeightGradient weight_gradients[] = {
     weight_gradient<WinogradBackwardWeight<Element, Wino4>>(Wino4::name),
     weight_gradient<DirectBackwardWeight<Element>>("direct"),

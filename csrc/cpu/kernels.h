@@ -58,6 +58,11 @@ struct WeightGradient {
   bool (*run)(const ConvBackwardWeightArgs&);
 };
 
+template <class G>
+constexpr WeightGradient weight_gradient(const char* name) {
+  return {name, G::can_run, G::scratch_bytes, G::run};
+}
+
 struct PoolArgs {
   DType dtype;
   const void* x;
@@ -88,5 +93,6 @@ const KernelTable* kernels(DType dtype);
 namespace avx2 { const KernelTable* table_f32(); }
 namespace avx512 { const KernelTable* table_f32(); }
 namespace avx512_bf16 { const KernelTable* table_bf16(); }
+namespace amx { const KernelTable* table_bf16(); }  // null where the compiler knows no AMX
 
 }  // namespace rf::cpu

@@ -174,5 +174,13 @@ struct Bf16 : Bf16Memory {
   static void store(T* p, reg v, mask m) {
     _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(v));
   }
+  // Elements [first, last) of 32, zeros in place of the others, which are not read.
+  static void copy_between(const T* p, int64_t first, int64_t last, T* out) {
+    const auto below = [](int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; };
+    _mm512_storeu_si512(out, _mm512_maskz_loadu_epi16(below(last) & ~below(first), p));
+  }
+  static void store_two(T* p, reg v, reg next) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(next, v));
+  }
 };
 #endif

@@ -27,6 +27,11 @@ _ALIGNMENT = 64
 FEWEST_TERMS = 96
 
 
+def multiplies_tiles(dtype: torch.dtype) -> bool:
+    """Return whether convolutions in ``dtype`` run on AMX here."""
+    return dtype == torch.bfloat16 and bool(loaded().cpu_isa() == "amx_bf16")
+
+
 class Convolution:
     """One convolution of one input shape; its packed weights are kept until the weight changes."""
 
@@ -224,11 +229,14 @@ def _gradient_algorithm(
 ) -> str | None:
     """Return how a weight's gradient is summed faster than by torch's oneDNN, or None."""
     _, c, *kernel = weight_size
+    # A tap's channels fill the kernel's registers.
+    full = groups == 1 and (kernel == [1, 1] or c >= 32)
+    if multiplies_tiles(grad.dtype):
+        return "amx" if full else None
     terms = grad.numel() // weight_size[0]
     if terms >= FEWEST_TERMS and _is_winograds(weight_size, stride, dilation, groups):
         return "winograd4"
-    # A tap's channels fill the kernel's registers.
-    return "direct" if groups == 1 and (kernel == [1, 1] or c >= 32) else None
+    return "direct" if full else None
 
 
 def _is_winograds(
@@ -261,6 +269,9 @@ def _worth_packing(
     """
     if groups != 1:
         return None
+    if multiplies_tiles(x.dtype):
+        fits = weight_shape[1] % 32 == 0 or weight_shape[3] == 1 or dilation[1] == 1
+        return "amx" if fits else None
     narrow = x.dtype == torch.bfloat16
     if weight_shape[1] < 16 and {*dilation} == {1} and weight_shape[0] >= 16:
         return "narrow" if narrow and weight_shape[1] % 2 else "direct"

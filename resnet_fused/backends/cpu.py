@@ -51,6 +51,8 @@ FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {
 
 #: Ops that need bfloat16 dot products for bfloat16; the others take it on any processor.
 _DOT_PRODUCTS = ("conv_bn_act", "conv_bn_act_max_pool", "avg_pool_linear")
+#: Instruction sets that have them.
+_BF16 = ("avx512_bf16", "amx_bf16")
 #: Ops whose last three arguments are a max pool's.
 _POOLS = ("conv_bn_act_max_pool", "bn_act_max_pool", "max_pool_backward")
 #: Window and stride of the native max pool, in pixels.
@@ -90,7 +92,7 @@ def _declines_pool(*pool: Any) -> str | None:
 def declines(x: Tensor) -> str | None:
     """Return why the convolutions, the max pool and the head do not take ``x``, or None."""
     reason = _declines_type(x)
-    if reason is None and x.dtype == torch.bfloat16 and native.loaded().cpu_isa() != "avx512_bf16":
+    if reason is None and x.dtype == torch.bfloat16 and native.loaded().cpu_isa() not in _BF16:
         return "bfloat16 needs a processor with AVX-512 BF16"
     return reason
 

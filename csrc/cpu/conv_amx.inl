@@ -1,0 +1,375 @@
+// Convolution on the tile registers of AMX: 32 output pixels by 32 channels at a time, summed over all
+// taps in four of them. The weights are packed as for the direct convolution; the pixels of a tile are
+// rows of memory one step apart, of x itself for a 1x1 of stride 1, else of a block of it that each
+// thread copies, with zeros around it, to where it stays in its L2 cache.
+//
+// With a stride of 1 a copied block is one sequence of pixels: tiles run over the ends of its rows, and
+// of its images, and what they compute there is not kept.
+//
+// Channels that do not fill the steps of 32 are copied together: a pixel of the block is then an output
+// column with all that a row of the kernel meets there, and zeros up to a whole step.
+
+struct TileProduct {
+  const char *a0, *a1;     // pixel 0 and pixel 16
+  int64_t lda;             // bytes from one pixel to the next
+  const int64_t* at;       // bytes from a pixel to where it meets each step of 32 channels
+  const char* b;           // packed weights: [step][NV * W][KU]
+  int64_t steps;
+};
+
+// sums[pixel][NV * W] for MT tiles of pixels and NV of channels.
+template <int MT, int NV>
+static void multiply_tiles(const TileProduct& g, float* sums) {
+  constexpr int64_t LDB = NV * Tiles::LINE, STEP = Tiles::R * LDB, HALF = Tiles::R * NV * Tiles::R;
+  asm volatile("" ::: "memory");  // what the tiles are loaded from is written
+  Tiles::zero<0>();
+  if (NV > 1) Tiles::zero<1>();
+  if (MT > 1) Tiles::zero<2>();
+  if (MT > 1 && NV > 1) Tiles::zero<3>();
+  const char* b = g.b;
+  for (int64_t k = 0; k < g.steps; ++k, b += STEP) {
+    const int64_t at = g.at[k];
+    Tiles::load<4>(g.a0 + at, g.lda);
+    Tiles::load<6>(b, LDB);
+    Tiles::dot<0, 4, 6>();
+    if (NV > 1) {
+      Tiles::load<7>(b + Tiles::LINE, LDB);
+      Tiles::dot<1, 4, 7>();
+    }
+    if (MT > 1) {
+      Tiles::load<5>(g.a1 + at, g.lda);
+      Tiles::dot<2, 5, 6>();
+      if (NV > 1) Tiles::dot<3, 5, 7>();
+    }
+  }
+  Tiles::store<0>(sums, LDB);
+  if (NV > 1) Tiles::store<1>(sums + Tiles::R, LDB);
+  if (MT > 1) Tiles::store<2>(sums + HALF, LDB);
+  if (MT > 1 && NV > 1) Tiles::store<3>(sums + HALF + Tiles::R, LDB);
+}
+
+template <class E>
+struct Amx {
+  using T = typename E::T;
+  using reg = typename E::reg;
+  static constexpr int W = E::W, ROWS = 2 * Tiles::R;
+  // Of a thread's L2 cache: what a block and the weights that meet it may take of it together.
+  static constexpr int64_t kBlock = int64_t(640) << 10, kWeights = int64_t(640) << 10;
+  static constexpr int64_t kUnits = 4;  // of each thread, at least, where there are as many tiles
+
+  struct Plan {
+    ConvShape s;                 // a 1x1 convolution of stride 1 becomes one row of pixels
+    bool copy, together;
+    int64_t pixel;               // elements of one in the block
+    int64_t taps, steps;
+    int nv;                      // tiles of channels in a panel
+    int64_t panels, panel;       // and elements of one
+    int64_t chunk, chunks;       // panels whose weights stay in L2 together
+    int64_t bh, bw, nbh, nbw;    // outputs of a block, blocks of an image
+    int64_t images, groups;      // images of a block, where it is all of each; and how often
+    int64_t ys, xs, xh, xw;      // steps from output to output in the block, its rows and columns
+    int64_t buffer;              // elements of a thread's copy
+  };
+
+  static bool in_steps(const ConvShape& s) { return s.c % Tiles::K == 0; }
+  static int64_t pixel_of(const ConvShape& s) { return in_steps(s) ? s.c : round_up(s.kw * s.c, Tiles::K); }
+  static int64_t taps_of(const ConvShape& s) { return in_steps(s) ? s.kh * s.kw : s.kh; }
+
+  static bool can_run(const ConvShape& s) {
+    return s.groups == 1 && (in_steps(s) || s.kw == 1 || s.dw == 1);
+  }
+
+  static Plan plan(const ConvShape& shape, int threads) {
+    Plan p{};
+    p.s = shape;
+    ConvShape& s = p.s;
+    p.together = !in_steps(s);
+    p.copy = p.together || s.kh > 1 || s.kw > 1 || s.sh > 1 || s.sw > 1 || s.ph || s.pw;
+    if (!p.copy) {
+      s.w *= s.n * s.h;
+      s.n = s.h = 1;
+    }
+    p.pixel = pixel_of(s);
+    p.taps = taps_of(s);
+    p.steps = p.pixel / Tiles::K;
+    p.nv = s.o <= W ? 1 : 2;
+    p.panels = ceil_div(s.o, p.nv * W);
+    p.panel = p.taps * p.pixel * p.nv * W;
+    const int64_t fit = max64(1, kWeights / (p.panel * (int64_t)sizeof(T)));
+    p.chunks = ceil_div(p.panels, min64(fit, p.panels));
+    const int64_t oh = s.oh(), ow = s.ow(), wanted = kUnits * threads;
+    p.bh = oh;
+    p.bw = ow;
+    p.images = 1;
+    p.ys = s.kh == 1 ? 1 : s.sh;
+    p.xs = s.kw == 1 || p.together ? 1 : s.sw;
+    const auto rows = [&](int64_t bh) { return (bh - 1) * p.ys + s.dh * (s.kh - 1) + 1; };
+    const auto columns = [&](int64_t bw) { return p.together ? bw : (bw - 1) * p.xs + s.dw * (s.kw - 1) + 1; };
+    const auto bytes = [&] { return rows(p.bh) * columns(p.bw) * p.pixel * (int64_t)sizeof(T); };
+    if (p.copy) {
+      while (p.bh > 1 && bytes() > kBlock) p.bh = ceil_div(p.bh, 2);
+      while (p.bw > ROWS && bytes() > kBlock) p.bw = ceil_div(p.bw, 2);
+      if (p.bh == oh && p.bw == ow)
+        p.images = max64(1, min64(kBlock / bytes(), ceil_div(s.n, threads)));
+      p.xh = rows(p.bh);
+      p.xw = columns(p.bw);
+      // Tiles read on to whole ones.
+      p.buffer = (p.images * p.xh * p.xw + ROWS * p.xs) * p.pixel;
+    } else {
+      const int64_t fits = max64(ROWS, kBlock / (s.c * (int64_t)sizeof(T)) / ROWS * ROWS);
+      p.bw = min64(fits, max64(ROWS, round_up(ceil_div(ow, wanted), ROWS)));
+      p.buffer = ROWS * s.c;  // the last pixels
+    }
+    p.nbh = ceil_div(oh, p.bh);
+    p.nbw = ceil_div(ow, p.bw);
+    p.groups = ceil_div(s.n, p.images) * p.nbh * p.nbw;
+    // Few blocks: a thread takes some of the channels.
+    p.chunks = min64(p.panels, max64(p.chunks, ceil_div(wanted, p.groups)));
+    p.chunk = ceil_div(p.panels, p.chunks);
+    p.chunks = ceil_div(p.panels, p.chunk);
+    return p;
+  }
+
+  static size_t packed_bytes(const ConvShape& s) {
+    const Plan p = plan(s, 1);
+    return p.panels * p.panel * sizeof(T);
+  }
+
+  // -> [panel][tap][step][NV * W][KU], zeros beyond the last channel and behind what is together.
+  static void pack(const ConvShape& s, const Weight& weight, void* packed) {
+    if (in_steps(s)) return Direct<E>::pack(s, weight, packed);
+    const Plan p = plan(s, 1);
+    const int64_t nr = p.nv * W;
+    T* out = static_cast<T*>(packed);
+    memset(out, 0, packed_bytes(s));
+    for (int64_t o = 0; o < s.o; ++o)
+      for (int64_t y = 0; y < s.kh; ++y)
+        for (int64_t e = 0; e < s.kw * s.c; ++e) {
+          const int64_t from = o * weight.along_o + e % s.c * weight.along_c + (y * s.kw + e / s.c) * weight.along_tap;
+          out[o / nr * p.panel + ((y * p.pixel + e) / E::KU * nr + o % nr) * E::KU + e % E::KU] =
+              element<E>(weight, from);
+        }
+  }
+
+  static size_t scratch_bytes(const ConvShape& s, int threads) {
+    const Plan p = plan(s, threads);
+    return round_up(p.taps * p.steps * sizeof(int64_t), 64) + threads * round_up(p.buffer * sizeof(T), 64);
+  }
+
+  // A block: its first image and output, how many of them there are.
+  struct Block {
+    int64_t n, y, x, images, bh, bw;
+
+    Block(const Plan& p, int64_t group) {
+      const int64_t in_image = group % (p.nbh * p.nbw);
+      n = group / (p.nbh * p.nbw) * p.images;
+      y = in_image / p.nbw * p.bh;
+      x = in_image % p.nbw * p.bw;
+      images = min64(p.images, p.s.n - n);
+      bh = min64(p.bh, p.s.oh() - y);
+      bw = min64(p.bw, p.s.ow() - x);
+    }
+  };
+
+  // Copies what lies under a block, zeros where there is nothing.
+  static void copy_block(const Plan& p, const T* x, const Block& at, T* out) {
+    const ConvShape& s = p.s;
+    const int64_t down = s.kh == 1 ? s.sh : 1;  // a kernel of one row meets no others
+    const int64_t left = at.x * s.sw - s.pw, top = at.y * s.sh - s.ph;
+    for (int64_t i = 0; i < at.images; ++i)
+      for (int64_t r = 0; r < p.xh; ++r, out += p.xw * p.pixel) {
+        const int64_t iy = top + r * down;
+        const T* in = x + (((at.n + i) * s.h + iy) * s.w + left) * s.c;
+        if (iy < 0 || iy >= s.h)
+          memset(out, 0, p.xw * p.pixel * sizeof(T));
+        else
+          (p.together ? copy_together : copy_row)(p, in, left, out);
+      }
+  }
+
+  // A row of pixels from column `left` on, or with a kernel of one column those that it meets.
+  static void copy_row(const Plan& p, const T* in, int64_t left, T* out) {
+    const ConvShape& s = p.s;
+    const int64_t across = s.kw == 1 ? s.sw : 1;
+    const int64_t first = min64(p.xw, left < 0 ? ceil_div(-left, across) : 0);
+    const int64_t last = max64(first, min64(p.xw, ceil_div(s.w - left, across)));
+    memset(out, 0, first * s.c * sizeof(T));
+    memset(out + last * s.c, 0, (p.xw - last) * s.c * sizeof(T));
+    if (across == 1) {
+      memcpy(out + first * s.c, in + first * s.c, (last - first) * s.c * sizeof(T));
+      return;
+    }
+    for (int64_t j = first; j < last; ++j) memcpy(out + j * s.c, in + j * across * s.c, s.c * sizeof(T));
+  }
+
+  static void copy_together(const Plan& p, const T* in, int64_t left, T* out) {
+    const ConvShape& s = p.s;
+    for (int64_t j = 0; j < p.xw; ++j, in += s.sw * s.c, left += s.sw) {
+      const int64_t first = max64(0, -left) * s.c, last = min64(s.kw, s.w - left) * s.c;
+      for (int64_t e = 0; e < p.pixel; e += Tiles::K, out += Tiles::K) E::copy_between(in + e, first - e, last - e, out);
+    }
+  }
+
+  // A tile of pixels: where they lie, and of those that are kept which they are and where they go.
+  struct Pixels {
+    const T *a0, *a1;
+    int64_t count, row[ROWS], y[ROWS];
+
+    void keep(int64_t at, int64_t to) {
+      row[count] = at;
+      y[count++] = to;
+    }
+    bool both() const { return row[count - 1] >= Tiles::R; }
+  };
+
+  // f(pixels) for every tile of a block.
+  template <class F>
+  static void each_tile(const Plan& p, const ConvArgs& args, const Block& b, T* buffer, const F& f) {
+    const ConvShape& s = p.s;
+    const int64_t oh = s.oh(), ow = s.ow();
+    Pixels t;
+    if (!p.copy) {
+      const T* x = static_cast<const T*>(args.x);
+      for (int64_t q = 0; q < b.bw; q += ROWS) {
+        t.count = 0;
+        for (int64_t k = 0, all = min64(ROWS, b.bw - q); k < all; ++k) t.keep(k, (b.x + q + k) * s.o);
+        t.a0 = x + (b.x + q) * s.c;
+        if (b.x + q + ROWS > ow) t.a0 = static_cast<T*>(memcpy(buffer, t.a0, t.count * s.c * sizeof(T)));
+        t.a1 = t.a0 + Tiles::R * s.c;
+        f(t);
+      }
+      return;
+    }
+    const int64_t image = p.xh * p.xw, y0 = ((b.n * oh + b.y) * ow + b.x) * s.o;
+    if (p.xs == 1 && p.ys == 1) {
+      const int64_t all = ((b.images - 1) * p.xh + b.bh - 1) * p.xw + b.bw;
+      for (int64_t q = 0; q < all; q += ROWS) {
+        t.count = 0;
+        int64_t i = q / image, r = q % image / p.xw, c = q % p.xw;
+        for (int64_t k = 0; k < ROWS && i < b.images; ++k) {
+          if (r < b.bh && c < b.bw) t.keep(k, y0 + ((i * oh + r) * ow + c) * s.o);
+          if (++c < p.xw) continue;
+          c = 0;
+          if (++r < p.xh) continue;
+          r = 0;
+          ++i;
+        }
+        if (!t.count) continue;
+        t.a0 = buffer + q * p.pixel;
+        t.a1 = t.a0 + Tiles::R * p.pixel;
+        f(t);
+      }
+      return;
+    }
+    // Rows for themselves; two short ones make a tile.
+    const int64_t step = p.xs * p.pixel, row = p.ys * p.xw * p.pixel;
+    const bool pair = 2 * b.bw <= ROWS;
+    for (int64_t i = 0; i < b.images; ++i)
+      for (int64_t r = 0; r < b.bh; r += pair ? 2 : 1)
+        for (int64_t c = 0; c < b.bw; c += ROWS) {
+          const int64_t y = y0 + ((i * oh + r) * ow + c) * s.o;
+          const bool second = pair && r + 1 < b.bh;
+          t.count = 0;
+          for (int64_t k = 0, all = min64(ROWS, b.bw - c); k < all; ++k) t.keep(k, y + k * s.o);
+          for (int64_t k = 0; second && k < b.bw; ++k) t.keep(Tiles::R + k, y + (ow + k) * s.o);
+          t.a0 = buffer + i * image * p.pixel + r * row + c * step;
+          t.a1 = !pair ? t.a0 + Tiles::R * step : second ? t.a0 + row : t.a0;
+          f(t);
+        }
+  }
+
+  template <int NV>
+  static void finish(const ConvArgs& args, const Pixels& t, const float* sums, int64_t o) {
+    const int64_t channels = args.s.o - o;
+    const auto m0 = E::first(channels), m1 = E::first(channels - W);
+    const reg one = E::set1(1.0f);
+    const reg scale0 = args.scale ? Vec::load(args.scale + o, m0) : one;
+    const reg scale1 = args.scale && NV > 1 ? Vec::load(args.scale + o + W, m1) : one;
+    const reg shift0 = args.shift ? Vec::load(args.shift + o, m0) : E::zero();
+    const reg shift1 = args.shift && NV > 1 ? Vec::load(args.shift + o + W, m1) : E::zero();
+    const T* residual = static_cast<const T*>(args.residual);
+    const bool whole = NV > 1 && channels >= 2 * W;
+    for (int64_t i = 0; i < t.count; ++i) {
+      const int64_t at = t.y[i] + o;
+      const float* sum = sums + t.row[i] * NV * W;
+      reg v0 = E::fma(Vec::load(sum), scale0, shift0), v1 = E::zero();
+      if (NV > 1) v1 = E::fma(Vec::load(sum + W), scale1, shift1);
+      if (residual) {
+        v0 = E::add(v0, E::load(residual + at, m0));
+        if (NV > 1) v1 = E::add(v1, E::load(residual + at + W, m1));
+      }
+      if (args.relu) {
+        v0 = E::relu(v0);
+        v1 = E::relu(v1);
+      }
+      T* y = static_cast<T*>(args.y) + at;
+      if (whole) {
+        E::store_two(y, v0, v1);
+      } else {
+        E::store(y, v0, m0);
+        if (NV > 1) E::store(y + W, v1, m1);
+      }
+    }
+  }
+
+  // What memory has of a tile's results and residual is asked for while the sums are formed.
+  static void ask_for(const ConvArgs& args, const Pixels& t, int64_t o) {
+    for (int64_t i = 0; i < t.count; ++i) {
+      __builtin_prefetch(static_cast<T*>(args.y) + t.y[i] + o, 1);
+      if (args.residual) __builtin_prefetch(static_cast<const T*>(args.residual) + t.y[i] + o);
+    }
+  }
+
+  // A tile of pixels and the panels [first, last).
+  template <int NV>
+  static void multiply(const Plan& p, const ConvArgs& args, const int64_t* at, const Pixels& t, int64_t first,
+                       int64_t last) {
+    alignas(64) float sums[ROWS * NV * W];
+    const auto product = t.both() ? multiply_tiles<2, NV> : multiply_tiles<1, NV>;
+    TileProduct g{reinterpret_cast<const char*>(t.a0), reinterpret_cast<const char*>(t.a1),
+                  p.xs * p.pixel * (int64_t)sizeof(T), at, nullptr, p.taps * p.steps};
+    for (int64_t j = first; j < last; ++j) {
+      g.b = reinterpret_cast<const char*>(static_cast<const T*>(args.packed) + j * p.panel);
+      ask_for(args, t, j * NV * W);
+      product(g, sums);
+      finish<NV>(args, t, sums, j * NV * W);
+    }
+  }
+
+  static void run(const ConvArgs& args) {
+    const Plan p = plan(args.s, args.threads);
+    const ConvShape& s = p.s;
+    if (s.n * s.oh() * s.ow() * s.o == 0) return;
+    int64_t* at = reinterpret_cast<int64_t*>(args.scratch);
+    for (int64_t t = 0; t < p.taps; ++t)
+      for (int64_t k = 0; k < p.steps; ++k) {
+        const int64_t pixel = p.together ? t * s.dh * p.xw : t / s.kw * s.dh * p.xw + t % s.kw * s.dw;
+        at[t * p.steps + k] = pixel * p.pixel * (int64_t)sizeof(T) + k * Tiles::LINE;
+      }
+    const int64_t units = p.groups * p.chunks;
+    char* buffers = args.scratch + round_up(p.taps * p.steps * sizeof(int64_t), 64);
+    const int64_t stride = round_up(p.buffer * sizeof(T), 64);
+#pragma omp parallel num_threads(args.threads)
+    {
+      const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+      T* buffer = reinterpret_cast<T*>(buffers + me * stride);
+      int64_t held = -1;  // the block in the buffer
+      Tiles::begin();
+      for (int64_t u = units * me / all; u < units * (me + 1) / all; ++u) {
+        // Where nothing is copied, a chunk of weights meets all the pixels.
+        const int64_t group = p.copy ? u / p.chunks : u % p.groups;
+        const int64_t chunk = p.copy ? u % p.chunks : u / p.groups;
+        const Block block(p, group);
+        if (p.copy && held != group) copy_block(p, static_cast<const T*>(args.x), block, buffer);
+        held = group;
+        const int64_t first = chunk * p.chunk, last = min64(p.panels, first + p.chunk);
+        each_tile(p, args, block, buffer, [&](const Pixels& t) {
+          (p.nv > 1 ? multiply<2> : multiply<1>)(p, args, at, t, first, last);
+        });
+      }
+      Tiles::end();
+    }
+  }
+
+  static constexpr ConvAlgorithm algorithm{"amx", can_run, packed_bytes, pack, scratch_bytes, run};
+};
