@@ -73,6 +73,12 @@ CASES = [
     Case("direct", 0, 6, 5, 5, 4),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
+BF16 = _C.cpu_isa().endswith("_bf16")
+#: The direct sum on the tile registers, where the processor has them.
+AMX = [c._replace(algorithm="amx") for c in CASES if c.algorithm == "direct"]
+AMX += [Case("amx", 2, 70, 33, 32, 50), Case("amx", 1, 33, 16, 32, 17, (1, 1), padding=(0, 0))]
+needs_amx = pytest.mark.skipif(_C.cpu_isa() != "amx_bf16", reason="this processor has no AMX")
+each_of_amx = pytest.mark.parametrize("case", AMX, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -165,12 +171,39 @@ def test_drawn_convolutions(data):
     ]
     h, w = (data.draw(st.integers(low, low + 9)) for low in least)
     n, c, o = (data.draw(st.integers(1, high)) for high in (3, 80, 60))
-    case = Case("direct", n, c, h, w, o, kernel, stride, padding, dilation)
-    dtypes = [torch.float32] + [torch.bfloat16] * (_C.cpu_isa() == "avx512_bf16")
-    assert_right(case, data.draw(st.sampled_from(dtypes)), threads=data.draw(st.integers(1, 3)))
+    kinds = [("direct", torch.float32)] + [("direct", torch.bfloat16)] * BF16
+    kinds += [("amx", torch.bfloat16)] * (_C.cpu_isa() == "amx_bf16")
+    algorithm, dtype = data.draw(st.sampled_from(kinds))
+    case = Case(algorithm, n, c, h, w, o, kernel, stride, padding, dilation)
+    assert_right(case, dtype, threads=data.draw(st.integers(1, 3)))
 
 
-@pytest.mark.skipif(_C.cpu_isa() != "avx512_bf16", reason="bfloat16 needs AVX-512 BF16")
+@needs_amx
+@each_of_amx
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_on_amx_against_float64(case, channels_last):
+    assert_right(case, torch.bfloat16, channels_last=channels_last)
+    maps = draw(case, torch.bfloat16)
+    got, *others = (run(*maps, case, wide=True, threads=t)[0] for t in (1, 2, 3, 7))
+    assert all(torch.equal(got, other) for other in others)
+    assert torch.equal(got.bfloat16(), run(*maps, case)[0])
+
+
+@needs_amx
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", [0, 1], ids=["grad", "x"])
+def test_amx_keeps_what_is_not_finite_in_place(value, where):
+    case = Case("amx", 2, 40, 5, 6, 20)
+    maps = draw(case, torch.bfloat16)
+    maps[where][1, 3, 0, 0] = value
+    got, right = run(*maps, case)
+    want = eager(*(t.double() for t in maps), case).bfloat16()
+    assert right
+    assert 0 < got.isfinite().sum() < got.numel()
+    torch.testing.assert_close(got, want, equal_nan=True, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(not BF16, reason="bfloat16 needs AVX-512 BF16")
 @each_case
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_wide_gradient_is_what_the_other_rounds(case, channels_last):

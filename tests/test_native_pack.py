@@ -22,14 +22,15 @@ SIZES = [
     (36, 10, 1, 1, 3),
     (70, 130, 3, 3, 1),
 ]
-ALGORITHMS = ("direct", "winograd2", "winograd4", "narrow")
+ALGORITHMS = ("direct", "winograd2", "winograd4", "narrow", "amx")
 each_kind = pytest.mark.parametrize(
     ("isa", "dtype", "algorithm"),
     [
         (isa, dtype, algorithm)
         for isa, dtype, algorithm in itertools.product(ISAS, NAMES, ALGORITHMS)
-        if dtype == torch.float32 or isa == "avx512_bf16"
-        if algorithm != "narrow" or dtype == torch.bfloat16
+        if dtype == torch.float32 or isa.endswith("_bf16")
+        if algorithm not in ("narrow", "amx") or dtype == torch.bfloat16
+        if (algorithm == "amx") == (isa == "amx_bf16")
     ],
 )
 
@@ -45,6 +46,8 @@ def takes(algorithm, size):
     _, c, kh, kw, groups = size
     if algorithm == "narrow":
         return groups == 1 and c < 16
+    if algorithm == "amx":
+        return groups == 1
     return algorithm == "direct" or (kh, kw, groups) == (3, 3, 1)
 
 
@@ -94,8 +97,8 @@ def test_from_every_layout_the_same_bytes(size, isa, dtype, algorithm):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_wide_weight_is_rounded_as_torch_rounds(size, algorithm):
-    if not takes(algorithm, size):
-        pytest.skip("another algorithm's shape")
+    if not takes(algorithm, size) or (algorithm == "amx" and "amx_bf16" not in ISAS):
+        pytest.skip("another algorithm's shape, or another processor's")
     weight, groups = drawn(size, torch.float32), size[-1]
     weight.view(-1)[1::13] = 3e38  # beyond bfloat16's largest value half a step on
     weight.view(-1)[2::13] = 1 + 2**-8  # half way between two values

@@ -55,7 +55,7 @@ struct Amx {
   static constexpr int W = E::W, ROWS = 2 * Tiles::R;
   // Of a thread's L2 cache: what a block and the weights that meet it may take of it together.
   static constexpr int64_t kBlock = int64_t(640) << 10, kWeights = int64_t(640) << 10;
-  static constexpr int64_t kUnits = 4;  // of each thread, at least, where there are as many tiles
+  static constexpr int64_t kUnits = 4;  // of each thread, at least, where there are as many panels
 
   struct Plan {
     ConvShape s;                 // a 1x1 convolution of stride 1 becomes one row of pixels
@@ -97,7 +97,7 @@ struct Amx {
     p.panel = p.taps * p.pixel * p.nv * W;
     const int64_t fit = max64(1, kWeights / (p.panel * (int64_t)sizeof(T)));
     p.chunks = ceil_div(p.panels, min64(fit, p.panels));
-    const int64_t oh = s.oh(), ow = s.ow(), wanted = kUnits * threads;
+    const int64_t oh = s.oh(), ow = s.ow();
     p.bh = oh;
     p.bw = ow;
     p.images = 1;
@@ -110,21 +110,20 @@ struct Amx {
       while (p.bh > 1 && bytes() > kBlock) p.bh = ceil_div(p.bh, 2);
       while (p.bw > ROWS && bytes() > kBlock) p.bw = ceil_div(p.bw, 2);
       if (p.bh == oh && p.bw == ow)
-        p.images = max64(1, min64(kBlock / bytes(), ceil_div(s.n, threads)));
+        p.images = max64(1, min64(kBlock / bytes(), ceil_div(s.n, 2)));
       p.xh = rows(p.bh);
       p.xw = columns(p.bw);
       // Tiles read on to whole ones.
       p.buffer = (p.images * p.xh * p.xw + ROWS * p.xs) * p.pixel;
     } else {
-      const int64_t fits = max64(ROWS, kBlock / (s.c * (int64_t)sizeof(T)) / ROWS * ROWS);
-      p.bw = min64(fits, max64(ROWS, round_up(ceil_div(ow, wanted), ROWS)));
+      p.bw = max64(ROWS, kBlock / (s.c * (int64_t)sizeof(T)) / ROWS * ROWS);
       p.buffer = ROWS * s.c;  // the last pixels
     }
     p.nbh = ceil_div(oh, p.bh);
     p.nbw = ceil_div(ow, p.bw);
     p.groups = ceil_div(s.n, p.images) * p.nbh * p.nbw;
-    // Few blocks: a thread takes some of the channels.
-    p.chunks = min64(p.panels, max64(p.chunks, ceil_div(wanted, p.groups)));
+    // Where blocks are few a thread takes some of the channels. Memory does not depend on the threads.
+    p.chunks = min64(p.panels, max64(p.chunks, ceil_div(kUnits * threads, max64(1, p.groups))));
     p.chunk = ceil_div(p.panels, p.chunks);
     p.chunks = ceil_div(p.panels, p.chunk);
     return p;
@@ -152,7 +151,7 @@ struct Amx {
   }
 
   static size_t scratch_bytes(const ConvShape& s, int threads) {
-    const Plan p = plan(s, threads);
+    const Plan p = plan(s, 1);
     return round_up(p.taps * p.steps * sizeof(int64_t), 64) + threads * round_up(p.buffer * sizeof(T), 64);
   }
 
