@@ -135,8 +135,8 @@ def keep(record: Record, name: str) -> Path:
 def _shown(record: Record) -> set[str]:
     """Return the levels of a record that a section can show."""
     timed = {row.case.level for row in record.rows if row.seconds} & set(SECTIONS)
-    # `ops` runs whole models only to set the sum of their ops beside them.
-    beside_ops = OP in timed and COLD not in timed
+    # `ops` runs whole models only to set the sum of their ops beside them; `all` does not.
+    beside_ops = OP in timed and timed <= {OP, INFERENCE}
     compared = against_peers(_part(record, (INFERENCE,)).rows)
     return timed if compared and not beside_ops else timed - {INFERENCE}
 

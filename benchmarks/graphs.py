@@ -32,6 +32,10 @@ def in_words(conditions: dict[str, Any], rows: Sequence[Row]) -> str:
         return "without CUDA graphs"
     if all(can_capture(row.case) for row in rows):
         return "all under CUDA graphs"
+    if all(row.case.level == COLD for row in rows):
+        return "frozen alone under a CUDA graph, its own"
+    if not any(can_capture(row.case) or row.case.level == COLD for row in rows):
+        return "without CUDA graphs"
     return (
         "under CUDA graphs, but of cold starts frozen alone, of epochs and of training in float16 "
         "none"

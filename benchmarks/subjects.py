@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.bench.accuracy import check_batch
-from resnet_fused.bench.contenders import Build, Runner, Setup, eager, own_copy, torch_runner
+from resnet_fused.bench.contenders import (
+    FROZEN,
+    Build,
+    Runner,
+    Setup,
+    eager,
+    frozen,
+    own_copy,
+    torch_runner,
+)
 from resnet_fused.bench.networks import (
     CALIBRATION_BATCH,
     CHECKED,
@@ -134,7 +143,8 @@ def _ops(model: str, network: nn.Module, example: Tensor) -> dict[str, Layer]:
         name, build = str(call).partition("x")[2], functools.partial(_group, call)
         if tuple(call.args[0].shape) == tuple(example.shape) and hasattr(network, "maxpool"):
             name, build = f"{name} max pool", functools.partial(_stem, call)
-        found[name] = Layer(build, tuple(call.args[0].shape[1:]), {model: call.count})
+        shape = tuple(call.args[0].shape[1:])
+        found[name] = Layer(build, shape, {model: call.count}, {FROZEN: _engine})
     if head := _head(network, example):
         name, layer = head
         found[name] = replace(layer, uses={model: 1})
@@ -150,6 +160,13 @@ def _group(call: Call) -> nn.Module:
     )  # fmt: skip
     shape = None if residual is None else tuple(residual.shape[1:])
     return Group(conv, shape, call.argument("act") == "relu")
+
+
+def _engine(setup: Setup) -> Runner:
+    """`freeze`, of a group whose residual lies as the layer before has written it in a model."""
+    model = copy.deepcopy(setup.model)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return frozen(replace(setup, model=model))
 
 
 def _stem(call: Call) -> nn.Module:

@@ -147,7 +147,9 @@ def test_emptied_caches_are_fed_before_the_clock_runs(
         ({"device_kind": "cuda", "graphs": False}, [INFERENCE], "without CUDA graphs"),
         ({"device_kind": "cuda", "graphs": True}, [OP, TRAINING], "all under CUDA graphs"),
         ({"device_kind": "cuda", "graphs": True}, [OP, COLD], "of cold starts frozen alone"),
-        ({"device_kind": "cuda", "graphs": True}, [EPOCH], "of epochs"),
+        ({"device_kind": "cuda", "graphs": True}, [OP, EPOCH], "of epochs"),
+        ({"device_kind": "cuda", "graphs": True}, [EPOCH], "without CUDA graphs"),
+        ({"device_kind": "cuda", "graphs": True}, [COLD], "frozen alone under a CUDA graph"),
     ],
 )
 def test_a_record_says_what_ran_as_graphs(

@@ -221,6 +221,21 @@ def test_blocks_are_kept_and_shown_the_same_way(
     assert "GPU: not measured yet (`python -m benchmarks blocks`, then `keep`)." in text
 
 
+def test_whole_models_are_shown_of_all_levels_and_not_beside_ops_alone(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "RESULTS", tmp_path)
+
+    def layer(level: str) -> Row:
+        row = Row(Case("", "float32", 8, level, "a layer"), "eager", OK, 0.2, 0.1)
+        return measure.with_speed(row, {"eager": [0.002] * 5})
+
+    documents.keep(replace(record, rows=[*record.rows, layer(OP)]), "some-ops")
+    assert "CPU and GPU: not measured yet" in documents.section(INFERENCE)
+    documents.keep(replace(record, rows=[*record.rows, layer(OP), layer(BLOCK)]), "some-all")
+    assert "| resnet50 | fp32 | 8 |" in documents.section(INFERENCE)
+
+
 def test_a_record_is_not_kept_in_the_place_of_one_that_shows_more(
     record: Record, trained: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,6 +153,19 @@ def test_graphs_or_not_is_said_to_the_engine_too(
     assert said == [graphs]
 
 
+def test_an_engine_of_an_op_reads_its_residual_as_a_layer_has_written_it(
+    small: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = []
+    monkeypatch.setattr("resnet_fused.freeze", lambda model, *_, **__: frozen.append(model))
+    layer = next(n for n in subjects.layers(OP, (NAME,), 32) if "3x3 to 64 add relu" in n)
+    prepared = levels.prepare(small, Case("", "float32", 2, OP, layer), tmp_path)
+    prepared.contenders["frozen"](prepared.setup)
+    (group,) = frozen
+    assert group.residual.is_contiguous(memory_format=torch.channels_last)
+    assert not prepared.network.model.residual.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_model_is_right_and_has_a_bound(small: Suite, tmp_path: Path) -> None:
     case = Case(NAME, "float32", 2)
     rows = levels.run_case(small, case, ("eager", "frozen"), PEAKS.to_dict(), tmp_path,

@@ -72,8 +72,19 @@ def test_the_time_lost_is_weighted_with_the_uses(whole: Record) -> None:
     for line, times, share in ((first, "3", "50%"), (second, "1", "25%")):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[1:2] == [times]
-        assert cells[4:7] == ["20", "compute", "10000.0"]
-        assert cells[8:] == [share, "30000.0", "30.0%"]
+        assert cells[4:8] == ["20", "compute", "10000.0", "frozen"]
+        assert cells[9:] == [share, "30000.0", "30.0%"]
+
+
+def test_time_is_lost_by_the_faster_of_the_own_runs(whole: Record) -> None:
+    more = [layer("64x56x56 3x3 to 64 relu", "fused", 0.015), layer("a < b & c", "fused", 0.05)]
+    grid = limits.grids(replace(whole, rows=[*whole.rows, *more]))[0]
+    assert "the faster of fused and frozen" in grid.title
+    where = [grid.columns.index(name) for name in ("layer", "run", "us")]
+    assert [[row[i] for i in where] for row in grid.rows] == [
+        ["a < b & c", "frozen", "40000.0"],
+        ["64x56x56 3x3 to 64 relu", "fused", "15000.0"],
+    ]
 
 
 def test_a_model_is_predicted_from_its_ops_where_all_were_measured(whole: Record) -> None:
