@@ -19,7 +19,7 @@ struct TileProduct {
 
 // sums[pixel][NV * W] for MT tiles of pixels and NV of channels.
 template <int MT, int NV>
-static void multiply_tiles(const TileProduct& g, float* sums) {
+static inline __attribute__((always_inline)) void multiply_tiles(const TileProduct& g, float* sums) {
   constexpr int64_t LDB = NV * Tiles::LINE, STEP = Tiles::R * LDB, HALF = Tiles::R * NV * Tiles::R;
   asm volatile("" ::: "memory");  // what the tiles are loaded from is written
   Tiles::zero<0>();
@@ -278,7 +278,7 @@ struct Amx {
   }
 
   template <int NV>
-  static void finish(const ConvArgs& args, const Pixels& t, const float* sums, int64_t o) {
+  static __attribute__((noinline)) void finish(const ConvArgs& args, const Pixels& t, const float* sums, int64_t o) {
     const int64_t channels = args.s.o - o;
     const auto m0 = E::first(channels), m1 = E::first(channels - W);
     const reg one = E::set1(1.0f);
@@ -311,27 +311,21 @@ struct Amx {
     }
   }
 
-  // What memory has of a tile's results and residual is asked for while the sums are formed.
-  static void ask_for(const ConvArgs& args, const Pixels& t, int64_t o) {
-    for (int64_t i = 0; i < t.count; ++i) {
-      __builtin_prefetch(static_cast<T*>(args.y) + t.y[i] + o, 1);
-      if (args.residual) __builtin_prefetch(static_cast<const T*>(args.residual) + t.y[i] + o);
-    }
-  }
-
-  // A tile of pixels and the panels [first, last).
-  template <int NV>
-  static void multiply(const Plan& p, const ConvArgs& args, const int64_t* at, const Pixels& t, int64_t first,
-                       int64_t last) {
-    alignas(64) float sums[ROWS * NV * W];
-    const auto product = t.both() ? multiply_tiles<2, NV> : multiply_tiles<1, NV>;
+  // A tile of pixels and the panels [first, last). Only the residual is asked of the memory: asking for
+  // where results go, or for the next tile's pixels, took longer than the waiting.
+  template <int MT, int NV>
+  static __attribute__((noinline)) void multiply(const Plan& p, const ConvArgs& args, const int64_t* at,
+                                                 const Pixels& t, int64_t first, int64_t last) {
+    alignas(64) float sums[MT * Tiles::R * NV * W];
     TileProduct g{reinterpret_cast<const char*>(t.a0), reinterpret_cast<const char*>(t.a1),
                   p.xs * p.pixel * (int64_t)sizeof(T), at, nullptr, p.taps * p.steps};
     for (int64_t j = first; j < last; ++j) {
+      const int64_t o = j * NV * W;
       g.b = reinterpret_cast<const char*>(static_cast<const T*>(args.packed) + j * p.panel);
-      ask_for(args, t, j * NV * W);
-      product(g, sums);
-      finish<NV>(args, t, sums, j * NV * W);
+      if (args.residual)
+        for (int64_t i = 0; i < t.count; ++i) __builtin_prefetch(static_cast<const T*>(args.residual) + t.y[i] + o);
+      multiply_tiles<MT, NV>(g, sums);
+      finish<NV>(args, t, sums, o);
     }
   }
 
@@ -363,7 +357,9 @@ struct Amx {
         held = group;
         const int64_t first = chunk * p.chunk, last = min64(p.panels, first + p.chunk);
         each_tile(p, args, block, buffer, [&](const Pixels& t) {
-          (p.nv > 1 ? multiply<2> : multiply<1>)(p, args, at, t, first, last);
+          const auto narrow = t.both() ? multiply<2, 1> : multiply<1, 1>;
+          const auto wide = t.both() ? multiply<2, 2> : multiply<1, 2>;
+          (p.nv > 1 ? wide : narrow)(p, args, at, t, first, last);
         });
       }
       Tiles::end();

@@ -106,7 +106,7 @@ def convolve_once(
     shape = weight.shape
     if turned:
         shape = torch.Size((shape[1], shape[0], *shape[2:]))
-    algorithm = _worth_packing(x, weight, shape, stride, padding, dilation, groups)
+    algorithm = _worth_packing(x, weight, shape, stride, padding, dilation, groups, turned)
     if algorithm is None:
         return None
     plan = _plan_for(x.shape, shape, x.dtype, stride, padding, dilation, groups, algorithm)
@@ -255,6 +255,7 @@ def _worth_packing(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    turned: bool = False,
 ) -> str | None:
     """Return the algorithm that beats torch's oneDNN with the packing counted, or None.
 
@@ -270,8 +271,7 @@ def _worth_packing(
     if groups != 1:
         return None
     if multiplies_tiles(x.dtype):
-        fits = weight_shape[1] % 32 == 0 or weight_shape[3] == 1 or dilation[1] == 1
-        return "amx" if fits else None
+        return "amx" if _worth_packing_for_tiles(weight, weight_shape, turned) else None
     narrow = x.dtype == torch.bfloat16
     if weight_shape[1] < 16 and {*dilation} == {1} and weight_shape[0] >= 16:
         return "narrow" if narrow and weight_shape[1] % 2 else "direct"
@@ -288,6 +288,20 @@ def _worth_packing(
     packs = weight.is_contiguous(memory_format=torch.channels_last) and weight_shape[1] % 2 == 0
     full = weight_shape[0] % 32 == 0 and weight_shape[1] >= 16
     return "direct" if narrow and packs and full else None
+
+
+def _worth_packing_for_tiles(weight: Tensor, weight_shape: Sequence[int], turned: bool) -> bool:
+    """Return whether AMX beats oneDNN, which has it too, in a convolution in one group.
+
+    Measured on two threads of an Emerald Rapids at batch 8 and 2, packing included: 1x1 0.9 to
+    2.8x; 3x3 0.9 to 1.7x of a channels_last weight, of a contiguous one 0.7 to 0.9x but in data
+    gradients, 1.1 to 1.4x; 16 channels 0.9 to 1.8x, 48 0.6 to 0.9x, the stem's three 0.7x.
+    """
+    c, *kernel = weight_shape[1:]
+    if c % 32 and c != 16:
+        return False
+    last = weight.is_contiguous(memory_format=torch.channels_last)
+    return kernel == [1, 1] or last or turned
 
 
 class _Plan(NamedTuple):
