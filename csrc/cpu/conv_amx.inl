@@ -3,8 +3,9 @@
 // rows of memory one step apart, of x itself for a 1x1 of stride 1, else of a block of it that each
 // thread copies, with zeros around it, to where it stays in its L2 cache.
 //
-// With a stride of 1 a copied block is one sequence of pixels: tiles run over the ends of its rows, and
-// of its images, and what they compute there is not kept.
+// A copied block is one sequence of pixels: tiles run over the ends of its rows, and of its images, and
+// what they compute there is not kept. With a stride, what the taps meet in turn is copied apart, so
+// that the pixels of a tile are next to each other all the same.
 //
 // Channels that do not fill the steps of 32 are copied together: a pixel of the block is then an output
 // column with all that a row of the kernel meets there, and zeros up to a whole step.
@@ -57,6 +58,25 @@ struct Amx {
   static constexpr int64_t kBlock = int64_t(640) << 10, kWeights = int64_t(640) << 10;
   static constexpr int64_t kUnits = 4;  // of each thread, at least, where there are as many panels
 
+  // One direction of a block. The taps that lie a multiple of the stride apart, a phase, meet the same
+  // lines of the input, each some steps further on.
+  struct Axis {
+    int64_t stride, dilation, period, phases;
+    int64_t reach;  // lines that the last tap meets beyond the first one's
+
+    Axis() = default;
+    Axis(int64_t stride, int64_t kernel, int64_t dilation)
+        : stride(stride),
+          dilation(dilation),
+          period(stride / std::gcd(stride, dilation)),
+          phases(min64(kernel, period)),
+          reach((kernel - 1) * dilation / stride) {}
+
+    int64_t phase(int64_t tap) const { return tap % period; }
+    int64_t shift(int64_t tap) const { return tap * dilation / stride; }
+    int64_t first(int64_t phase) const { return phase * dilation % stride; }
+  };
+
   struct Plan {
     ConvShape s;                 // a 1x1 convolution of stride 1 becomes one row of pixels
     bool copy, together;
@@ -67,8 +87,9 @@ struct Amx {
     int64_t chunk, chunks;       // panels whose weights stay in L2 together
     int64_t bh, bw, nbh, nbw;    // outputs of a block, blocks of an image
     int64_t images, groups;      // images of a block, where it is all of each; and how often
-    int64_t ys, xs, xh, xw;      // steps from output to output in the block, its rows and columns
-    int64_t buffer;              // elements of a thread's copy
+    Axis down, across;
+    int64_t xh, xw;              // rows and columns of a copy: [phase][phase][image][xh][xw][pixel]
+    int64_t buffer;              // elements of a thread's
   };
 
   static bool in_steps(const ConvShape& s) { return s.c % Tiles::K == 0; }
@@ -101,20 +122,20 @@ struct Amx {
     p.bh = oh;
     p.bw = ow;
     p.images = 1;
-    p.ys = s.kh == 1 ? 1 : s.sh;
-    p.xs = s.kw == 1 || p.together ? 1 : s.sw;
-    const auto rows = [&](int64_t bh) { return (bh - 1) * p.ys + s.dh * (s.kh - 1) + 1; };
-    const auto columns = [&](int64_t bw) { return p.together ? bw : (bw - 1) * p.xs + s.dw * (s.kw - 1) + 1; };
-    const auto bytes = [&] { return rows(p.bh) * columns(p.bw) * p.pixel * (int64_t)sizeof(T); };
+    p.down = Axis(s.sh, s.kh, s.dh);
+    p.across = p.together ? Axis(1, 1, 1) : Axis(s.sw, s.kw, s.dw);
+    const auto pixels = [&] {
+      p.xh = p.bh + p.down.reach;
+      p.xw = p.bw + p.across.reach;
+      return p.down.phases * p.across.phases * p.xh * p.xw;
+    };
     if (p.copy) {
-      while (p.bh > 1 && bytes() > kBlock) p.bh = ceil_div(p.bh, 2);
-      while (p.bw > ROWS && bytes() > kBlock) p.bw = ceil_div(p.bw, 2);
-      if (p.bh == oh && p.bw == ow)
-        p.images = max64(1, min64(kBlock / bytes(), ceil_div(s.n, 2)));
-      p.xh = rows(p.bh);
-      p.xw = columns(p.bw);
+      const int64_t most = kBlock / (p.pixel * (int64_t)sizeof(T));
+      while (p.bh > 1 && pixels() > most) p.bh = ceil_div(p.bh, 2);
+      while (p.bw > ROWS && pixels() > most) p.bw = ceil_div(p.bw, 2);
+      if (p.bh == oh && p.bw == ow) p.images = max64(1, min64(most / pixels(), ceil_div(s.n, 2)));
       // Tiles read on to whole ones.
-      p.buffer = (p.images * p.xh * p.xw + ROWS * p.xs) * p.pixel;
+      p.buffer = (p.images * pixels() + ROWS) * p.pixel;
     } else {
       p.bw = max64(ROWS, kBlock / (s.c * (int64_t)sizeof(T)) / ROWS * ROWS);
       p.buffer = ROWS * s.c;  // the last pixels
@@ -171,34 +192,37 @@ struct Amx {
   };
 
   // Copies what lies under a block, zeros where there is nothing.
-  static void copy_block(const Plan& p, const T* x, const Block& at, T* out) {
+  static void copy_block(const Plan& p, const T* x, const Block& at, T* buffer) {
     const ConvShape& s = p.s;
-    const int64_t down = s.kh == 1 ? s.sh : 1;  // a kernel of one row meets no others
-    const int64_t left = at.x * s.sw - s.pw, top = at.y * s.sh - s.ph;
-    for (int64_t i = 0; i < at.images; ++i)
-      for (int64_t r = 0; r < p.xh; ++r, out += p.xw * p.pixel) {
-        const int64_t iy = top + r * down;
-        const T* in = x + (((at.n + i) * s.h + iy) * s.w + left) * s.c;
-        if (iy < 0 || iy >= s.h)
-          memset(out, 0, p.xw * p.pixel * sizeof(T));
-        else
-          (p.together ? copy_together : copy_row)(p, in, left, out);
-      }
+    const int64_t row = p.xw * p.pixel;
+    for (int64_t i = 0; i < p.down.phases * p.across.phases; ++i) {
+      const int64_t top = at.y * s.sh - s.ph + p.down.first(i / p.across.phases);
+      const int64_t left = at.x * s.sw - s.pw + p.across.first(i % p.across.phases);
+      T* out = buffer + i * p.images * p.xh * row;
+      for (int64_t n = at.n; n < at.n + at.images; ++n)
+        for (int64_t r = 0; r < p.xh; ++r, out += row) {
+          const int64_t iy = top + r * s.sh;
+          const T* in = x + ((n * s.h + iy) * s.w + left) * s.c;
+          if (iy < 0 || iy >= s.h)
+            memset(out, 0, row * sizeof(T));
+          else
+            (p.together ? copy_together : copy_row)(p, in, left, out);
+        }
+    }
   }
 
-  // A row of pixels from column `left` on, or with a kernel of one column those that it meets.
+  // A row of pixels from column `left` on, a stride apart.
   static void copy_row(const Plan& p, const T* in, int64_t left, T* out) {
     const ConvShape& s = p.s;
-    const int64_t across = s.kw == 1 ? s.sw : 1;
-    const int64_t first = min64(p.xw, left < 0 ? ceil_div(-left, across) : 0);
-    const int64_t last = max64(first, min64(p.xw, ceil_div(s.w - left, across)));
+    const int64_t first = min64(p.xw, left < 0 ? ceil_div(-left, s.sw) : 0);
+    const int64_t last = max64(first, min64(p.xw, ceil_div(s.w - left, s.sw)));
     memset(out, 0, first * s.c * sizeof(T));
     memset(out + last * s.c, 0, (p.xw - last) * s.c * sizeof(T));
-    if (across == 1) {
+    if (s.sw == 1) {
       memcpy(out + first * s.c, in + first * s.c, (last - first) * s.c * sizeof(T));
       return;
     }
-    for (int64_t j = first; j < last; ++j) memcpy(out + j * s.c, in + j * across * s.c, s.c * sizeof(T));
+    for (int64_t j = first; j < last; ++j) memcpy(out + j * s.c, in + j * s.sw * s.c, s.c * sizeof(T));
   }
 
   static void copy_together(const Plan& p, const T* in, int64_t left, T* out) {
@@ -240,41 +264,23 @@ struct Amx {
       return;
     }
     const int64_t image = p.xh * p.xw, y0 = ((b.n * oh + b.y) * ow + b.x) * s.o;
-    if (p.xs == 1 && p.ys == 1) {
-      const int64_t all = ((b.images - 1) * p.xh + b.bh - 1) * p.xw + b.bw;
-      for (int64_t q = 0; q < all; q += ROWS) {
-        t.count = 0;
-        int64_t i = q / image, r = q % image / p.xw, c = q % p.xw;
-        for (int64_t k = 0; k < ROWS && i < b.images; ++k) {
-          if (r < b.bh && c < b.bw) t.keep(k, y0 + ((i * oh + r) * ow + c) * s.o);
-          if (++c < p.xw) continue;
-          c = 0;
-          if (++r < p.xh) continue;
-          r = 0;
-          ++i;
-        }
-        if (!t.count) continue;
-        t.a0 = buffer + q * p.pixel;
-        t.a1 = t.a0 + Tiles::R * p.pixel;
-        f(t);
+    const int64_t all = ((b.images - 1) * p.xh + b.bh - 1) * p.xw + b.bw;
+    for (int64_t q = 0; q < all; q += ROWS) {
+      t.count = 0;
+      int64_t i = q / image, r = q % image / p.xw, c = q % p.xw;
+      for (int64_t k = 0; k < ROWS && i < b.images; ++k) {
+        if (r < b.bh && c < b.bw) t.keep(k, y0 + ((i * oh + r) * ow + c) * s.o);
+        if (++c < p.xw) continue;
+        c = 0;
+        if (++r < p.xh) continue;
+        r = 0;
+        ++i;
       }
-      return;
+      if (!t.count) continue;
+      t.a0 = buffer + q * p.pixel;
+      t.a1 = t.a0 + Tiles::R * p.pixel;
+      f(t);
     }
-    // Rows for themselves; two short ones make a tile.
-    const int64_t step = p.xs * p.pixel, row = p.ys * p.xw * p.pixel;
-    const bool pair = 2 * b.bw <= ROWS;
-    for (int64_t i = 0; i < b.images; ++i)
-      for (int64_t r = 0; r < b.bh; r += pair ? 2 : 1)
-        for (int64_t c = 0; c < b.bw; c += ROWS) {
-          const int64_t y = y0 + ((i * oh + r) * ow + c) * s.o;
-          const bool second = pair && r + 1 < b.bh;
-          t.count = 0;
-          for (int64_t k = 0, all = min64(ROWS, b.bw - c); k < all; ++k) t.keep(k, y + k * s.o);
-          for (int64_t k = 0; second && k < b.bw; ++k) t.keep(Tiles::R + k, y + (ow + k) * s.o);
-          t.a0 = buffer + i * image * p.pixel + r * row + c * step;
-          t.a1 = !pair ? t.a0 + Tiles::R * step : second ? t.a0 + row : t.a0;
-          f(t);
-        }
   }
 
   template <int NV>
@@ -318,7 +324,7 @@ struct Amx {
                                                  const Pixels& t, int64_t first, int64_t last) {
     alignas(64) float sums[MT * Tiles::R * NV * W];
     TileProduct g{reinterpret_cast<const char*>(t.a0), reinterpret_cast<const char*>(t.a1),
-                  p.xs * p.pixel * (int64_t)sizeof(T), at, nullptr, p.taps * p.steps};
+                  p.pixel * (int64_t)sizeof(T), at, nullptr, p.taps * p.steps};
     for (int64_t j = first; j < last; ++j) {
       const int64_t o = j * NV * W;
       g.b = reinterpret_cast<const char*>(static_cast<const T*>(args.packed) + j * p.panel);
@@ -334,11 +340,13 @@ struct Amx {
     const ConvShape& s = p.s;
     if (s.n * s.oh() * s.ow() * s.o == 0) return;
     int64_t* at = reinterpret_cast<int64_t*>(args.scratch);
-    for (int64_t t = 0; t < p.taps; ++t)
-      for (int64_t k = 0; k < p.steps; ++k) {
-        const int64_t pixel = p.together ? t * s.dh * p.xw : t / s.kw * s.dh * p.xw + t % s.kw * s.dw;
+    for (int64_t t = 0; t < p.taps; ++t) {
+      const int64_t y = p.together ? t : t / s.kw, x = p.together ? 0 : t % s.kw;
+      const int64_t phase = p.down.phase(y) * p.across.phases + p.across.phase(x);
+      const int64_t pixel = (phase * p.images * p.xh + p.down.shift(y)) * p.xw + p.across.shift(x);
+      for (int64_t k = 0; k < p.steps; ++k)
         at[t * p.steps + k] = pixel * p.pixel * (int64_t)sizeof(T) + k * Tiles::LINE;
-      }
+    }
     const int64_t units = p.groups * p.chunks;
     char* buffers = args.scratch + round_up(p.taps * p.steps * sizeof(int64_t), 64);
     const int64_t stride = round_up(p.buffer * sizeof(T), 64);

@@ -7,6 +7,7 @@
 #include <omp.h>
 #include <string.h>
 
+#include <numeric>
 #include <utility>
 #include <vector>
 

@@ -117,12 +117,39 @@ LAST = torch.channels_last
     ],
     ids=str,
 )
-def test_convolutions_are_the_kernels_own_where_packing_pays(case, dtype, layout, algorithm):
+def test_convolutions_are_the_kernels_own_where_packing_pays(
+    case, dtype, layout, algorithm, monkeypatch
+):
+    monkeypatch.setattr(_cpu_conv, "multiplies_tiles", lambda dtype: False)
+    assert worth_packing(case, dtype, layout) == algorithm
+
+
+def worth_packing(case, dtype, layout, turned=False):
     (n, c, h, w), o, k, s = case
     x = torch.empty(n, c, h, w, dtype=dtype)
     weight = torch.empty(o, c, k, k).to(memory_format=layout)
     geometry = ((s, s), (k // 2, k // 2), (1, 1), 1)
-    assert _cpu_conv._worth_packing(x, weight, weight.shape, *geometry) == algorithm
+    return _cpu_conv._worth_packing(x, weight, weight.shape, *geometry, turned)
+
+
+@pytest.mark.parametrize(
+    ("case", "layout", "turned", "pays"),
+    [
+        (((8, 256, 14, 14), 1024, 1, 1), torch.contiguous_format, False, True),
+        (((8, 256, 14, 14), 256, 3, 1), LAST, False, True),
+        (((8, 128, 28, 28), 256, 3, 2), LAST, False, True),
+        (((8, 16, 32, 32), 16, 3, 1), LAST, False, True),
+        (((8, 256, 14, 14), 256, 3, 1), torch.contiguous_format, False, False),
+        (((8, 256, 14, 14), 256, 3, 1), torch.contiguous_format, True, True),
+        (((8, 48, 14, 14), 48, 3, 1), LAST, False, False),
+        (((8, 3, 64, 64), 64, 7, 2), LAST, False, False),
+    ],
+    ids=str,
+)
+def test_on_amx_where_that_pays(case, layout, turned, pays, monkeypatch):
+    monkeypatch.setattr(_cpu_conv, "multiplies_tiles", lambda dtype: True)
+    found = worth_packing(case, torch.bfloat16, layout, turned)
+    assert found == ("amx" if pays else None)
 
 
 def test_a_weight_written_before_backward_is_refused_as_without_autocast():
