@@ -14,8 +14,8 @@ from resnet_fused.engine import arena
 from resnet_fused.engine.capture import Call, Captured, Ref, fill, refs
 from resnet_fused.engine.kernels import Native, adopt
 
-#: What is taken for the size of the last cache where the system does not say, and where it says more:
-#: others share it.
+#: What is taken for the last cache where the system does not say how large it is, and the most of
+#: one that others share.
 CACHE_BYTES, MOST_CACHE_BYTES = 32 * 2**20, 256 * 2**20
 
 #: Stands among the roots for the memory of the model's constants.
