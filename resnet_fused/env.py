@@ -53,6 +53,7 @@ def collect() -> dict[str, Any]:
         "gpus": _gpus(),
         "tuned": {str(d): len(_choices(d)[1]) for d in _devices() if d.type == "cuda"},
         "native": native_error() is None,
+        "native_isa": native_isa(),
     }
 
 
@@ -81,6 +82,14 @@ def commit() -> str | None:
     return f"{number}+changes" if number and changes else number
 
 
+def native_isa() -> str | None:
+    """Return the instruction set of the CPU kernels, or None without the extension."""
+    from resnet_fused.backends import native
+
+    extension = native.extension()
+    return None if extension is None else str(extension.cpu_isa())
+
+
 def native_error() -> str | None:
     """Return the loader's own words about the native extension, or None where it is loaded."""
     from resnet_fused.backends import native
@@ -104,9 +113,8 @@ def diagnose() -> list[Finding]:
 
     error = native_error()
     advice = "rebuild it with `make build` or `pip install .`; everything works without it"
-    findings = [
-        Finding("native extension", error is None, error or "loaded", advice if error else "")
-    ]
+    state = error or f"loaded, on the CPU for {native_isa()}"
+    findings = [Finding("native extension", error is None, state, advice if error else "")]
     for backend in rf.backends():
         state = "available" if backend.available else backend.reason
         findings.append(Finding(backend.name, backend.available, state, backend.advice))

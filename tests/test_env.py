@@ -27,6 +27,8 @@ def test_the_conditions_are_json_and_whole() -> None:
     assert found["packages"]["numpy"]
     assert found["cudnn"] == torch.backends.cudnn.version()
     assert {"jax", "jaxlib", "onnx", "onnxscript"} < set(env.PACKAGES)
+    assert found["native"] == (found["native_isa"] is not None)
+    assert str(found["native_isa"]) in env.diagnose()[0].state or not found["native"]
 
 
 def test_versions_of_what_is_not_installed_are_none() -> None:
