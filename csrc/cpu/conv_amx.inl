@@ -3,8 +3,8 @@
 // rows of memory one step apart, of x itself for a 1x1 of stride 1, else of a block of it that each
 // thread copies, with zeros around it, to where it stays in its L2 cache.
 //
-// A copied block is one sequence of pixels: tiles run over the ends of its rows, and of its images, and
-// what they compute there is not kept. With a stride, what the taps meet in turn is copied apart, so
+// An image of a copied block is one sequence of pixels: tiles run over the ends of its rows, and what
+// they compute there is not kept. With a stride, what the taps meet in turn is copied apart, so
 // that the pixels of a tile are next to each other all the same.
 //
 // Channels that do not fill the steps of 32 are copied together: a pixel of the block is then an output
@@ -263,24 +263,23 @@ struct Amx {
       }
       return;
     }
-    const int64_t image = p.xh * p.xw, y0 = ((b.n * oh + b.y) * ow + b.x) * s.o;
-    const int64_t all = ((b.images - 1) * p.xh + b.bh - 1) * p.xw + b.bw;
-    for (int64_t q = 0; q < all; q += ROWS) {
-      t.count = 0;
-      int64_t i = q / image, r = q % image / p.xw, c = q % p.xw;
-      for (int64_t k = 0; k < ROWS && i < b.images; ++k) {
-        if (r < b.bh && c < b.bw) t.keep(k, y0 + ((i * oh + r) * ow + c) * s.o);
-        if (++c < p.xw) continue;
-        c = 0;
-        if (++r < p.xh) continue;
-        r = 0;
-        ++i;
+    // Image by image: the rows between two of them hold nothing that is kept.
+    const int64_t all = (b.bh - 1) * p.xw + b.bw;
+    for (int64_t i = 0; i < b.images; ++i)
+      for (int64_t q = 0; q < all; q += ROWS) {
+        t.count = 0;
+        int64_t r = q / p.xw, c = q % p.xw;
+        for (int64_t k = 0; k < ROWS && r < b.bh; ++k) {
+          if (c < b.bw) t.keep(k, (((b.n + i) * oh + b.y + r) * ow + b.x + c) * s.o);
+          if (++c < p.xw) continue;
+          c = 0;
+          ++r;
+        }
+        if (!t.count) continue;
+        t.a0 = buffer + (i * p.xh * p.xw + q) * p.pixel;
+        t.a1 = t.a0 + Tiles::R * p.pixel;
+        f(t);
       }
-      if (!t.count) continue;
-      t.a0 = buffer + q * p.pixel;
-      t.a1 = t.a0 + Tiles::R * p.pixel;
-      f(t);
-    }
   }
 
   template <int NV>
