@@ -69,6 +69,8 @@ def flags(plan: Plan, source: Path) -> list[str]:
         if not source.stem.endswith("_sm90"):
             return build_plan.gencode(plan.archs)
         return [*build_plan.gencode(plan.hopper), *CUTLASS_FLAGS, f"-I{plan.cutlass}/include"]
+    if source.stem == "kernels_amx":
+        return ["-DRF_AMX"] if build_plan.knows_amx() else []
     # The CPU kernels know nothing of this: they need not be compiled again for it.
     if not plan.nvcc or source.parent.name == "cpu":
         return []
@@ -89,7 +91,8 @@ class BuildExt(build_ext):
         if PLAN.nvcc and (fault := build_plan.nvcc_fault(PLAN.nvcc)):
             self.plan = build_plan.without_cuda(os.environ, fault)
         super().run()
-        print(f"resnet_fused: {self.plan}", flush=True)
+        amx = "" if build_plan.knows_amx() else "; no AMX kernels: the assembler knows no AMX"
+        print(f"resnet_fused: {self.plan}{amx}", flush=True)
 
     def build_extension(self, ext: Extension) -> None:
         """Write the ninja file and run it; only what changed is compiled."""

@@ -3,6 +3,7 @@
 ``setup.py`` loads this file by its place; it imports nothing but the standard library.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -52,6 +53,16 @@ __m512 avx512(__m512 v) { return _mm512_maskz_mov_ps(1, v); }
 __m512 bf16(__m512 v, __m512bh w) { return _mm512_dpbf16_ps(v, w, w); }
 #endif
 int threads() { return omp_get_max_threads(); }
+"""
+#: What the assembler is tried with for AMX, which it has to know: binutils do from 2.36 on.
+AMX_PROBE = """
+void amx(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("tileloadd (%0,%0,1), %%tmm0; tdpbf16ps %%tmm2, %%tmm1, %%tmm0" ::"r"(p));
+#else
+#error no x86-64
+#endif
+}
 """
 #: What nvcc is tried with, linked as the extension is.
 NVCC_PROBE = """
@@ -257,12 +268,22 @@ def cxx_fault() -> str | None:
     for name in ("pybind11", "ninja"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
-    cxx = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
-    command = [*cxx, "-std=c++17", "-fopenmp", "-shared", "-fPIC", *includes()]
-    fault = probe(command, ".cpp", CXX_PROBE)
+    fault = probe([*cxx(), "-fopenmp", *includes()], ".cpp", CXX_PROBE)
     if not fault:
         return None
-    return f"{cxx[0]} cannot compile C++17 with OpenMP and GCC's target pragmas ({fault})"
+    return f"{cxx()[0]} cannot compile C++17 with OpenMP and GCC's target pragmas ({fault})"
+
+
+@functools.cache
+def knows_amx() -> bool:
+    """Return whether the kernels for AMX can be built here."""
+    return probe(cxx(), ".cpp", AMX_PROBE) is None
+
+
+def cxx() -> list[str]:
+    """Return the C++ compiler as it makes a shared library."""
+    name = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    return [*shlex.split(name), "-std=c++17", "-shared", "-fPIC"]
 
 
 def nvcc_fault(nvcc: Nvcc) -> str | None:

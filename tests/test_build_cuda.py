@@ -271,6 +271,23 @@ def test_sources_of_a_plan(script, tmp_path):
     assert text.count("depfile = $out.d") == 2
 
 
+@pytest.mark.parametrize("knows", [True, False])
+def test_kernels_for_amx_where_the_assembler_knows_it(knows, script, tmp_path, monkeypatch):
+    """Binutils before 2.36 do not; the rest is built all the same."""
+    cxx = tmp_path / "c++"
+    cxx.write_text(f"#!/bin/sh\nexit {int(not knows)}\n")
+    cxx.chmod(0o755)
+    monkeypatch.setenv("CXX", str(cxx))
+    build_plan.knows_amx.cache_clear()
+    try:
+        assert build_plan.knows_amx() is knows
+        linker = compiler = ["c++"]
+        text = script.ninja_file(plan(NO_NVCC), compiler, [], linker, tmp_path / "_C.so", ROOT)
+    finally:
+        build_plan.knows_amx.cache_clear()
+    assert text.count("-DRF_AMX") == knows
+
+
 def test_a_kernel_compiles(tmp_path):
     nvcc = build_plan.find_nvcc(os.environ)
     if isinstance(nvcc, str):

@@ -13,7 +13,7 @@
 struct TileProduct {
   const char *a0, *a1;     // pixel 0 and pixel 16
   int64_t lda;             // bytes from one pixel to the next
-  const int64_t* at;       // bytes from a pixel to where it meets each step of 32 channels
+  const int64_t* offsets;  // bytes from a pixel to where it meets each step of 32 channels
   const char* b;           // packed weights: [step][NV * W][KU]
   int64_t steps;
 };
@@ -29,8 +29,8 @@ static inline __attribute__((always_inline)) void multiply_tiles(const TileProdu
   if (MT > 1 && NV > 1) Tiles::zero<3>();
   const char* b = g.b;
   for (int64_t k = 0; k < g.steps; ++k, b += STEP) {
-    const int64_t at = g.at[k];
-    Tiles::load<4>(g.a0 + at, g.lda);
+    const int64_t offset = g.offsets[k];
+    Tiles::load<4>(g.a0 + offset, g.lda);
     Tiles::load<6>(b, LDB);
     Tiles::dot<0, 4, 6>();
     if (NV > 1) {
@@ -38,7 +38,7 @@ static inline __attribute__((always_inline)) void multiply_tiles(const TileProdu
       Tiles::dot<1, 4, 7>();
     }
     if (MT > 1) {
-      Tiles::load<5>(g.a1 + at, g.lda);
+      Tiles::load<5>(g.a1 + offset, g.lda);
       Tiles::dot<2, 5, 6>();
       if (NV > 1) Tiles::dot<3, 5, 7>();
     }
@@ -86,7 +86,7 @@ struct Amx {
     int64_t panels, panel;       // and elements of one
     int64_t chunk, chunks;       // panels whose weights stay in L2 together
     int64_t bh, bw, nbh, nbw;    // outputs of a block, blocks of an image
-    int64_t images, groups;      // images of a block, where it is all of each; and how often
+    int64_t images, blocks;      // images of a block that holds whole ones, else 1; blocks in all
     Axis down, across;
     int64_t xh, xw;              // rows and columns of a copy: [phase][phase][image][xh][xw][pixel]
     int64_t buffer;              // elements of a thread's
@@ -96,6 +96,7 @@ struct Amx {
   static int64_t pixel_of(const ConvShape& s) { return in_steps(s) ? s.c : round_up(s.kw * s.c, Tiles::K); }
   static int64_t taps_of(const ConvShape& s) { return in_steps(s) ? s.kh * s.kw : s.kh; }
 
+  // Together are copied what lies side by side.
   static bool can_run(const ConvShape& s) {
     return s.groups == 1 && (in_steps(s) || s.kw == 1 || s.dw == 1);
   }
@@ -133,6 +134,7 @@ struct Amx {
       const int64_t most = kBlock / (p.pixel * (int64_t)sizeof(T));
       while (p.bh > 1 && pixels() > most) p.bh = ceil_div(p.bh, 2);
       while (p.bw > ROWS && pixels() > most) p.bw = ceil_div(p.bw, 2);
+      // Weights meet as many images as fit, but two threads have half of them each.
       if (p.bh == oh && p.bw == ow) p.images = max64(1, min64(most / pixels(), ceil_div(s.n, 2)));
       // Tiles read on to whole ones.
       p.buffer = (p.images * pixels() + ROWS) * p.pixel;
@@ -142,9 +144,9 @@ struct Amx {
     }
     p.nbh = ceil_div(oh, p.bh);
     p.nbw = ceil_div(ow, p.bw);
-    p.groups = ceil_div(s.n, p.images) * p.nbh * p.nbw;
+    p.blocks = ceil_div(s.n, p.images) * p.nbh * p.nbw;
     // Where blocks are few a thread takes some of the channels. Memory does not depend on the threads.
-    p.chunks = min64(p.panels, max64(p.chunks, ceil_div(kUnits * threads, max64(1, p.groups))));
+    p.chunks = min64(p.panels, max64(p.chunks, ceil_div(kUnits * threads, max64(1, p.blocks))));
     p.chunk = ceil_div(p.panels, p.chunks);
     p.chunks = ceil_div(p.panels, p.chunk);
     return p;
@@ -180,9 +182,9 @@ struct Amx {
   struct Block {
     int64_t n, y, x, images, bh, bw;
 
-    Block(const Plan& p, int64_t group) {
-      const int64_t in_image = group % (p.nbh * p.nbw);
-      n = group / (p.nbh * p.nbw) * p.images;
+    Block(const Plan& p, int64_t block) {
+      const int64_t in_image = block % (p.nbh * p.nbw);
+      n = block / (p.nbh * p.nbw) * p.images;
       y = in_image / p.nbw * p.bh;
       x = in_image % p.nbw * p.bw;
       images = min64(p.images, p.s.n - n);
@@ -319,11 +321,11 @@ struct Amx {
   // A tile of pixels and the panels [first, last). Only the residual is asked of the memory: asking for
   // where results go, or for the next tile's pixels, took longer than the waiting.
   template <int MT, int NV>
-  static __attribute__((noinline)) void multiply(const Plan& p, const ConvArgs& args, const int64_t* at,
+  static __attribute__((noinline)) void multiply(const Plan& p, const ConvArgs& args, const int64_t* offsets,
                                                  const Pixels& t, int64_t first, int64_t last) {
     alignas(64) float sums[MT * Tiles::R * NV * W];
     TileProduct g{reinterpret_cast<const char*>(t.a0), reinterpret_cast<const char*>(t.a1),
-                  p.pixel * (int64_t)sizeof(T), at, nullptr, p.taps * p.steps};
+                  p.pixel * (int64_t)sizeof(T), offsets, nullptr, p.taps * p.steps};
     for (int64_t j = first; j < last; ++j) {
       const int64_t o = j * NV * W;
       g.b = reinterpret_cast<const char*>(static_cast<const T*>(args.packed) + j * p.panel);
@@ -334,19 +336,23 @@ struct Amx {
     }
   }
 
+  static void find_offsets(const Plan& p, int64_t* offsets) {
+    for (int64_t t = 0; t < p.taps; ++t) {
+      const int64_t y = p.together ? t : t / p.s.kw, x = p.together ? 0 : t % p.s.kw;
+      const int64_t phase = p.down.phase(y) * p.across.phases + p.across.phase(x);
+      const int64_t pixel = (phase * p.images * p.xh + p.down.shift(y)) * p.xw + p.across.shift(x);
+      for (int64_t k = 0; k < p.steps; ++k)
+        offsets[t * p.steps + k] = pixel * p.pixel * (int64_t)sizeof(T) + k * Tiles::LINE;
+    }
+  }
+
   static void run(const ConvArgs& args) {
     const Plan p = plan(args.s, args.threads);
     const ConvShape& s = p.s;
     if (s.n * s.oh() * s.ow() * s.o == 0) return;
-    int64_t* at = reinterpret_cast<int64_t*>(args.scratch);
-    for (int64_t t = 0; t < p.taps; ++t) {
-      const int64_t y = p.together ? t : t / s.kw, x = p.together ? 0 : t % s.kw;
-      const int64_t phase = p.down.phase(y) * p.across.phases + p.across.phase(x);
-      const int64_t pixel = (phase * p.images * p.xh + p.down.shift(y)) * p.xw + p.across.shift(x);
-      for (int64_t k = 0; k < p.steps; ++k)
-        at[t * p.steps + k] = pixel * p.pixel * (int64_t)sizeof(T) + k * Tiles::LINE;
-    }
-    const int64_t units = p.groups * p.chunks;
+    int64_t* offsets = reinterpret_cast<int64_t*>(args.scratch);
+    find_offsets(p, offsets);
+    const int64_t units = p.blocks * p.chunks;
     char* buffers = args.scratch + round_up(p.taps * p.steps * sizeof(int64_t), 64);
     const int64_t stride = round_up(p.buffer * sizeof(T), 64);
 #pragma omp parallel num_threads(args.threads)
@@ -357,16 +363,16 @@ struct Amx {
       Tiles::begin();
       for (int64_t u = units * me / all; u < units * (me + 1) / all; ++u) {
         // Where nothing is copied, a chunk of weights meets all the pixels.
-        const int64_t group = p.copy ? u / p.chunks : u % p.groups;
-        const int64_t chunk = p.copy ? u % p.chunks : u / p.groups;
-        const Block block(p, group);
-        if (p.copy && held != group) copy_block(p, static_cast<const T*>(args.x), block, buffer);
-        held = group;
+        const int64_t i = p.copy ? u / p.chunks : u % p.blocks;
+        const int64_t chunk = p.copy ? u % p.chunks : u / p.blocks;
+        const Block block(p, i);
+        if (p.copy && held != i) copy_block(p, static_cast<const T*>(args.x), block, buffer);
+        held = i;
         const int64_t first = chunk * p.chunk, last = min64(p.panels, first + p.chunk);
         each_tile(p, args, block, buffer, [&](const Pixels& t) {
           const auto narrow = t.both() ? multiply<2, 1> : multiply<1, 1>;
           const auto wide = t.both() ? multiply<2, 2> : multiply<1, 2>;
-          (p.nv > 1 ? wide : narrow)(p, args, at, t, first, last);
+          (p.nv > 1 ? wide : narrow)(p, args, offsets, t, first, last);
         });
       }
       Tiles::end();

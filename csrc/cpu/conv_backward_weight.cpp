@@ -73,8 +73,8 @@ void register_conv_backward_weight(py::module_& m) {
         py::arg("grad_weight"), py::arg("scratch"), py::arg("scratch_bytes"), py::arg("dtype"),
         py::arg("algorithm"), RF_SHAPE, py::arg("channels_last"), py::arg("wide"),
         py::arg("threads"),
-        "The gradient of a convolution's weight (o, c, kh, kw), summed by 'direct', in one group, or by\n"
-        "'winograd4', 3x3 with stride and dilation 1. False where NaN and infinity are not where they\n"
+        "The gradient of a convolution's weight (o, c, kh, kw), summed by 'direct' or, on AMX, 'amx',\n"
+        "in one group, or by 'winograd4', 3x3 with stride and dilation 1. False where NaN and infinity are not where they\n"
         "belong, as the transform spreads them.\n\n"
         "grad (n, o, oh, ow) and x (n, c, h, w) are dense NHWC in dtype, grad_weight is channels_last\n"
         "or contiguous, in dtype or, wide, in float32; scratch is 64-byte aligned. The result does not\n"

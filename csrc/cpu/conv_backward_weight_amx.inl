@@ -1,5 +1,5 @@
-// The weight's gradient on the tile registers of AMX: a gradient's block is turned, so that the pixels of
-// a channel lie side by side.
+// The weight's gradient on the tile registers of AMX: a gradient's block is transposed, so that the pixels
+// of a channel lie side by side.
 
 template <class E>
 struct TileCore {

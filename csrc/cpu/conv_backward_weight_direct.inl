@@ -6,7 +6,10 @@
 // pixels. A thread takes whole units; block by block of pixels it copies what a unit reads to where its
 // core finds it again, so that threads share nothing but what is only read. Runs are added in order.
 
-// A Core multiplies a block: its registers hold MR output channels by a panel.
+//
+// A Core multiplies blocks of kBlock pixels, in its registers MR output channels by a panel of NR columns:
+// how it wants a gradient copied, how many rows of memory a unit's gradient (pitch) and sums (height) take,
+// and where the unit's channels are cut.
 
 // The sums in vector registers, a gradient as [step][channel][KU].
 template <class E>
@@ -39,7 +42,6 @@ struct DirectBackwardWeight {
   static constexpr int W = Vec::W, NR = Core::NR, MR = Core::MR, KU = E::KU;
   // Output channels and panels of a unit: each copied value is then used some 256 times.
   static constexpr int64_t kRows = 256, kPanels = 256 / NR, kBlock = Core::kBlock;
-  static constexpr const char* name = Core::name;
   // Units enough for a few threads to get as many each; but no runs shorter than two blocks, nor sums
   // of more than this in all.
   static constexpr int64_t kUnits = 16, kMostSums = int64_t(12) << 20;

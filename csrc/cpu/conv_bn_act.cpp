@@ -30,8 +30,8 @@ const cpu::ConvAlgorithm& find(const ConvShape& s, const std::string& name) {
 // is to save.
 std::string likely_fastest(const ConvShape& s) {
   const int64_t tiles = s.n * ceil_div(s.oh(), 4) * ceil_div(s.ow(), 4);
-  // Else there is none of that name, and the first one that runs the shape is as good.
-  if (s.dtype == DType::bf16 && cpu::active_isa() == cpu::Isa::amx_bf16 && s.groups == 1) return "amx";
+  // Where that does not run the shape, the first of the others is taken.
+  if (s.dtype == DType::bf16 && cpu::active_isa() == cpu::Isa::amx_bf16) return "amx";
   if (s.dtype == DType::bf16 && s.c % 2 && s.c < 16) return "narrow";
   if (s.dtype == DType::bf16) return s.c >= 24 && s.o >= 24 && tiles >= 32 ? "winograd4" : "direct";
   if (s.c < 16 || s.o < 16) return "direct";

@@ -22,12 +22,13 @@ static bool has_amx() {
   if (!amx::table_bf16()) return false;
 #ifdef RF_AMX_BY_HAND
   return true;
-#endif
+#else
   unsigned a, b, c, d;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#endif
 }
 #endif
 

@@ -93,6 +93,6 @@ const KernelTable* kernels(DType dtype);
 namespace avx2 { const KernelTable* table_f32(); }
 namespace avx512 { const KernelTable* table_f32(); }
 namespace avx512_bf16 { const KernelTable* table_bf16(); }
-namespace amx { const KernelTable* table_bf16(); }  // null where the compiler knows no AMX
+namespace amx { const KernelTable* table_bf16(); }  // null where the assembler knows no AMX
 
 }  // namespace rf::cpu

@@ -1,7 +1,7 @@
-// The kernels built for AMX, bfloat16, beside those for AVX-512 BF16.
+// The kernels built for AMX, bfloat16, beside those for AVX-512 BF16. RF_AMX: the assembler knows it.
 #include "kernels.h"
 
-#if defined(__x86_64__) && __GNUC__ >= 11
+#if defined(__x86_64__) && (defined(RF_AMX) || defined(RF_AMX_BY_HAND))
 #include <immintrin.h>
 #include <math.h>
 #include <omp.h>
@@ -27,12 +27,12 @@ namespace {
 #include "conv_backward_weight_amx.inl"
 }  // namespace
 
-// `own`, then what there is for AVX-512 BF16, to the null name at the end.
+// `own`, then what there is for AVX-512 BF16; a null name at the end.
 template <class A>
 std::vector<A> followed_by(A own, const A* others) {
   std::vector<A> all{own};
-  do all.push_back(*others);
-  while (others++->name);
+  for (; others->name; ++others) all.push_back(*others);
+  all.push_back({});
   return all;
 }
 

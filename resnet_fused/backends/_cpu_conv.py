@@ -271,7 +271,8 @@ def _worth_packing(
     if groups != 1:
         return None
     if multiplies_tiles(x.dtype):
-        return "amx" if _worth_packing_for_tiles(weight, weight_shape, turned) else None
+        pays = _worth_packing_for_tiles(weight, weight_shape, dilation, turned)
+        return "amx" if pays else None
     narrow = x.dtype == torch.bfloat16
     if weight_shape[1] < 16 and {*dilation} == {1} and weight_shape[0] >= 16:
         return "narrow" if narrow and weight_shape[1] % 2 else "direct"
@@ -290,7 +291,9 @@ def _worth_packing(
     return "direct" if narrow and packs and full else None
 
 
-def _worth_packing_for_tiles(weight: Tensor, weight_shape: Sequence[int], turned: bool) -> bool:
+def _worth_packing_for_tiles(
+    weight: Tensor, weight_shape: Sequence[int], dilation: Sequence[int], turned: bool
+) -> bool:
     """Return whether AMX beats oneDNN, which has it too, in a convolution in one group.
 
     Measured on two threads of an Emerald Rapids at batch 8 and 2, packing included: 1x1 0.9 to
@@ -298,7 +301,7 @@ def _worth_packing_for_tiles(weight: Tensor, weight_shape: Sequence[int], turned
     gradients, 1.1 to 1.4x; 16 channels 0.9 to 1.8x, 48 0.6 to 0.9x, the stem's three 0.7x.
     """
     c, *kernel = weight_shape[1:]
-    if c % 32 and c != 16:
+    if c % 32 and (c != 16 or dilation[1] > 1):
         return False
     last = weight.is_contiguous(memory_format=torch.channels_last)
     return kernel == [1, 1] or last or turned
@@ -329,11 +332,14 @@ def _plan_for(
     geometry = (
         n, h, w, c, weight_shape[0], *weight_shape[2:], *stride, *padding, *dilation, groups,
     )  # fmt: skip
-    return _plan(DTYPE_NAMES[dtype], geometry, torch.get_num_threads(), algorithm)
+    isa = loaded().cpu_isa()
+    return _plan(isa, DTYPE_NAMES[dtype], geometry, torch.get_num_threads(), algorithm)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(dtype: str, geometry: tuple[int, ...], threads: int, algorithm: str | None) -> _Plan:
+def _plan(
+    isa: str, dtype: str, geometry: tuple[int, ...], threads: int, algorithm: str | None
+) -> _Plan:
     extension = loaded()
     n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups = geometry
     algorithm = algorithm or extension.conv_bn_act_algorithms(dtype, *geometry)[0]

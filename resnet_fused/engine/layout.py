@@ -14,9 +14,9 @@ from resnet_fused.engine import arena
 from resnet_fused.engine.capture import Call, Captured, Ref, fill, refs
 from resnet_fused.engine.kernels import Native, adopt
 
-#: What is taken for the last cache where the system does not say how large it is, and the most of
-#: one that others share.
-CACHE_BYTES, MOST_CACHE_BYTES = 32 * 2**20, 256 * 2**20
+#: What is taken for the last cache where the system does not say how large it is, the least that
+#: was tried, and the most of one that others share.
+CACHE_BYTES, LEAST_CACHE_BYTES, MOST_CACHE_BYTES = 32 * 2**20, 16 * 2**20, 256 * 2**20
 
 #: Stands among the roots for the memory of the model's constants.
 CONSTANT = -1
@@ -32,7 +32,7 @@ def chunk_bytes() -> int:
     """
     extension = native.extension()
     found = extension.cpu_cache_bytes() if extension else 0
-    return min(found or CACHE_BYTES, MOST_CACHE_BYTES) // 4
+    return min(max(found or CACHE_BYTES, LEAST_CACHE_BYTES), MOST_CACHE_BYTES) // 4
 
 
 @dataclass(frozen=True)

@@ -125,10 +125,10 @@ def test_convolutions_are_the_kernels_own_where_packing_pays(
 
 
 def worth_packing(case, dtype, layout, turned=False):
-    (n, c, h, w), o, k, s = case
+    (n, c, h, w), o, k, s, *d = case
     x = torch.empty(n, c, h, w, dtype=dtype)
     weight = torch.empty(o, c, k, k).to(memory_format=layout)
-    geometry = ((s, s), (k // 2, k // 2), (1, 1), 1)
+    geometry = ((s, s), (k // 2, k // 2), (*d, *d) or (1, 1), 1)
     return _cpu_conv._worth_packing(x, weight, weight.shape, *geometry, turned)
 
 
@@ -143,6 +143,8 @@ def worth_packing(case, dtype, layout, turned=False):
         (((8, 256, 14, 14), 256, 3, 1), torch.contiguous_format, True, True),
         (((8, 48, 14, 14), 48, 3, 1), LAST, False, False),
         (((8, 3, 64, 64), 64, 7, 2), LAST, False, False),
+        (((8, 16, 32, 32), 16, 3, 1, 2), LAST, False, False),
+        (((8, 32, 32, 32), 16, 3, 1, 2), LAST, False, True),
     ],
     ids=str,
 )
