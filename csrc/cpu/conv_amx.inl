@@ -119,37 +119,40 @@ struct Amx {
     p.panel = p.taps * p.pixel * p.nv * W;
     const int64_t fit = max64(1, kWeights / (p.panel * (int64_t)sizeof(T)));
     p.chunks = ceil_div(p.panels, min64(fit, p.panels));
-    const int64_t oh = s.oh(), ow = s.ow();
-    p.bh = oh;
-    p.bw = ow;
-    p.images = 1;
     p.down = Axis(s.sh, s.kh, s.dh);
     p.across = p.together ? Axis(1, 1, 1) : Axis(s.sw, s.kw, s.dw);
-    const auto pixels = [&] {
-      p.xh = p.bh + p.down.reach;
-      p.xw = p.bw + p.across.reach;
-      return p.down.phases * p.across.phases * p.xh * p.xw;
-    };
-    if (p.copy) {
-      const int64_t most = kBlock / (p.pixel * (int64_t)sizeof(T));
-      while (p.bh > 1 && pixels() > most) p.bh = ceil_div(p.bh, 2);
-      while (p.bw > ROWS && pixels() > most) p.bw = ceil_div(p.bw, 2);
-      // Weights meet as many images as fit, but two threads have half of them each.
-      if (p.bh == oh && p.bw == ow) p.images = max64(1, min64(most / pixels(), ceil_div(s.n, 2)));
-      // Tiles read on to whole ones.
-      p.buffer = (p.images * pixels() + ROWS) * p.pixel;
-    } else {
-      p.bw = max64(ROWS, kBlock / (s.c * (int64_t)sizeof(T)) / ROWS * ROWS);
-      p.buffer = ROWS * s.c;  // the last pixels
-    }
-    p.nbh = ceil_div(oh, p.bh);
-    p.nbw = ceil_div(ow, p.bw);
+    size_blocks(p);
+    p.nbh = ceil_div(s.oh(), p.bh);
+    p.nbw = ceil_div(s.ow(), p.bw);
     p.blocks = ceil_div(s.n, p.images) * p.nbh * p.nbw;
     // Where blocks are few a thread takes some of the channels. Memory does not depend on the threads.
     p.chunks = min64(p.panels, max64(p.chunks, ceil_div(kUnits * threads, max64(1, p.blocks))));
     p.chunk = ceil_div(p.panels, p.chunks);
     p.chunks = ceil_div(p.panels, p.chunk);
     return p;
+  }
+
+  static void size_blocks(Plan& p) {
+    const ConvShape& s = p.s;
+    p.bh = s.oh();
+    p.bw = s.ow();
+    p.images = 1;
+    const int64_t most = kBlock / (p.pixel * (int64_t)sizeof(T));
+    if (!p.copy) {
+      p.bw = max64(ROWS, most / ROWS * ROWS);
+      p.buffer = ROWS * p.pixel;  // the last pixels
+      return;
+    }
+    const auto pixels = [&] {
+      p.xh = p.bh + p.down.reach;
+      p.xw = p.bw + p.across.reach;
+      return p.down.phases * p.across.phases * p.xh * p.xw;
+    };
+    while (p.bh > 1 && pixels() > most) p.bh = ceil_div(p.bh, 2);
+    while (p.bw > ROWS && pixels() > most) p.bw = ceil_div(p.bw, 2);
+    // Weights meet as many images as fit, but two threads have half of them each.
+    if (p.bh == s.oh() && p.bw == s.ow()) p.images = max64(1, min64(most / pixels(), ceil_div(s.n, 2)));
+    p.buffer = (p.images * pixels() + ROWS) * p.pixel;  // tiles read on to whole ones
   }
 
   static size_t packed_bytes(const ConvShape& s) {
