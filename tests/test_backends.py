@@ -11,7 +11,7 @@ from devices import device_of, moved
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.backends import ORDER, _derived, choose, requested
+from resnet_fused.backends import ORDER, _derived, _reason, choose, cpu, requested
 from resnet_fused.ops import OPS, TRAINING
 
 X, WEIGHT = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3)
@@ -159,6 +159,31 @@ class Counted:
     def __call__(self):
         self.made += 1
         return self.made
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "dtype", "tiles", "expected"),
+    [
+        (32, 1, torch.float32, False, "cpu"),
+        (64, 4, torch.float32, False, "cpu"),
+        (64, 8, torch.float32, False, "onednn"),  # half of each register would be empty
+        (16, 16, torch.float32, False, "onednn"),
+        (64, 4, torch.bfloat16, False, "cpu"),
+        (64, 4, torch.bfloat16, True, "onednn"),
+        (64, 1, torch.bfloat16, True, "cpu"),
+    ],
+)
+def test_auto_leaves_narrow_groups_to_onednn(channels, groups, dtype, tiles, expected, monkeypatch):
+    monkeypatch.setattr(cpu._cpu_conv, "multiplies_tiles", lambda d: tiles and d == torch.bfloat16)
+    x = torch.randn(1, channels, 8, 8, dtype=dtype)
+    weight = torch.randn(channels, channels // groups, 3, 3, dtype=dtype)
+    args = (x, weight, None, None, None, (1, 1), (1, 1), (1, 1), groups)
+    for name in ("cpu", "onednn"):
+        if reason := _reason(ORDER[name], "conv_bn_act", (*args, None)):
+            pytest.skip(f"{name}: {reason}")
+    assert rf.explain("conv_bn_act", *args).chosen == expected
+    with rf.use_backend("cpu"):
+        assert rf.explain("conv_bn_act", *args).chosen == "cpu"
 
 
 def test_a_derived_value_is_kept_until_a_source_changes():
