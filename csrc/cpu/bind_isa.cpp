@@ -1,32 +1,15 @@
 #include <pybind11/pybind11.h>
 
-#include <unistd.h>
-
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 
 #include "isa.h"
 
 namespace rf {
-namespace {
-
-// Of the last level that cores share, 0 where the system does not say.
-int64_t cache_bytes() {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return bytes > 0 ? bytes : 0;
-#else
-  return 0;
-#endif
-}
-
-}  // namespace
 
 void register_cpu_isa(pybind11::module_& m) {
   m.def("cpu_isa", [] { return cpu::isa_name(cpu::active_isa()); },
         "The instruction set in use: amx_bf16, avx512_bf16, avx512, avx2 or none.");
-  m.def("cpu_cache_bytes", &cache_bytes, "Bytes of the L3 cache, 0 where the system does not say.");
   m.def(
       "set_cpu_isa",
       [](const std::string& name) {

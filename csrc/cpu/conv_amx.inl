@@ -93,8 +93,6 @@ struct Amx {
   };
 
   static bool in_steps(const ConvShape& s) { return s.c % Tiles::K == 0; }
-  static int64_t pixel_of(const ConvShape& s) { return in_steps(s) ? s.c : round_up(s.kw * s.c, Tiles::K); }
-  static int64_t taps_of(const ConvShape& s) { return in_steps(s) ? s.kh * s.kw : s.kh; }
 
   // Together are copied what lies side by side.
   static bool can_run(const ConvShape& s) {
@@ -111,8 +109,8 @@ struct Amx {
       s.w *= s.n * s.h;
       s.n = s.h = 1;
     }
-    p.pixel = pixel_of(s);
-    p.taps = taps_of(s);
+    p.pixel = p.together ? round_up(s.kw * s.c, Tiles::K) : s.c;
+    p.taps = p.together ? s.kh : s.kh * s.kw;
     p.steps = p.pixel / Tiles::K;
     p.nv = s.o <= W ? 1 : 2;
     p.panels = ceil_div(s.o, p.nv * W);

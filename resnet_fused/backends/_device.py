@@ -1,7 +1,8 @@
-"""What a device is called, and how many processors it has."""
+"""What a device is called, how many processors it has, and the processor's last cache."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 from pathlib import Path
@@ -27,6 +28,15 @@ def _cpu_name() -> str:
         if label.strip() == "model name":
             return value.strip()
     return platform.processor() or platform.machine()
+
+
+def last_cache_bytes() -> int | None:
+    """Return the bytes of the first CPU's largest cache, None where the system does not say."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            sizes.append(int(file.read_text().strip().removesuffix("K")) * 1024)
+    return max(sizes, default=None)
 
 
 @functools.cache

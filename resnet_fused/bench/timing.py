@@ -6,17 +6,16 @@ taken within a round, where both sides saw the same machine.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from resnet_fused.backends import _device
 from resnet_fused.tuning.measure import CudaClock
 
 T = TypeVar("T")
@@ -189,21 +188,14 @@ def clock_for(device: str, *, emptied: bool = False, elapsed: Clock = elapsed_cp
     if device == "cuda":
         single = CudaClock(torch.device("cuda", torch.cuda.current_device()))
     else:
-        single = _flushed_cpu(torch.empty(2 * _last_level_cache(), dtype=torch.uint8), elapsed)
+        single = _flushed_cpu(
+            torch.empty(2 * (_device.last_cache_bytes() or LARGE_CACHE), dtype=torch.uint8), elapsed
+        )
 
     def clock(run: Callable[[], object], calls: int, feed: Callable[[], object] = nothing) -> float:
         return sum(single(run, feed) for _ in range(calls)) / calls
 
     return clock
-
-
-def _last_level_cache() -> int:
-    """Return the bytes of the first CPU's largest cache."""
-    sizes = []
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with contextlib.suppress(OSError, ValueError):
-            sizes.append(int(file.read_text().strip().removesuffix("K")) * 1024)
-    return max(sizes, default=LARGE_CACHE)
 
 
 def _flushed_cpu(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from resnet_fused.backends import native
+from resnet_fused.backends import _device
 from resnet_fused.engine import arena
 from resnet_fused.engine.capture import Call, Captured, Ref, fill, refs
 from resnet_fused.engine.kernels import Native, adopt
@@ -30,9 +30,8 @@ def chunk_bytes() -> int:
     or twice as many bytes differ by less than 3 %. On two of an Emerald Rapids, which names 300
     MiB, chunks of 8 MiB took bfloat16 12 % longer than one of 16 or more.
     """
-    extension = native.extension()
-    found = extension.cpu_cache_bytes() if extension else 0
-    return min(max(found or CACHE_BYTES, LEAST_CACHE_BYTES), MOST_CACHE_BYTES) // 4
+    found = _device.last_cache_bytes() or CACHE_BYTES
+    return min(max(found, LEAST_CACHE_BYTES), MOST_CACHE_BYTES) // 4
 
 
 @dataclass(frozen=True)

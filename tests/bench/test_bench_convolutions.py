@@ -13,7 +13,7 @@ import torch
 from benchmarks import convolutions, documents, levels, report, suite
 from benchmarks.convolutions import Geometry, Layer
 from benchmarks.suite import Suite
-from resnet_fused.backends import cpu
+from resnet_fused.backends import _device, cpu
 from resnet_fused.bench import measure, timing
 from resnet_fused.bench.options import Settings
 from resnet_fused.bench.progress import Watch
@@ -28,7 +28,7 @@ STRIDED = Geometry((32, 14, 14), (48, 32, 3, 3), (2, 2), (1, 1), (1, 1), 1)
 
 @pytest.fixture(autouse=True)
 def _small_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(timing, "_last_level_cache", lambda: 2**12)
+    monkeypatch.setattr(_device, "last_cache_bytes", lambda: 2**12)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
