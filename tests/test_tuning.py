@@ -34,7 +34,7 @@ from resnet_fused.models import create_model
 from resnet_fused.ops import INFERENCE, OPS, TRAINING
 from resnet_fused.tuning import tune_calls
 from resnet_fused.tuning.ahead import compile_ahead
-from resnet_fused.tuning.calls import Call, draw, harvest, harvest_merged
+from resnet_fused.tuning.calls import Call, draw, harvest, harvest_merged, with_parts
 from resnet_fused.tuning.measure import (
     FINALISTS,
     ROUNDS,
@@ -370,7 +370,10 @@ def test_harvest_under_autocast_is_what_the_ops_get():
     [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16)],
 )
 def test_harvest_in_training_mode_is_what_a_step_calls(autocast, weights, monkeypatch):
-    """Forward and backward, but what moves statistics, and what reads an index."""
+    """Forward and backward, but what moves statistics, and what reads an index.
+
+    No backend is chosen here, so that ops which are chains run as such.
+    """
     model, x, seen = SmallNet().train(), torch.randn(2, 3, 16, 16), []
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -378,8 +381,9 @@ def test_harvest_in_training_mode_is_what_a_step_calls(autocast, weights, monkey
     state = {name: t.clone() for name, t in model.state_dict().items()}
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
     with mixed:
-        calls = harvest(model, x)
+        calls = with_parts(harvest(model, x))
     keys = {_tuned.signature(call.op, draw(call, CPU)) for call in calls}
+    assert len(keys) == len(calls)
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
     def spy(op, *args):
@@ -393,6 +397,26 @@ def test_harvest_in_training_mode_is_what_a_step_calls(autocast, weights, monkey
     others = {"bn_update_stats", "max_pool_backward"}
     assert {key for key in seen if key[0] not in others} == keys
     assert {"bn_act_conv_backward_data", "conv_backward_weight"} <= {call.op for call in calls}
+
+
+def test_parts_are_tuned_before_the_whole():
+    """And counted for all that they are a part of, unless the model calls them itself."""
+    calls = harvest(SmallNet().train(), torch.randn(2, 3, 16, 16))
+    alone = {_tuned.signature(call.op, call.args): call.count for call in calls}
+    tuned = with_parts(calls)
+    places = {_tuned.signature(call.op, call.args): i for i, call in enumerate(tuned)}
+    assert len(places) == len(tuned) > len(calls)
+    wholes = [call for call in calls if OPS[call.op].decomposition]
+    assert len(wholes) > 3
+    for whole in wholes:
+        parts = with_parts([whole])[:-1]
+        assert len(parts) == 2
+        for part in parts:
+            key = _tuned.signature(part.op, part.args)
+            place = places[key]
+            assert place < places[_tuned.signature(whole.op, whole.args)]
+            assert tuned[place].count == alone.get(key, tuned[place].count) >= 1
+            assert key in alone or tuned[place].count >= whole.count
 
 
 def test_harvest_in_training_mode_leaves_frozen_parts_out():

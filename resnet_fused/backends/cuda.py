@@ -147,6 +147,8 @@ def candidates(op: str, *args: Any) -> dict[str, Callable[..., Tensor]]:
     """Return the ways to run this call, by name, for the tuner: tiles, or bands of rows."""
     if op == "conv_bn_act" and not _is_stem(*args):
         return _hopper_gemm.candidates(*args)
+    if op == "conv_backward_data":
+        return _data_candidates(*args)
     if op in ("conv_bn_act", "conv_bn_act_max_pool"):
         run = getattr(_cuda_stem, op)
         return _cuda_stem.candidates(run, args[0], pool=op == "conv_bn_act_max_pool")
@@ -268,11 +270,53 @@ def conv_backward_data(
     """
     geometry = (stride, padding, dilation, groups)
     if residual is not None and grad.numel():
-        weight = weight.to(grad.dtype)
-        turned = (grad, weight.transpose(0, 1), None, None, residual, *geometry, None)
-        if not _hopper_gemm.declines(*turned):
-            return _hopper_gemm.conv_bn_act(*turned)
+        product = _as_product(grad, weight, residual, *geometry)
+        if not _hopper_gemm.declines(*product):
+            return _hopper_gemm.conv_bn_act(*product)
     return _torch_conv.backward_data(grad, weight, x_size, *geometry, residual)
+
+
+def _as_product(
+    grad: Tensor, weight: Tensor, residual: Tensor | None, *geometry: Any
+) -> tuple[Any, ...]:
+    """Return conv_bn_act's arguments for the data gradient of a 1x1 of stride 1."""
+    turned = weight.to(grad.dtype).transpose(0, 1)
+    return grad, turned, None, None, residual, *geometry, None
+
+
+def _data_candidates(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+) -> dict[str, Callable[..., Tensor]]:
+    found: dict[str, Callable[..., Tensor]] = {"default": conv_backward_data}
+    product = _as_product(grad, weight, residual, stride, padding, dilation, groups)
+    if not grad.numel() or _hopper_gemm.declines(*product):
+        return found
+    kernels = _hopper_gemm.candidates(*product)
+    if residual is not None:  # which the default runs
+        del kernels[_hopper_gemm.heuristic(residual)]
+    return found | {name: functools.partial(_by_product, kernel=name) for name in kernels}
+
+
+def _by_product(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+    kernel: str,
+) -> Tensor:
+    product = _as_product(grad, weight, residual, stride, padding, dilation, groups)
+    return functools.partial(_hopper_gemm.conv_bn_act, kernel=kernel)(*product)
 
 
 bn_act_conv_backward_data = _training_ops.chained_backward_data(conv_backward_data)

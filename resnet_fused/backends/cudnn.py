@@ -1,4 +1,6 @@
-"""conv_bn_act on cuDNN through torch: the scale folded into the weights, the rest after it.
+"""Convolutions on cuDNN through torch: conv_bn_act, and data gradients that are convolutions.
+
+The scale is folded into the weights, the rest comes after it.
 
 torch has two fused calls, undocumented but stable since 1.9, with x, weight, z, bias of one dtype:
 
@@ -22,14 +24,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.backends import _turned
 from resnet_fused.backends._derived import derived
 
 ADVICE = "Use a CUDA build of torch on a machine with an NVIDIA GPU."
+
+#: What "auto" leaves to others where `tune` has not measured a call.
+ONLY_MEASURED = ("conv_backward_data",)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -52,7 +59,7 @@ def available() -> str | None:
     return _missing()
 
 
-def supports(op: str, x: Tensor, *args: object) -> str | None:
+def supports(op: str, x: Tensor, *args: Any) -> str | None:
     """Return why cuDNN does not take this call, or None."""
     if x.device.type != "cuda":
         return f"runs on NVIDIA GPUs, x is on {x.device}"
@@ -62,15 +69,34 @@ def supports(op: str, x: Tensor, *args: object) -> str | None:
         return "bfloat16 needs a GPU of compute capability 8.0 or later"
     if x.numel() == 0:
         return "x is empty"
+    if op == "conv_backward_data":
+        weight, _, stride, padding, dilation, *_ = args
+        return _turned.declines(weight.shape, stride, padding, dilation)
     return None
 
 
 def candidates(op: str, *args: object) -> dict[str, Callable[..., Tensor]]:
     """Return the ways to run this call, by name, for the tuner."""
+    if op == "conv_backward_data":
+        return {"default": conv_backward_data}
     ways: dict[str, Callable[..., Tensor]] = {"default": conv_bn_act}
     if args[-1] == "relu":
         ways["fused"] = fused_conv_bn_act
     return ways
+
+
+def conv_backward_data(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+) -> Tensor:
+    """Run the op, at a stride of 1, as a convolution forward, for which cuDNN has other kernels."""
+    return conv_bn_act(*_turned.convolution(grad, weight, padding, dilation, groups, residual))
 
 
 def conv_bn_act(

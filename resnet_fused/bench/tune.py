@@ -20,7 +20,7 @@ from rich.progress import (
 
 from resnet_fused.bench import options
 from resnet_fused.tuning import tune_calls
-from resnet_fused.tuning.calls import Call, harvest, harvest_merged
+from resnet_fused.tuning.calls import Call, harvest, harvest_merged, with_parts
 from resnet_fused.tuning.report import Row, TuneReport
 
 
@@ -86,7 +86,7 @@ def _calls_of_a_step(
     mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     try:
         with mixed:
-            return harvest(network, example)
+            return with_parts(harvest(network, example))
     except ValueError as error:
         raise options.UsageError(str(error)) from None
 

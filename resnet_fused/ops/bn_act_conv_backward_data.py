@@ -21,6 +21,7 @@ from resnet_fused.ops import (
     bn_act_conv_bn_stats,
     conv_backward_data,
 )
+from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 
 NAME = "bn_act_conv_backward_data"
@@ -75,6 +76,30 @@ def reference(
     grad_a = conv_backward_data.reference(grad, weight, x.shape, *geometry, None)
     saved = (x, mean, var, bn_weight, bn_bias, None, eps, act)
     return bn_act_backward.reference(grad_a, *saved, (*wanted, False))[:3]
+
+
+def decomposition(
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> Result:
+    """Run the op as two; the activation's gradient lives until BatchNorm's is computed."""
+    geometry = (stride, padding, dilation, groups)
+    grad_a = call("conv_backward_data", grad, weight, x.shape, *geometry, None)
+    saved = (x, mean, var, bn_weight, bn_bias, None, eps, act)
+    grad_x, grad_weight, grad_bias, _ = call("bn_act_backward", grad_a, *saved, (*wanted, False))
+    return grad_x, grad_weight, grad_bias
 
 
 def fake(
@@ -157,6 +182,7 @@ OP = Op(
     ),
     check=check,
     reference=reference,
+    decomposition=decomposition,
     fake=fake,
     setup_context=None,
     backward=None,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resnet_fused.backends._sizes import output_shape
 from resnet_fused.ops import _bn, _checks, bn_act, bn_act_conv_bn_stats, conv_backward_weight
+from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 
 NAME = "bn_act_conv_backward_weight"
@@ -66,6 +67,32 @@ def reference(
     a = bn_act.reference(x, mean, var, bn_weight, bn_bias, None, eps, act)
     geometry = (stride, padding, dilation, groups)
     return conv_backward_weight.reference(grad, a, weight_size, *geometry, channels_last, dtype)
+
+
+def decomposition(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight_size: Sequence[int],
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run the op as two; the activation lives until the convolution has read it."""
+    a = call("bn_act", x, mean, var, bn_weight, bn_bias, None, eps, act)
+    geometry = (stride, padding, dilation, groups)
+    grad_weight: Tensor = call(
+        "conv_backward_weight", grad, a, weight_size, *geometry, channels_last, dtype
+    )
+    return grad_weight
 
 
 def fake(
@@ -144,6 +171,7 @@ OP = Op(
     ),
     check=check,
     reference=reference,
+    decomposition=decomposition,
     fake=fake,
     setup_context=None,
     backward=None,

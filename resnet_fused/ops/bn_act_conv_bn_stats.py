@@ -63,6 +63,28 @@ def reference(
     return conv_bn_stats.reference(a, weight, stride, padding, dilation, groups)
 
 
+def decomposition(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> conv_bn_stats.Result:
+    """Run the op as two; the activation lives until the convolution has read it."""
+    a = call("bn_act", x, mean, var, bn_weight, bn_bias, None, eps, act)
+    made: conv_bn_stats.Result = call(
+        "conv_bn_stats", a, weight, stride, padding, dilation, groups
+    )  # fmt: skip
+    return made
+
+
 def fake(
     x: Tensor,
     mean: Tensor,
@@ -184,6 +206,7 @@ OP = Op(
     ),
     check=check,
     reference=reference,
+    decomposition=decomposition,
     fake=fake,
     setup_context=setup_context,
     backward=backward,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from resnet_fused.backends import _tuned, _tuned_file
 from resnet_fused.backends._tuned_file import Choice
 from resnet_fused.tuning.ahead import compile_ahead
-from resnet_fused.tuning.calls import Call, draw, harvest, harvest_merged
+from resnet_fused.tuning.calls import Call, draw, harvest, harvest_merged, with_parts
 from resnet_fused.tuning.measure import Clock, CudaClock, Outcome, in_short, measure, wall_clock
 from resnet_fused.tuning.report import Row, TuneReport
 
@@ -35,8 +35,9 @@ def tune(model: nn.Module, example_input: Tensor, *, force: bool = False) -> Tun
     after their parts: two convolutions are merged only where that was faster than the fastest of
     each, a stem that one kernel runs unless its parts were faster.
 
-    In training mode the calls are those of a step, forward and backward. Once they are measured on
-    a GPU, fused models train by them there without being asked to.
+    In training mode the calls are those of a step, forward and backward; a convolution with the
+    BatchNorm before it is timed as one op and as two, each of these by its fastest. Once they are
+    measured on a GPU, fused models train by them there without being asked to.
 
     Args:
         model: a module in the mode it will run in, fused or not.
@@ -50,7 +51,7 @@ def tune(model: nn.Module, example_input: Tensor, *, force: bool = False) -> Tun
         TypeError: ``model`` is not a module, or ``example_input`` not a floating point tensor.
         ValueError: the model is frozen, fails on such an input, or makes no fused call.
     """
-    calls, device = harvest(model, example_input), example_input.device
+    calls, device = with_parts(harvest(model, example_input)), example_input.device
     return tune_calls([*calls, *harvest_merged(model, example_input, device)], device, force=force)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,27 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
             f"tune: {type(model).__name__} makes no fused call here; fusion_report says why"
         )
     return list(recorder.calls.values())
+
+
+def with_parts(calls: Sequence[Call]) -> list[Call]:
+    """Return the calls of a step in the order to tune them: what one may be run as is before it.
+
+    An op that is a chain of smaller ones, as BatchNorm and a convolution are, is timed against
+    these, each by the fastest that runs it.
+    """
+    known = {signature(call.op, call.args) for call in calls}
+    whole = {id(call): OPS[call.op].decomposition for call in calls}
+    parts: dict[Any, Call] = {}
+    for call in calls:
+        if (chain := whole[id(call)]) is None:
+            continue
+        recorder = _Recorder(None, "meta", wide=False)
+        with torch.no_grad(), recorder:
+            chain(*call.args)
+        for key, part in recorder.calls.items():
+            if key not in known:
+                parts.setdefault(key, replace(part, count=0)).count += call.count
+    return [*parts.values(), *sorted(calls, key=lambda call: whole[id(call)] is not None)]
 
 
 def harvest_merged(model: nn.Module, example_input: Tensor, device: torch.device) -> list[Call]:

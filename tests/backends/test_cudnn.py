@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 import resnet_fused as rf
-from resnet_fused.backends import ORDER, candidates, cudnn
+from resnet_fused.backends import ORDER, _turned, candidates, cudnn
 from resnet_fused.ops import OPS
 from resnet_fused.testing import to_float64, two_x_rule
 
@@ -77,6 +77,40 @@ def test_result(run, dtype):
             assert not isinstance(a, torch.Tensor) or torch.equal(a, kept)
         seen += 1
     assert seen >= 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_data_gradient_as_a_convolution(dtype):
+    """At a stride of 1, whatever the padding, dilation and groups; of others it says so."""
+    op, seen = OPS["conv_backward_data"], 0
+    for args in op.samples("cpu", dtype):
+        grad, weight, _, stride, padding, dilation, groups, _ = args
+        reason = _turned.declines(weight.shape, stride, padding, dilation)
+        assert (reason is None) == (max(stride) == 1), reason
+        if reason or not grad.numel():
+            continue
+        out = cudnn.conv_backward_data(*args)
+        terms = weight[0].numel() * len(weight) // (weight.shape[1] * groups)
+        check = two_x_rule(out, op.reference(*args), op.reference(*to_float64(args)), terms)
+        assert check.ok, check
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        seen += 1
+    assert seen > 3
+
+
+def test_padding_beyond_the_kernel_s_reach_is_declined():
+    assert "pad" in _turned.declines((4, 4, 1, 1), (1, 1), (1, 0), (1, 1))
+    assert _turned.declines((4, 4, 3, 3), (1, 1), (2, 2), (1, 1)) is None
+
+
+def test_a_turned_weight_is_kept_until_it_changes():
+    weight = torch.nn.Parameter(torch.randn(6, 2, 3, 3))
+    first = _turned.turned(weight, 3)
+    assert first.shape == (6, 2, 3, 3)
+    assert _turned.turned(weight, 3) is first
+    with torch.no_grad():
+        weight.add_(1)
+    assert torch.equal(_turned.turned(weight, 3), first + 1)
 
 
 def test_the_arguments_of_the_fused_calls(monkeypatch):

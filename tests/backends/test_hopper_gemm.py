@@ -81,7 +81,23 @@ def test_a_data_gradient_with_something_to_add(module, monkeypatch, stride, ours
     assert check.ok, check
     assert out.is_contiguous(memory_format=torch.channels_last)
     cuda.conv_backward_data(*args[:-1], None)
-    assert len(ran) == ours, "nothing is added: torch's is as fast"
+    assert len(ran) == ours, "nothing is added: torch's is as fast, or was not measured"
+
+
+@each_dtype
+def test_a_data_gradient_s_candidates(module, dtype):
+    """Every kernel once: with something to add, the default runs one of them."""
+    grad, weight = torch.randn(2, 16, 5, 7).to(dtype), torch.randn(16, 24, 1, 1).to(dtype)
+    residual, reference = torch.randn(2, 24, 5, 7).to(dtype), OPS["conv_backward_data"].reference
+    for added, names in ((None, KERNELS), (residual, ["gemm"])):
+        args = (grad, weight, [2, 24, 5, 7], (1, 1), (0, 0), (1, 1), 1, added)
+        runs = cuda.candidates("conv_backward_data", *args)
+        assert list(runs) == ["default", *names]
+        for run in runs.values():
+            check = two_x_rule(run(*args), reference(*args), reference(*to_float64(args)), 16)
+            assert check.ok, check
+    strided = (grad, weight, [2, 24, 10, 14], (2, 2), (0, 0), (1, 1), 1, None)
+    assert list(cuda.candidates("conv_backward_data", *strided)) == ["default"]
 
 
 def test_odd_addresses_are_copied(module):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resnet_fused.backends import _requested
 from resnet_fused.backends._bn_math import bn_update_stats as bn_update_stats
-from resnet_fused.backends.triton import pair_tiles
+from resnet_fused.backends.triton import pair_tiles, training_conv
 from resnet_fused.backends.triton.stem import Stem
 
 # Ops of training, run as they stand there.
@@ -288,10 +288,14 @@ def candidates(op: str, *args: Any) -> dict[str, Callable[..., Tensor]]:
     """
     from resnet_fused.backends.triton import run
 
-    if op == "conv_bn_act":
-        return run.conv_candidates(*args)
-    if op == "conv_bn_act_max_pool":
-        return run.stem_candidates(*args)
-    if op == "conv_bn_act_conv_bn_act":
-        return run.pair_candidates(*args)
+    ways: dict[str, Callable[..., dict[str, Callable[..., Any]]]] = {
+        "conv_bn_act": run.conv_candidates,
+        "conv_bn_act_max_pool": run.stem_candidates,
+        "conv_bn_act_conv_bn_act": run.pair_candidates,
+        "conv_bn_stats": training_conv.conv_bn_stats_candidates,
+        "bn_act_conv_bn_stats": training_conv.bn_act_conv_bn_stats_candidates,
+        "conv_backward_data": training_conv.conv_backward_data_candidates,
+    }
+    if op in ways:
+        return ways[op](*args)
     return {"default": getattr(sys.modules[__name__], op)}

@@ -19,7 +19,7 @@ from resnet_fused.backends.triton.kernels.conv_backward import (
     conv_bwd_weight_kernel,
 )
 from resnet_fused.backends.triton.launch import Launch, channels_last, is_wide
-from resnet_fused.backends.triton.shapes import Config, Problem
+from resnet_fused.backends.triton.shapes import Config, Problem, row_tiles
 
 
 def conv_bn_stats(
@@ -30,6 +30,7 @@ def conv_bn_stats(
     capability: int,
     own: BatchNorm | None = None,
     act: str | None = None,
+    config: Config | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """Return the launches of a convolution with its output's statistics, and what receives these.
 
@@ -41,14 +42,15 @@ def conv_bn_stats(
         capability: of the device, such as 90.
         own: normalises the input.
         act: behind that.
+        config: how it is cut; None for that of :func:`tiles.heuristic`.
     """
-    config = tiles.heuristic(problem, launch.precision(x.dtype), capability)
+    config = config or tiles.heuristic(problem, launch.precision(x.dtype), capability)
     if problem.depthwise:
         return _depthwise(x, weight, y, problem, config, capability, own, act)
     convolve = launch.conv(
         channels_last(x), weight, None, None, None, y, problem, config, None, capability
     )[0]  # fmt: skip
-    shape = (math.ceil(problem.m / config.block_m), 2, y.shape[1])
+    shape = (row_tiles(problem, config), 2, y.shape[1])
     parts = torch.empty(shape, dtype=torch.float32, device=y.device)
     convolve.arguments["moments_ptr"] = parts
     launches = [convolve]

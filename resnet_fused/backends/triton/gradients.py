@@ -55,7 +55,7 @@ def as_convolution(problem: Problem, vertical: Phase, horizontal: Phase) -> Prob
     return dataclasses.replace(
         problem, h=vertical.size, w=horizontal.size, c=max(problem.o, 16), o=problem.c,
         kernel=kernel, stride=(1, 1), padding=(kernel[0] // 2, kernel[1] // 2), dilation=(1, 1),
-        residual=False, training=True,
+        residual=False, training=True, gathered=True,
     )  # fmt: skip
 
 

@@ -31,9 +31,12 @@ class Problem:
     dilation: tuple[int, int]
     groups: int
     residual: bool = False
-    #: Whether statistics are taken of a tile, or its input is normalised: by blocks of the kernel
-    #: that gathers by pointer and sums all of K.
+    #: Whether statistics are taken of a tile, or its input is normalised: by blocks that sum all of
+    #: K.
     training: bool = False
+    #: Whether its input has to pass through registers, gathered by pointer: normalised on its way,
+    #: or the pixels of a gradient's phase.
+    gathered: bool = False
 
     @staticmethod
     def of(
@@ -159,14 +162,18 @@ def box(problem: Problem, block_m: int) -> tuple[int, int, int]:
     return min(boxes, key=order)
 
 
-def count(problem: Problem, config: Config) -> int:
-    """Return how many tiles cover the output."""
+def row_tiles(problem: Problem, config: Config) -> int:
+    """Return how many tiles cover the output's pixels."""
     if config.tma and not config.im2col and not problem.pointwise:
         shape = zip((problem.n, *problem.out_size), box(problem, config.block_m), strict=True)
-        rows = math.prod(math.ceil(extent / size) for extent, size in shape)
-    else:
-        rows = math.ceil(problem.m / config.block_m)
-    return rows * math.ceil(problem.o / config.block_n) * problem.groups
+        return math.prod(math.ceil(extent / size) for extent, size in shape)
+    return math.ceil(problem.m / config.block_m)
+
+
+def count(problem: Problem, config: Config) -> int:
+    """Return how many tiles cover the output."""
+    columns = math.ceil(problem.o / config.block_n)
+    return row_tiles(problem, config) * columns * problem.groups
 
 
 def power(n: int) -> int:

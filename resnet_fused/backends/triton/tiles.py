@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 from resnet_fused.backends.triton.cost import Arch, arch_of, asynchronous, cost, shared_bytes
-from resnet_fused.backends.triton.shapes import ITEMSIZE, Config, Problem, count, power
+from resnet_fused.backends.triton.shapes import ITEMSIZE, Config, Problem, box, count, power
 
 #: Half a second is what one takes to compile: with as many ResNet-50 at one batch size is tuned in
 #: less than two minutes (`benchmarks/NOTES.md`).
@@ -186,8 +186,8 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
     narrow = asynchronous(precision, capability) and config.block_n < 64
     if config.num_warps == 8 and sums < (16 if narrow else 8):
         return False
-    if problem.training and sums > 64:
-        return False  # addresses, masks and what the statistics take
+    if problem.training and not _statistics_fit(problem, precision, config, capability):
+        return False
     beside = problem.residual and not config.tma
     if beside and problem.o * ITEMSIZE[precision] % 16 and sums > 64:
         return False  # a residual loaded one or two elements at a time
@@ -214,6 +214,16 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
         return sums <= most and (not problem.training or config.block_m <= threads // 2)
     # Operands in TF32 pass through registers, to be rounded, unless descriptors round them.
     return sums <= (64 if precision == "tf32" and not config.tma else 128)
+
+
+def _statistics_fit(problem: Problem, precision: str, config: Config, capability: int) -> bool:
+    """Return whether a tile's statistics, or what is gathered for it, find room beside its sums."""
+    sums = config.block_m * config.block_n / (32 * config.num_warps)
+    if config.tma:
+        return sums <= (128 if config.block_m <= 128 else 64)
+    if not (problem.gathered or asynchronous(precision, capability)) and problem.taps > 1:
+        return sums <= 16  # from 32 on, ptxas puts 8 bytes on the stack for ResNet-34's 3x3
+    return sums <= 64  # addresses and masks
 
 
 def _parts_spill(precision: str, config: Config, capability: int) -> bool:
@@ -268,7 +278,7 @@ def takes_tma(problem: Problem, precision: str, config: Config, capability: int)
     size, stride = ITEMSIZE[precision], problem.stride[0]
     if capability < 90 or problem.groups > 1 or problem.flat or precision == "fp32":
         return False
-    if problem.training:
+    if problem.gathered or (problem.training and not _covered(problem, config, capability)):
         return False
     if problem.c * size % 16 or problem.o * size % 16 or config.split_k > 1:
         return False
@@ -279,3 +289,17 @@ def takes_tma(problem: Problem, precision: str, config: Config, capability: int)
     # A block of channels that runs over the end meets zeros only where nothing lies behind it.
     whole = problem.c % config.block_k == 0
     return whole or (problem.taps == 1 and stride == 1)
+
+
+def _covered(problem: Problem, config: Config, capability: int) -> bool:
+    """Return whether no box reaches beyond the output, so that no statistics need a mask.
+
+    For sm_100 Triton 3.7.1 does not compile some of these kernels, and spills others' registers.
+    It took 59 registers more: 222 in place of 163 for 128x64 on 4 warps (Triton 3.7.1, sm_90).
+    """
+    if not 90 <= capability < 100:
+        return False
+    if problem.pointwise:
+        return problem.m % config.block_m == 0
+    sides = zip((problem.n, *problem.out_size), box(problem, config.block_m), strict=True)
+    return all(extent % size == 0 for extent, size in sides)

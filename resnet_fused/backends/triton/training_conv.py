@@ -6,14 +6,16 @@ This module does not import triton; what does is loaded by the first call.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _bn_math
-from resnet_fused.backends.triton.shapes import Problem
+from resnet_fused.backends import _bn_math, _turned
+from resnet_fused.backends.triton import tiles
+from resnet_fused.backends.triton.shapes import Config, Problem
 from resnet_fused.backends.triton.training import empty_map, run_on
 
 if TYPE_CHECKING:
@@ -27,10 +29,14 @@ def conv_bn_stats(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the op; a tile's statistics are taken while it is in registers."""
+    """Run the op with ``config``, by default that of :func:`tiles.heuristic`.
+
+    A tile's statistics are taken while it is in registers.
+    """
     problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups)
-    return _conv_bn_stats(x, weight, problem, None, None)
+    return _conv_bn_stats(x, weight, problem, None, None, config)
 
 
 def bn_act_conv_bn_stats(
@@ -46,13 +52,76 @@ def bn_act_conv_bn_stats(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the op; the input is normalised on its way from memory to the products."""
+    """Run the op with ``config``, likewise.
+
+    The input is normalised on its way from memory to the products.
+    """
     from resnet_fused.backends.triton import bn_launch
 
-    problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups)
+    problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups, gathered=True)
     own = bn_launch.BatchNorm(mean, var, bn_weight, bn_bias, eps)
-    return _conv_bn_stats(x, weight, problem, own, act)
+    return _conv_bn_stats(x, weight, problem, own, act, config)
+
+
+def conv_bn_stats_candidates(
+    x: Tensor, weight: Tensor, *geometry: Any
+) -> dict[str, Callable[..., Any]]:
+    """Return the op with every config worth measuring, by the config's name."""
+    configs = _configs(x, _problem(x.shape, weight.shape, *geometry))
+    return {str(c): functools.partial(conv_bn_stats, config=c) for c in configs}
+
+
+def bn_act_conv_bn_stats_candidates(x: Tensor, *args: Any) -> dict[str, Callable[..., Any]]:
+    """Return the op with every config worth measuring, by the config's name."""
+    *_, weight, _, _, stride, padding, dilation, groups = args
+    geometry = (stride, padding, dilation, groups)
+    configs = _configs(x, _problem(x.shape, weight.shape, *geometry, gathered=True))
+    return {str(c): functools.partial(bn_act_conv_bn_stats, config=c) for c in configs}
+
+
+def conv_backward_data_candidates(
+    grad: Tensor,
+    weight: Tensor,
+    x_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+) -> dict[str, Callable[..., Any]]:
+    """Return the op by phases, and as a convolution with every config worth measuring."""
+    from resnet_fused.backends.triton import im2col, launch, run
+
+    found: dict[str, Callable[..., Any]] = {"default": conv_backward_data}
+    if not grad.numel() or _turned.declines(weight.shape, stride, padding, dilation):
+        return found
+    size = _turned.size(weight.shape, groups)
+    around = _turned.around(weight.shape, padding, dilation)
+    geometry = (stride, around, dilation, groups)
+    problem = Problem.of(grad.shape, size, *geometry, residual is not None)
+    configs = im2col.beside_tiles(
+        problem, launch.precision(grad.dtype), run.capability(grad.device)
+    )
+    return found | {str(c): functools.partial(conv_backward_data, config=c) for c in configs}
+
+
+def _configs(x: Tensor, problem: Problem) -> list[Config]:
+    """Return the configs worth measuring, the first of those that gather by pointer among them.
+
+    Statistics of tiles that TMA fetches have not run on a GPU yet. Of other devices than sm_90 not
+    all candidates were compiled, and some of those that were spill registers.
+    """
+    from resnet_fused.backends.triton import launch, run
+
+    if not problem.m:
+        return []
+    key = launch.precision(x.dtype), run.capability(x.device)
+    if not 90 <= key[1] < 100:
+        return [tiles.heuristic(problem, *key)]
+    gathering = tiles.heuristic(dataclasses.replace(problem, gathered=True), *key)
+    return list(dict.fromkeys((*tiles.candidates(problem, *key), gathering)))
 
 
 def _problem(
@@ -62,13 +131,20 @@ def _problem(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    *,
+    gathered: bool = False,
 ) -> Problem:
     problem = Problem.of(x_size, weight_size, stride, padding, dilation, groups, False)
-    return dataclasses.replace(problem, training=True)
+    return dataclasses.replace(problem, training=True, gathered=gathered)
 
 
 def _conv_bn_stats(
-    x: Tensor, weight: Tensor, problem: Problem, own: BatchNorm | None, act: str | None
+    x: Tensor,
+    weight: Tensor,
+    problem: Problem,
+    own: BatchNorm | None,
+    act: str | None,
+    config: Config | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from resnet_fused.backends.triton import conv_launch, run
 
@@ -77,7 +153,7 @@ def _conv_bn_stats(
         nothing = torch.full(y.shape[1:2], torch.nan, device=y.device)
         return y, nothing, nothing.clone()
     launches, mean, var = conv_launch.conv_bn_stats(
-        x, weight.to(x.dtype), y, problem, run.capability(x.device), own, act
+        x, weight.to(x.dtype), y, problem, run.capability(x.device), own, act, config
     )
     run_on(x, launches)
     return y, mean, var
@@ -92,10 +168,17 @@ def conv_backward_data(
     dilation: Sequence[int],
     groups: int,
     residual: Tensor | None,
+    config: Config | None = None,
 ) -> Tensor:
-    """Run the op: a convolution of stride 1 for every phase of the input's pixels."""
+    """Run the op: a convolution of stride 1 for every phase of the input's pixels.
+
+    With a config, for a stride of 1 alone, by the kernels of conv_bn_act.
+    """
     from resnet_fused.backends.triton import conv_launch, run
 
+    if config is not None:
+        turned = _turned.convolution(grad, weight, padding, dilation, groups, residual)
+        return functools.partial(run.conv_bn_act, config=config)(*turned)
     problem = _problem(x_size, weight.shape, stride, padding, dilation, groups)
     grad_x = empty_map(grad, x_size)
     if grad_x.numel():

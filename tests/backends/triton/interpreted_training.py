@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from devices import precision_of
 from formulas import call
 from hypothesis import given, settings
 from nets import SmallNet
@@ -23,6 +24,8 @@ from resnet_fused.testing import gradient_metrics, max_error, to_float64, two_x_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = [name for name, op in TRAINING.items() if not op.mutates]
+#: Those with several ways to run.
+SEVERAL = ("conv_bn_stats", "bn_act_conv_bn_stats", "conv_backward_data")
 each_op = pytest.mark.parametrize("op", OPS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -73,9 +76,67 @@ def test_result(op):
 
 
 @each_op
-def test_one_candidate(op):
-    args = next(iter(TRAINING[op].samples("cpu", torch.float16)))
-    assert triton.candidates(op, *args) == {"default": getattr(triton, op)}
+def test_every_candidate(op):
+    """One way, or for convolutions tiles; of every sample that has several, a few of them."""
+    ways = 0
+    for i, args in enumerate(TRAINING[op].samples("cpu", torch.float16)):
+        found = triton.candidates(op, *args)
+        if op not in SEVERAL:
+            assert found == {"default": getattr(triton, op)}
+            break
+        for name in list(found)[i % 3 :: 3]:
+            outs = found[name](*args)
+            assert_right(op, args, outs if isinstance(outs, tuple) else (outs,))
+            ways += 1
+    assert (ways > 4) == (op in SEVERAL)
+
+
+def maps(*shapes: tuple, dtype: torch.dtype) -> list[torch.Tensor]:
+    drawn = (torch.randn(shape).to(dtype) for shape in shapes)
+    return [t.contiguous(memory_format=torch.channels_last) for t in drawn]
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("shape", "o", "kernel", "stride"),
+    [((2, 64, 8, 8), 96, 1, 1), ((4, 32, 8, 4), 64, 3, 1), ((2, 64, 16, 16), 40, 1, 2)],
+)
+def test_statistics_of_tiles_that_tma_fetches(shape, o, kernel, stride, dtype, monkeypatch):
+    """No box reaches beyond these maps, means are far from zero, tiles merge in two levels."""
+    monkeypatch.setattr(passes, "MERGED", 2)
+    x, weight = maps(shape, (o, shape[1], kernel, kernel), dtype=dtype)
+    args = (x + 3, weight / kernel, (stride,) * 2, (kernel // 2,) * 2, (1, 1), 1)
+    with precision_of("tf32"):
+        found = triton.candidates("conv_bn_stats", *args)
+        fetched = [name for name in found if name.endswith("-tma")]
+        assert fetched
+        for name in fetched:
+            outs = found[name](*args)
+            assert_right("conv_bn_stats", args, outs)
+            assert same(outs, found[name](*args))
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("weight", "padding", "dilation", "groups"),
+    [
+        ((24, 16, 3, 3), (1, 1), (1, 1), 1),
+        ((16, 8, 3, 2), (2, 0), (1, 2), 2),
+        ((40, 24, 1, 1), (0, 0), (1, 1), 1),
+        ((6, 1, 3, 3), (1, 1), (1, 1), 3),
+    ],
+)
+def test_a_data_gradient_as_a_convolution(weight, padding, dilation, groups, dtype):
+    given, filters = maps((2, weight[1] * groups, 7, 6), weight, dtype=dtype)
+    geometry = ((1, 1), padding, dilation, groups)
+    out = torch.nn.functional.conv2d(given, filters, None, *geometry)
+    (grad,) = maps(out.shape, dtype=dtype)
+    for residual in (None, torch.randn_like(given)):
+        args = (grad, filters, list(given.shape), *geometry, residual)
+        found = triton.candidates("conv_backward_data", *args)
+        assert len(found) > 1
+        for run in found.values():
+            assert_right("conv_backward_data", args, (run(*args),))
 
 
 @each_op

@@ -1,6 +1,7 @@
 """What the kernels of training compile to on GPUs that are not here: see test_triton_aot.py.
 
-The cases are some of ResNet-50's layers, each with the tiles that are used where none was measured.
+The cases are some of ResNet-50's layers, each with the tiles that are used where none was measured;
+of statistics in tiles that TMA fetches, some that `tune` would time beside these.
 """
 
 import dataclasses
@@ -55,9 +56,30 @@ def statistics(layer, dtype, capability):
     from resnet_fused.backends.triton import conv_launch
 
     p = LAYERS[layer]
-    own = None if layer == "stem" else normalisation(p.c)
+    launches, *_ = conv_launch.conv_bn_stats(*maps(p, dtype), p, capability)
+    return launches
+
+
+def normalised(layer, dtype, capability):
+    """The output's statistics, the input normalised as it is read."""
+    from resnet_fused.backends.triton import conv_launch
+
+    p = dataclasses.replace(LAYERS[layer], gathered=True)
+    own = normalisation(p.c)
     launches, *_ = conv_launch.conv_bn_stats(*maps(p, dtype), p, capability, own, "relu")
     return launches
+
+
+def candidates(layer, dtype, capability):
+    """The output's statistics, in every third of the TMA tiles that `tune` would time."""
+    from resnet_fused.backends.triton import conv_launch, launch, tiles
+
+    p = LAYERS[layer]
+    configs = [c for c in tiles.candidates(p, launch.precision(dtype), capability) if c.tma]
+    assert len(configs) > 4
+    given = maps(p, dtype)
+    made = [conv_launch.conv_bn_stats(*given, p, capability, config=c) for c in configs[1::3]]
+    return [launches[0] for launches, *_ in made]
 
 
 def data(layer, dtype, capability, *, joined=False):
@@ -120,9 +142,14 @@ def passes(layer, dtype, capability):
 
 
 CASES = [
-    *((statistics, layer, "bf16", 90) for layer in ("stem", "3x3")),
+    *((statistics, layer, "bf16", 90) for layer in ("stem", "3x3", "strided", "expand")),
     *((statistics, *case) for case in (("3x3", "fp16", 80), ("3x3", "tf32", 90))),
     (statistics, "expand", "bf16", 100),
+    *((normalised, layer, "bf16", 90) for layer in ("3x3", "expand")),
+    *((normalised, *case) for case in (("3x3", "fp16", 80), ("3x3", "tf32", 90))),
+    (normalised, "expand", "bf16", 100),
+    *((candidates, layer, "bf16", 90) for layer in ("3x3", "shortcut", "reduce")),
+    (candidates, "reduce", "tf32", 90),
     *((data, layer, "bf16", 90) for layer in ("3x3", "strided", "shortcut")),
     *((data, *case) for case in (("3x3", "fp16", 80), ("3x3", "tf32", 90))),
     (data, "expand", "bf16", 100),
@@ -166,13 +193,14 @@ def test_kernels(kernels, case):
         assert kernel.shared <= arch_of(capability).block_shared, kernel
         products = kernel.kernel.startswith("conv") and kernel.loads  # none: pixels without a tap
         assert kernel.instruction == (PRODUCTS[capability] if products else "fma"), kernel
-        widths = {int(load.split()[-1]) for load in kernel.loads}
+        assert build is not candidates or set(kernel.loads) == {"tma"}, kernel
+        widths = {int(load.split()[-1]) for load in kernel.loads if load != "tma"}
         if kernel.kernel == "scale_shift_kernel" or (layer == "stem" and build is not passes):
             continue  # one channel a thread; pixels of three channels
         if build is weight and precision == "tf32" and kernel.kernel.startswith("conv"):
             # Products in TF32 take K, here the pixels, running fastest only: one of them is turned.
             assert widths == {4, 16}, kernel
-        elif build in (statistics, before, activation):  # scale and shift beside the tiles
+        elif build in (normalised, before, activation):  # scale and shift beside the tiles
             assert 16 in widths <= {4, 16}, kernel
         else:
             assert widths <= {16}, kernel
@@ -183,10 +211,11 @@ def test_the_model_of_shared_memory_is_no_lower_than_triton_s(kernels):
     from resnet_fused.backends.triton.cost import shared_bytes
 
     for (build, layer, precision, capability), made in kernels.items():
-        if build is statistics:
-            config = tiles.heuristic(LAYERS[layer], precision, capability)
-            (convolution,) = (k for k in made if k.kernel == "conv_fwd_kernel")
-            estimate = shared_bytes(LAYERS[layer], precision, config, capability)
+        if build in (statistics, normalised):
+            p = dataclasses.replace(LAYERS[layer], gathered=build is normalised)
+            config = tiles.heuristic(p, precision, capability)
+            (convolution,) = (k for k in made if k.kernel.startswith("conv_"))
+            estimate = shared_bytes(p, precision, config, capability)
             assert convolution.shared <= estimate, layer
 
 

@@ -101,7 +101,7 @@ def launches(kind: str, precision: str, name: str, capability: int) -> list:
         return conv_launch.backward_data(y, weight, x, problem, capability)
     if kind == "weight":
         return conv_launch.backward_weight(y, x, meta(64, 9 * 64), problem, capability)
-    training = Problem(**{**vars(problem), "training": True})
+    training = Problem(**{**vars(problem), "training": True, "gathered": True})
     return conv_launch.conv_bn_stats(x, weight, y, training, capability)[0]
 
 

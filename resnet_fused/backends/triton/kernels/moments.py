@@ -13,9 +13,16 @@ from resnet_fused.backends.triton.kernels.shared import rounded
 
 @triton.jit
 def moments(values, inside, count, AXIS: tl.constexpr):
-    """Return the mean and the sum of squared deviations of the ``count`` values inside."""
-    mean = tl.sum(tl.where(inside, values, 0.0), AXIS) / count
-    deviations = tl.where(inside, values - tl.expand_dims(mean, AXIS), 0.0)
+    """Return the mean and the sum of squared deviations of the ``count`` values inside.
+
+    With None for ``inside``, of all.
+    """
+    if inside is None:
+        mean = tl.sum(values, AXIS) / count
+        deviations = values - tl.expand_dims(mean, AXIS)
+    else:
+        mean = tl.sum(tl.where(inside, values, 0.0), AXIS) / count
+        deviations = tl.where(inside, values - tl.expand_dims(mean, AXIS), 0.0)
     error = tl.sum(deviations, AXIS) / count
     return corrected(mean, tl.sum(deviations * deviations, AXIS), error, count)
 

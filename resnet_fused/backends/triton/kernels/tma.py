@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from resnet_fused.backends.triton.kernels.moments import moments, store_moments
 from resnet_fused.backends.triton.kernels.shared import (
     activate,
     affine,
@@ -19,7 +20,7 @@ def conv_tma_fwd_kernel(
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, ROUNDED: tl.constexpr, BOX_N: tl.constexpr,
     BOX_H: tl.constexpr, BOX_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP_M: tl.constexpr, moments_ptr=None,
 ):  # fmt: skip
     """Tiles of BOX_N · BOX_H · BOX_W output pixels and BLOCK_N channels, one after another.
 
@@ -28,6 +29,9 @@ def conv_tma_fwd_kernel(
     a tap's row and column remainders are fixed coordinates. A pointwise convolution has one image
     of one row. The grid is what fits on the device at once; with the loops flattened, the next
     tile's loads are under way while this one is finished.
+
+    In training the moments of a tile's rounded output go to ``moments_ptr``, (tiles of pixels, 2,
+    OUT), for ``merge_moments_kernel``; no box then reaches beyond the map.
 
     Tiles are held as (channels, pixels): only the second operand of wgmma may be reshaped in
     shared memory, and the pixels are what needs it.
@@ -60,6 +64,10 @@ def conv_tma_fwd_kernel(
             b = w_desc.load([first, tap * IN + k])
             acc = multiply(b, a.reshape(BLOCK_M, BLOCK_K).T, acc, PRECISION, ROUNDED)
         channels = first + tl.arange(0, BLOCK_N)
+        if moments_ptr is not None:
+            values = rounded(acc, y_desc.dtype).to(tl.float32)
+            mean, squares = moments(values, None, BLOCK_M * 1.0, 1)
+            store_moments(moments_ptr, tile_m, channels, channels < OUT, mean, squares, OUT)
         acc = affine(acc, scale_ptr, shift_ptr, channels, channels < OUT).T
         if residual_desc is not None:
             residual = residual_desc.load([image, top, left, first])
