@@ -94,17 +94,18 @@ STATS = {
 }  # fmt: skip
 BN_APPLY = {
     "x": address(), "scale": address(2), "shift": address(3), "residual": address(4),
-    "residual_scale": address(6), "residual_shift": address(7), "y": address(8), **SIZES,
-    "relu": True,
+    "residual_scale": address(6), "residual_shift": address(7), "y": address(8),
+    "bits": 0, **SIZES, "relu": True,
 }  # fmt: skip
 ACT = {
     "x": address(), "mean": address(2), "var": address(3), "weight": address(4),
-    "bias": address(5), "residual": address(6), "y": address(8), "scratch": address(10),
-    "scratch_bytes": _C.bn_act_scratch_bytes(4, 8), **SIZES, "eps": 1e-5, "relu": True,
+    "bias": address(5), "residual": address(6), "y": address(8), "bits": 0,
+    "scratch": address(12), "scratch_bytes": _C.bn_act_scratch_bytes(4, 8), **SIZES, "eps": 1e-5,
+    "relu": True,
 }  # fmt: skip
 BACKWARD = {
     "grad": address(), "x": address(2), "mean": address(4), "var": address(5),
-    "weight": address(6), "bias": address(7), "y": address(8), "grad_x": address(10),
+    "weight": address(6), "bias": address(7), "y": address(8), "bits": 0, "grad_x": address(10),
     "grad_weight": address(12), "grad_bias": address(13), "grad_residual": address(14),
     "scratch": address(16), "scratch_bytes": _C.bn_act_backward_scratch_bytes(4, 8), **SIZES,
     "eps": 1e-5, "relu": True,
@@ -115,13 +116,13 @@ UPDATE = {
 }  # fmt: skip
 REDUCE = {
     "grad": address(), "x": address(2), "x2": address(4), "scale": 0, "shift": 0, "y": address(6),
-    "mean": address(8), "mean2": address(9), "sum_g": address(10), "sum_gx": address(11),
+    "bits": 0, "mean": address(8), "mean2": address(9), "sum_g": address(10), "sum_gx": address(11),
     "sum_gx2": address(12), "masked": address(14), "scratch": address(16),
     "scratch_bytes": _C.bn_act_backward_reduce_scratch_bytes(4, 8), **SIZES, "relu": True,
 }  # fmt: skip
 APPLY = {
     "grad": address(), "x": address(2), "x2": address(4), "scale": 0, "shift": 0, "y": address(6),
-    **{name: address(8 + i) for i, name in enumerate(("a", "b", "d", "a2", "b2", "d2"))},
+    "bits": 0, **{name: address(8 + i) for i, name in enumerate(("a", "b", "d", "a2", "b2", "d2"))},
     "grad_x": address(14), "grad_x2": address(16), **SIZES, "relu": True,
 }  # fmt: skip
 ADD = {"x": address(), "residual": address(2), "y": address(4), "dtype": "float32", "n": 32}
@@ -150,6 +151,34 @@ POINTERS = {
     "max_pool_index": (POOL, ("x", "scale", "shift", "y", "index")),
     "max_pool_backward": (POOL_BACK, ("grad", "index", "grad_x")),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("function", ["bn_apply", "bn_act"])
+def test_bits_to_write(function):
+    """Of the ReLU of a sum in 16 bits, of whole bytes of channels, apart from every map."""
+    good, _ = POINTERS[function]
+    run, good = getattr(_C, function), good | {"dtype": "bfloat16", "bits": address(40)}
+    run(**good)
+    shortcut = {} if function == "bn_act" else {"residual_scale": 0, "residual_shift": 0}
+    for change in (
+        {"dtype": "float32"}, {"c": 4}, {"relu": False}, {"residual": 0, **shortcut},
+        *({"bits": good[name]} for name in ("x", "residual", "y")),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"^bits: "):
+            run(**good | change)
+
+
+@pytest.mark.parametrize(
+    "function", ["bn_act_backward", "bn_act_backward_reduce", "bn_act_backward_apply"]
+)
+def test_bits_to_read(function):
+    """In place of ReLU's result, of the same maps as are written."""
+    good, _ = POINTERS[function]
+    run, good = getattr(_C, function), good | {"dtype": "bfloat16", "y": 0, "bits": address(40)}
+    run(**good)
+    for change in ({"dtype": "float32"}, {"c": 4}, {"y": address(42)}):
+        with pytest.raises(ValueError, match=r"^bits: "):
+            run(**good | change)
 
 
 @pytest.mark.parametrize("function", POINTERS)

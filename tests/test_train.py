@@ -56,9 +56,16 @@ def relative(a: Tensor, b: Tensor) -> float:
     return max_error(a, b) / max(float(b.abs().max()), 1e-12)
 
 
-def test_which_ops_run():
-    """Between two convolutions of a block nothing is written, nor in front of the pool."""
-    assert ops_called(rf.fuse(small_net()), X) == CALLS
+def test_which_ops_run(request):
+    """Between two convolutions of a block nothing is written, nor in front of the pool.
+
+    Where no backend has a chain of ops whole, it is these.
+    """
+    expected = dict(CALLS)
+    if request.node.callspec.params["_backend"] == "reference":
+        for part in ("bn_act", "conv_bn_stats"):
+            expected[part] += CALLS["bn_act_conv_bn_stats"]
+    assert ops_called(rf.fuse(small_net()), X) == expected
 
 
 @pytest.mark.skipif("cpu" not in KINDS, reason="about the native kernels")

@@ -76,6 +76,17 @@ def test_shares_kept_for_backward_by_the_convolutions_that_pay(monkeypatch):
     assert low <= 0.56 * eager, f"{low / eager:.3f} of eager"
 
 
+@pytest.mark.skipif(not rf.backends()[0].available, reason="about the native kernels")
+def test_a_block_end_in_16_bits_keeps_a_bit_for_each_value():
+    """Beside what the next convolution keeps of it anyway; the last one's result is not kept."""
+    model = rf.fuse(stage(2, channels=16)).bfloat16()
+    with saved_bytes(model) as found, rf.use_backend("cpu"):
+        y = model(X.bfloat16())
+    storages = {y.untyped_storage().data_ptr(): y.nbytes}
+    assert not storages.keys() & found.keys()
+    assert list(found.values()).count(y.nbytes // 16) >= 2
+
+
 # --- memory="low": the same bits -----------------------------------------------------------------
 
 
@@ -201,10 +212,13 @@ def test_a_gradient_of_one_early_part():
 
 
 def test_more_blocks_than_python_nests_calls():
+    def add(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a + b, a
+
     one = torch.ones(3)
-    output = recompute.Output(torch.add, [recompute.Kept(one, None), one], None)
+    output = recompute.Output(add, [recompute.Kept(one, None), one], None)
     for _ in range(3000):
-        output = recompute.Output(torch.add, [recompute.Kept(one, None), output], None)
+        output = recompute.Output(add, [recompute.Kept(one, None), output], None)
     assert torch.equal(output.value(), 3002 * one)
 
 

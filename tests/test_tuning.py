@@ -295,6 +295,20 @@ def test_a_wrong_result_of_several_is_found(place, backend):
     assert outcome.faults["made_up", "wrong"].startswith("wrong: error")
 
 
+def test_wrong_bits_are_found(backend):
+    """They are those of the candidate's own values, which may round to zero or not."""
+    right = OPS["bn_act"].reference
+
+    def wrong(*args):
+        y, bits = right(*args)
+        return y, bits ^ 1
+
+    backend.bn_act, backend.ways = right, {"right": right, "wrong": wrong}
+    x, one = torch.randn(4, 8, 9, 9).bfloat16(), torch.ones(8)
+    outcome = measure("bn_act", (x, one, one, None, None, x, 0.1, "relu"), lambda run: 1.0)
+    assert outcome.faults == {("made_up", "wrong"): "wrong: the bits are not those of the values"}
+
+
 # --- a model's calls -----------------------------------------------------------------------------
 
 

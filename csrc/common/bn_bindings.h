@@ -47,6 +47,22 @@ class Operands {
       if (other.address) need_apart(out, {other.name, other.address, map_bytes_});
     return pointer<void>(address);
   }
+  // The bits of a map, or null.
+  template <class B = const uint8_t>
+  B* bits(uintptr_t address, int64_t c) {
+    if (!address) return nullptr;
+    if (itemsize(dtype) != 2 || c % kBits)
+      fail("bits: there are only for 16-bit maps of 8, 16, ... channels");
+    if (map_bytes_) need_block(bits_block(address), 1);
+    return pointer<B>(address);
+  }
+  uint8_t* bits_output(uintptr_t address, int64_t c, std::initializer_list<Block> maps) {
+    uint8_t* made = bits<uint8_t>(address, c);
+    if (made && map_bytes_)
+      for (const Block& map : maps)
+        if (map.address) need_apart(bits_block(address), {map.name, map.address, map_bytes_});
+    return made;
+  }
   template <class F = const float>
   F* vector(const char* name, uintptr_t address) {
     need_block({name, address, vector_bytes_}, alignof(float));
@@ -63,6 +79,7 @@ class Operands {
   }
 
  private:
+  Block bits_block(uintptr_t address) const { return {"bits", address, map_bytes_ / itemsize(dtype) / kBits}; }
   Block checked(const char* name, uintptr_t address) const {
     const Block block{name, address, map_bytes_};
     if (map_bytes_) need_block(block, itemsize(dtype));
@@ -87,13 +104,16 @@ void bn_stats(uintptr_t x, uintptr_t mean, uintptr_t var, uintptr_t scratch, siz
 }
 
 inline BnActArgs apply_args(Operands& on, uintptr_t x, const float* scale, const float* shift,
-                            uintptr_t residual, uintptr_t y, int64_t rows, int64_t c, bool relu) {
+                            uintptr_t residual, uintptr_t y, uintptr_t bits, int64_t rows, int64_t c,
+                            bool relu) {
   BnActArgs args{};
   args.x = on.map("x", x);
   args.scale = scale;
   args.shift = shift;
   if (residual) args.residual = on.map("residual", residual);
   args.y = on.output("y", y, {{"x", x, 0}, {"residual", residual, 0}});
+  if (bits && !(residual && relu)) fail("bits: only of the ReLU of a sum");
+  args.bits = on.bits_output(bits, c, {{"x", x, 0}, {"residual", residual, 0}, {"y", y, 0}});
   args.rows = rows;
   args.c = c;
   args.relu = relu;
@@ -102,13 +122,13 @@ inline BnActArgs apply_args(Operands& on, uintptr_t x, const float* scale, const
 
 template <class Device, class... Queue>
 void bn_apply(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t residual,
-              uintptr_t residual_scale, uintptr_t residual_shift, uintptr_t y,
+              uintptr_t residual_scale, uintptr_t residual_shift, uintptr_t y, uintptr_t bits,
               const std::string& dtype, int64_t rows, int64_t c, bool relu, Queue... queue) {
   Operands on(Device::dtype(dtype), rows, c);
   if (!residual_scale != !residual_shift) fail_together("residual_scale", "residual_shift");
   if (residual_scale && !residual && rows) fail_together("residual_scale", "residual");
   BnActArgs args = apply_args(on, x, on.vector("scale", scale), on.vector("shift", shift), residual,
-                              y, rows, c, relu);
+                              y, bits, rows, c, relu);
   args.residual_scale = on.optional_vector("residual_scale", residual_scale);
   args.residual_shift = on.optional_vector("residual_shift", residual_shift);
   if (rows == 0) return;
@@ -117,15 +137,17 @@ void bn_apply(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t residual,
 }
 
 inline BnGradient gradient(Operands& on, uintptr_t grad, uintptr_t x, uintptr_t x2,
-                           uintptr_t scale, uintptr_t shift, uintptr_t y, int64_t rows, int64_t c,
-                           bool relu) {
+                           uintptr_t scale, uintptr_t shift, uintptr_t y, uintptr_t bits,
+                           int64_t rows, int64_t c, bool relu) {
   BnGradient g{};
   g.grad = on.map("grad", grad);
   g.x = on.map("x", x);
   if (x2) g.x2 = on.map("x2", x2);
+  if (y && bits) fail("bits: given in place of y, not beside it");
   if (relu && y) g.y = on.map("y", y);
-  if (relu && !y) {
-    if (x2) fail("y: needed where x2 and relu are given");
+  if (relu) g.bits = on.bits(bits, c);
+  if (relu && !y && !bits) {
+    if (x2) fail("y: it or its bits are needed where x2 and relu are given");
     g.scale = on.vector("scale", scale);
     g.shift = on.vector("shift", shift);
   }
@@ -137,13 +159,14 @@ inline BnGradient gradient(Operands& on, uintptr_t grad, uintptr_t x, uintptr_t 
 
 template <class Device, class... Queue>
 void bn_act_backward_reduce(uintptr_t grad, uintptr_t x, uintptr_t x2, uintptr_t scale,
-                            uintptr_t shift, uintptr_t y, uintptr_t mean, uintptr_t mean2,
+                            uintptr_t shift, uintptr_t y, uintptr_t bits, uintptr_t mean,
+                            uintptr_t mean2,
                             uintptr_t sum_g, uintptr_t sum_gx, uintptr_t sum_gx2, uintptr_t masked,
                             uintptr_t scratch, size_t scratch_bytes, const std::string& dtype,
                             int64_t rows, int64_t c, bool relu, Queue... queue) {
   Operands on(Device::dtype(dtype), rows, c);
   BnReduceArgs args{};
-  static_cast<BnGradient&>(args) = gradient(on, grad, x, x2, scale, shift, y, rows, c, relu);
+  static_cast<BnGradient&>(args) = gradient(on, grad, x, x2, scale, shift, y, bits, rows, c, relu);
   args.mean = on.vector("mean", mean);
   args.sum_g = on.vector<float>("sum_g", sum_g);
   args.sum_gx = on.vector<float>("sum_gx", sum_gx);
@@ -163,13 +186,14 @@ void bn_act_backward_reduce(uintptr_t grad, uintptr_t x, uintptr_t x2, uintptr_t
 
 template <class Device, class... Queue>
 void bn_act_backward_apply(uintptr_t grad, uintptr_t x, uintptr_t x2, uintptr_t scale,
-                           uintptr_t shift, uintptr_t y, uintptr_t a, uintptr_t b, uintptr_t d,
+                           uintptr_t shift, uintptr_t y, uintptr_t bits, uintptr_t a, uintptr_t b,
+                           uintptr_t d,
                            uintptr_t a2, uintptr_t b2, uintptr_t d2, uintptr_t grad_x,
                            uintptr_t grad_x2, const std::string& dtype, int64_t rows, int64_t c,
                            bool relu, Queue... queue) {
   Operands on(Device::dtype(dtype), rows, c);
   BnApplyArgs args{};
-  static_cast<BnGradient&>(args) = gradient(on, grad, x, x2, scale, shift, y, rows, c, relu);
+  static_cast<BnGradient&>(args) = gradient(on, grad, x, x2, scale, shift, y, bits, rows, c, relu);
   const std::initializer_list<Block> read = {
       {"grad", grad, 0}, {"x", x, 0}, {"x2", x2, 0}, {"y", relu ? y : 0, 0}};
   args.a = on.vector("a", a);
@@ -222,19 +246,21 @@ void register_bn(py::module_& m, const QueueName&... queue) {
         "Mean and biased variance of each column of x (rows, c), in one pass; NaN without rows.\n"
         "The same bits on any number of threads. Vectors are float32; scratch is 64-byte aligned.");
   m.def("bn_apply", &bn_apply<Device, Queue...>, arg("x"), arg("scale"), arg("shift"), arg("residual"),
-        arg("residual_scale"), arg("residual_shift"), arg("y"), arg("dtype"), arg("rows"), arg("c"),
-        arg("relu"), queue...,
+        arg("residual_scale"), arg("residual_shift"), arg("y"), arg("bits"), arg("dtype"),
+        arg("rows"), arg("c"), arg("relu"), queue...,
         "y = act(x*scale + shift + r), r = 0, residual or residual*residual_scale + residual_shift\n"
-        "(0 for an absent operand). y may be x or residual.");
+        "(0 for an absent operand). y may be x or residual. bits receives which of y passed the ReLU,\n"
+        "a byte for 8 channels.");
   m.def("bn_act_backward_reduce", &bn_act_backward_reduce<Device, Queue...>, arg("grad"), arg("x"),
-        arg("x2"), arg("scale"), arg("shift"), arg("y"), arg("mean"), arg("mean2"), arg("sum_g"),
+        arg("x2"), arg("scale"), arg("shift"), arg("y"), arg("bits"), arg("mean"), arg("mean2"),
+        arg("sum_g"),
         arg("sum_gx"), arg("sum_gx2"), arg("masked"), arg("scratch"), arg("scratch_bytes"),
         arg("dtype"), arg("rows"), arg("c"), arg("relu"), queue...,
         "sum_g = sum(g), sum_gx = sum(g * (x - mean)), sum_gx2 likewise for x2, with g = grad where\n"
-        "not y <= 0 (without y: not x*scale + shift <= 0), all of grad without relu. masked, which\n"
+        "not y <= 0, by y or its bits (without: not x*scale + shift <= 0), all of grad without relu. masked, which\n"
         "may be grad, receives g. The same bits on any number of threads.");
   m.def("bn_act_backward_apply", &bn_act_backward_apply<Device, Queue...>, arg("grad"), arg("x"),
-        arg("x2"), arg("scale"), arg("shift"), arg("y"), arg("a"), arg("b"), arg("d"), arg("a2"),
+        arg("x2"), arg("scale"), arg("shift"), arg("y"), arg("bits"), arg("a"), arg("b"), arg("d"), arg("a2"),
         arg("b2"), arg("d2"), arg("grad_x"), arg("grad_x2"), arg("dtype"), arg("rows"), arg("c"),
         arg("relu"), queue...,
         "grad_x = g*a + x*b + d and, with x2, grad_x2 = g*a2 + x2*b2 + d2; g as in\n"

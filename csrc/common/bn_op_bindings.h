@@ -99,14 +99,14 @@ size_t bn_act_backward_scratch_bytes(int64_t rows, int64_t c) {
 
 template <class Device, class... Queue>
 void bn_act(uintptr_t x, uintptr_t mean, uintptr_t var, uintptr_t weight, uintptr_t bias,
-            uintptr_t residual, uintptr_t y, uintptr_t scratch, size_t scratch_bytes,
+            uintptr_t residual, uintptr_t y, uintptr_t bits, uintptr_t scratch, size_t scratch_bytes,
             const std::string& dtype, int64_t rows, int64_t c, double eps, bool relu,
             Queue... queue) {
   Operands on(Device::dtype(dtype), rows, c);
   const Vectors made(on.scratch(scratch, scratch_bytes, Vectors::bytes(c, kActVectors)), c);
   const BnScaleShiftArgs vectors =
       scale_shift_args(on, mean, var, weight, bias, made[0], made[1], c, eps);
-  const BnActArgs args = apply_args(on, x, made[0], made[1], residual, y, rows, c, relu);
+  const BnActArgs args = apply_args(on, x, made[0], made[1], residual, y, bits, rows, c, relu);
   if (rows == 0) return;
   py::gil_scoped_release release;
   Device::run(vectors, queue...);
@@ -115,7 +115,7 @@ void bn_act(uintptr_t x, uintptr_t mean, uintptr_t var, uintptr_t weight, uintpt
 
 template <class Device, class... Queue>
 void bn_act_backward(uintptr_t grad, uintptr_t x, uintptr_t mean, uintptr_t var, uintptr_t weight,
-                     uintptr_t bias, uintptr_t y, uintptr_t grad_x, uintptr_t grad_weight,
+                     uintptr_t bias, uintptr_t y, uintptr_t bits, uintptr_t grad_x, uintptr_t grad_weight,
                      uintptr_t grad_bias, uintptr_t grad_residual, uintptr_t scratch,
                      size_t scratch_bytes, const std::string& dtype, int64_t rows, int64_t c,
                      double eps, bool relu, Queue... queue) {
@@ -123,11 +123,11 @@ void bn_act_backward(uintptr_t grad, uintptr_t x, uintptr_t mean, uintptr_t var,
   need("rows", rows, 1);
   char* base = on.scratch(scratch, scratch_bytes, bn_act_backward_scratch_bytes<Device>(rows, c));
   const Vectors made(base, c);
-  const bool recomputed = relu && !y;
+  const bool recomputed = relu && !y && !bits;
   const BnScaleShiftArgs affine =
       scale_shift_args(on, mean, var, weight, bias, made[0], made[1], c, eps);
   BnReduceArgs reduce{};
-  static_cast<BnGradient&>(reduce) = gradient(on, grad, x, 0, address(made[0]), address(made[1]), y,
+  static_cast<BnGradient&>(reduce) = gradient(on, grad, x, 0, address(made[0]), address(made[1]), y, bits,
                                               rows, c, relu);
   reduce.mean = affine.mean;
   reduce.sum_g = grad_bias ? on.vector<float>("grad_bias", grad_bias) : made[2];
@@ -186,11 +186,11 @@ void register_bn_ops(py::module_& m, const QueueName&... queue) {
   m.def("bn_act_backward_scratch_bytes", &bn_act_backward_scratch_bytes<Device>, arg("rows"),
         arg("c"));
   m.def("bn_act", &bn_act<Device, Queue...>, arg("x"), arg("mean"), arg("var"), arg("weight"),
-        arg("bias"), arg("residual"), arg("y"), arg("scratch"), arg("scratch_bytes"), arg("dtype"),
+        arg("bias"), arg("residual"), arg("y"), arg("bits"), arg("scratch"), arg("scratch_bytes"), arg("dtype"),
         arg("rows"), arg("c"), arg("eps"), arg("relu"), queue...,
-        "bn_scale_shift, then bn_apply by it. y may be x or residual.");
+        "bn_scale_shift, then bn_apply by it.");
   m.def("bn_act_backward", &bn_act_backward<Device, Queue...>, arg("grad"), arg("x"), arg("mean"),
-        arg("var"), arg("weight"), arg("bias"), arg("y"), arg("grad_x"), arg("grad_weight"),
+        arg("var"), arg("weight"), arg("bias"), arg("y"), arg("bits"), arg("grad_x"), arg("grad_weight"),
         arg("grad_bias"), arg("grad_residual"), arg("scratch"), arg("scratch_bytes"), arg("dtype"),
         arg("rows"), arg("c"), arg("eps"), arg("relu"), queue...,
         "bn_act_backward_reduce, bn_gradient_vectors and bn_act_backward_apply; 0 for a gradient\n"

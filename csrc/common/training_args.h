@@ -10,7 +10,11 @@ namespace rf {
 enum class Shortcut { none, plain, affine };
 
 // What says where the ReLU let the gradient pass.
-enum class Mask { none, from_y, recomputed };
+enum class Mask { none, from_y, from_bits, recomputed };
+
+// A byte of bits says of 8 channels which passed, bit j of byte k of channel 8 k + j: of maps of 16
+// bits, of whose pixels a GPU's thread reads as many at once.
+constexpr int kBits = 8;
 
 struct BnStatsArgs {
   const void* x;
@@ -50,17 +54,20 @@ struct BnActArgs {
   const void* residual;
   const float *residual_scale, *residual_shift;
   void* y;
+  uint8_t* bits;  // receives what passed the ReLU of a sum; null: not wanted
   int64_t rows, c;
   bool relu;
 };
 
-// The gradient as it comes in, and what says where the ReLU let it pass: y, or scale and shift.
+// The gradient as it comes in, and what says where the ReLU let it pass: y, its bits, or scale and
+// shift.
 struct BnGradient {
   const void* grad;
   const void* x;
   const void* x2;  // of the BatchNorm in the shortcut
   const float *scale, *shift;
   const void* y;
+  const uint8_t* bits;
   int64_t rows, c;
   bool relu;
 };

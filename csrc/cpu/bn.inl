@@ -4,13 +4,14 @@
 constexpr int64_t kBlock = 256;
 
 // The arguments by value here and below: through a reference, every store might change them.
-template <class E, Shortcut S, bool RELU>
+template <class E, Shortcut S, bool RELU, bool BITS>
 static void bn_act_rows(const BnActArgs g, int64_t first, int64_t last) {
   using T = typename E::T;
   for (int64_t row = first; row < last; ++row) {
     const T* x = static_cast<const T*>(g.x) + row * g.c;
     const T* r = static_cast<const T*>(g.residual) + row * g.c;
     T* y = static_cast<T*>(g.y) + row * g.c;
+    uint8_t* bits = BITS ? g.bits + row * g.c / kBits : nullptr;
     each_vector(g.c, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
       const auto vector = [&](const float* p) { return get<F32>(p + j, lanes); };
       auto z = bn_affine<Vec>(get<E>(x + j, lanes), vector(g.scale), vector(g.shift));
@@ -19,6 +20,7 @@ static void bn_act_rows(const BnActArgs g, int64_t first, int64_t last) {
         z = Vec::add(z, bn_affine<Vec>(get<E>(r + j, lanes), vector(g.residual_scale),
                                        vector(g.residual_shift)));
       put<E>(y + j, RELU ? Vec::relu(z) : z, lanes);
+      if constexpr (BITS) put_bits(bits + j / kBits, Vec::passed(E::rounded(z)), lanes);
     });
   }
 }
@@ -26,7 +28,10 @@ static void bn_act_rows(const BnActArgs g, int64_t first, int64_t last) {
 template <class E, Shortcut S>
 static void bn_act_of(const BnActArgs& g) {
   share_rows(g.rows, g.c, [&](int64_t first, int64_t last) {
-    g.relu ? bn_act_rows<E, S, true>(g, first, last) : bn_act_rows<E, S, false>(g, first, last);
+    if constexpr (S != Shortcut::none && sizeof(typename E::T) == 2)
+      if (g.bits) return bn_act_rows<E, S, true, true>(g, first, last);
+    g.relu ? bn_act_rows<E, S, true, false>(g, first, last)
+           : bn_act_rows<E, S, false, false>(g, first, last);
   });
 }
 
@@ -162,6 +167,8 @@ static inline typename Vec::reg masked_gradient(const BnGradient& g, typename Ve
   const auto grad = get<E>(static_cast<const T*>(g.grad) + i, lanes);
   if constexpr (M == Mask::from_y)
     return relu_gradient<Vec>(grad, get<E>(static_cast<const T*>(g.y) + i, lanes));
+  if constexpr (M == Mask::from_bits)
+    return Vec::where_bits(get_bits(g.bits + i / kBits, lanes), grad);
   if constexpr (M == Mask::recomputed)
     return relu_gradient<Vec>(
         grad, bn_affine<Vec>(x, get<F32>(g.scale + j, lanes), get<F32>(g.shift + j, lanes)));
@@ -253,6 +260,10 @@ static void reduce_and_store(const BnReduceArgs& g) {
 // g itself goes to `masked` where given.
 template <class E>
 static void bn_act_backward_reduce(const BnReduceArgs& g) {
+  if constexpr (sizeof(typename E::T) == 2)
+    if (g.relu && g.bits)
+      return g.x2 ? reduce_and_store<E, Mask::from_bits, true>(g)
+                  : reduce_and_store<E, Mask::from_bits, false>(g);
   if (g.relu && !g.y) return reduce_and_store<E, Mask::recomputed, false>(g);
   if (g.relu)
     return g.x2 ? reduce_and_store<E, Mask::from_y, true>(g)
@@ -292,5 +303,7 @@ static void apply(const BnApplyArgs& g) {
 template <class E>
 static void bn_act_backward_apply(const BnApplyArgs& g) {
   if (!g.relu) return apply<E, Mask::none>(g);
+  if constexpr (sizeof(typename E::T) == 2)
+    if (g.bits) return apply<E, Mask::from_bits>(g);
   g.y ? apply<E, Mask::from_y>(g) : apply<E, Mask::recomputed>(g);
 }

@@ -55,3 +55,19 @@ static inline Vec::reg where_byte(const uint8_t* p, int n, Vec::reg v, Full) {
 static inline Vec::reg where_byte(const uint8_t* p, int n, Vec::reg v, Vec::mask m) {
   return Vec::where_byte(p, n, v, m);
 }
+
+// Bits of lanes, a byte for 8 of them.
+static inline void put_bits(uint8_t* p, uint32_t bits, Full) { __builtin_memcpy(p, &bits, Vec::W / kBits); }
+static inline void put_bits(uint8_t* p, uint32_t bits, Vec::mask m) {
+  __builtin_memcpy(p, &bits, Vec::count(m) / kBits);
+}
+static inline uint32_t get_bits(const uint8_t* p, Full) {
+  uint32_t bits = 0;
+  __builtin_memcpy(&bits, p, Vec::W / kBits);
+  return bits;
+}
+static inline uint32_t get_bits(const uint8_t* p, Vec::mask m) {
+  uint32_t bits = 0;
+  __builtin_memcpy(&bits, p, Vec::count(m) / kBits);
+  return bits;
+}

@@ -58,6 +58,15 @@ struct Vec {
   static reg where_passed(reg z, reg v) {
     return _mm256_and_ps(_mm256_cmp_ps(z, _mm256_setzero_ps(), _CMP_NLE_UQ), v);
   }
+  // The lanes where that is so, as bits; v in the lanes of which the bits are set.
+  static uint32_t passed(reg z) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(z, _mm256_setzero_ps(), _CMP_NLE_UQ));
+  }
+  static reg where_bits(uint32_t bits, reg v) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32((int)bits), lane);
+    return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(set, lane)), v);
+  }
   static reg finite_or_zero(reg v) {
     return _mm256_and_ps(_mm256_cmp_ps(_mm256_sub_ps(v, v), _mm256_setzero_ps(), _CMP_EQ_OQ), v);
   }

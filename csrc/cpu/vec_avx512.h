@@ -61,6 +61,10 @@ struct Vec {
   static reg where_passed(reg z, reg v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
   }
+  // The lanes where that is so, as bits; v in the lanes of which the bits are set.
+  static uint32_t passed(reg z) { return _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+  static reg where_bits(uint32_t bits, reg v) { return _mm512_maskz_mov_ps((mask)bits, v); }
+  static int count(mask m) { return __builtin_popcount(m); }
   static reg finite_or_zero(reg v) {
     const mask finite =
         _mm512_cmp_ps_mask(_mm512_sub_ps(v, v), _mm512_setzero_ps(), _CMP_EQ_OQ);

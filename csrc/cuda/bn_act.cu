@@ -9,7 +9,8 @@ namespace {
 
 constexpr int kRows = 4;  // of each thread: their loads are in flight together
 
-template <class E, int W, Shortcut S>
+// With BITS, W are the channels that a byte tells of.
+template <class E, int W, Shortcut S, bool BITS>
 __global__ void __launch_bounds__(kThreads) bn_act_kernel(const Tiled<BnActArgs> g) {
   const Thread t(g.tiling, W);
   if (!t.inside) return;
@@ -31,6 +32,7 @@ __global__ void __launch_bounds__(kThreads) bn_act_kernel(const Tiled<BnActArgs>
     const int64_t row = first + i * t.step;
     if (row >= g.rows) break;
     Pack<E, W> y;
+    unsigned passed = 0;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
       float z = bn_affine<E>(E::widen(x[i].at[j]), scale.at[j], shift.at[j]);
@@ -38,8 +40,10 @@ __global__ void __launch_bounds__(kThreads) bn_act_kernel(const Tiled<BnActArgs>
       if (S == Shortcut::affine)
         z = E::add(z, bn_affine<E>(E::widen(r[i].at[j]), scale2.at[j], shift2.at[j]));
       y.at[j] = E::narrow(g.relu ? E::relu(z) : z);
+      if (BITS) passed |= (E::widen(y.at[j]) == 0 ? 0u : 1u) << j;
     }
     store<E, W>(g.y, row * g.c + t.channel, y);
+    if (BITS) g.bits[(row * g.c + t.channel) / kBits] = (uint8_t)passed;
   }
 }
 
@@ -56,7 +60,13 @@ void launch_with(DType dtype, const BnActArgs& args, Stream stream) {
         constexpr int W = decltype(width)::value;
         Tiling tiling(args.rows, args.c, W);
         tiling.parts = ceil_div(args.rows, kRows * tiling.rows_at_once());
-        put("bn_act", bn_act_kernel<E, W, S>, tiling.blocks(), {args, tiling}, stream);
+        if constexpr (S != Shortcut::none)
+          if (args.bits) {
+            if constexpr (W == kBits)
+              return put("bn_act", bn_act_kernel<E, W, S, true>, tiling.blocks(), {args, tiling}, stream);
+            throw std::runtime_error("bn_act: bits are made of maps and vectors at 16-byte addresses");
+          }
+        put("bn_act", bn_act_kernel<E, W, S, false>, tiling.blocks(), {args, tiling}, stream);
       });
 }
 

@@ -51,8 +51,9 @@ void launch_with(DType dtype, const BnApplyArgs& g, Stream stream) {
                  constexpr int W = decltype(width)::value;
                  Tiling tiling(g.rows, g.c, W);
                  tiling.parts = ceil_div(g.rows, kRows<DUAL> * tiling.rows_at_once());
-                 put("bn_act_backward_apply", bn_apply_kernel<E, W, M, DUAL>, tiling.blocks(),
-                     {g, tiling}, stream);
+                 if constexpr (has_mask<E, M>)
+                   put("bn_act_backward_apply", bn_apply_kernel<E, W, M, DUAL>, tiling.blocks(),
+                       {g, tiling}, stream);
                });
 }
 

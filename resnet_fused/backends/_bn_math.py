@@ -11,6 +11,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+#: Channels that a byte tells of.
+BITS = 8
+
+
+def bits_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...] | None:
+    """Return the shape of the bits that say which elements of a map passed ReLU.
+
+    A channels_last map of bytes: bit j of byte k is channel 8 k + j. None: there are no bits, and
+    ReLU's result says so itself. They are for maps of 16 bits, of whose bytes they are a sixteenth,
+    with a number of channels that 8 divides: what a thread reads at once has one byte. In float32
+    backward would save as little time, and more would be kept for it than the next convolution
+    keeps of the result anyway.
+    """
+    n, c, h, w = shape
+    return (n, c // BITS, h, w) if dtype.itemsize == 2 and c % BITS == 0 else None
+
 
 def invstd(var: Tensor, eps: float) -> Tensor:
     """Return 1 / √(σ² + ε)."""

@@ -10,93 +10,21 @@ ValueError.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import native
-from resnet_fused.backends._outputs import empty_channels_last, scratch
+from resnet_fused.backends import _bn_math, native
+from resnet_fused.backends._outputs import empty_channels_last
 from resnet_fused.backends._sizes import pool_shape
-from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_vector
+from resnet_fused.backends._training_maps import Maps, new_vector
+from resnet_fused.backends.native import as_vector
 
 
-class _Maps:
-    """The maps and vectors of one call."""
-
-    def __init__(self, x: Tensor) -> None:
-        n, c, h, w = x.shape
-        self._shape, self._dtype, self._device = x.shape, x.dtype, x.device
-        #: What was converted, and scratch memory: alive until the kernel has run.
-        self._kept: list[Tensor] = []
-        self.sizes = (CUDA_DTYPE_NAMES[x.dtype], n * h * w, c)
-
-    def run(self, kernel: str, *args: Any) -> None:
-        """Run a kernel, or put it on the current stream."""
-        native.run(self._device, kernel, *args)
-
-    def scratch(self, kernel: str) -> tuple[int, int]:
-        """Return address and size of the scratch memory that a kernel needs."""
-        kernels, _ = native.kernels_on(self._device)
-        size = getattr(kernels, f"{kernel}_scratch_bytes")(*self.sizes[1:])
-        self._kept.append(scratch(size, self._device))
-        return self._kept[-1].data_ptr(), self._kept[-1].nbytes
-
-    def map(self, name: str, t: Tensor | None) -> int:
-        """Return the address of a map to read, 0 for None."""
-        if t is None:
-            return 0
-        self._check(name, t)
-        if not t.is_contiguous(memory_format=torch.channels_last):
-            t = t.detach().contiguous(memory_format=torch.channels_last)
-            self._kept.append(t)
-        # 0 says that there is no such map; an empty one, never read, is still there.
-        return t.data_ptr() or 1
-
-    def vector(self, name: str, t: Tensor | None) -> int:
-        """Return the address of a vector to read, 0 for None."""
-        if t is None:
-            return 0
-        if t.shape != self._shape[1:2] or t.device != self._device:
-            raise ValueError(
-                f"{name}: must be a vector of {self._shape[1]} values on {self._device}, "
-                f"got {tuple(t.shape)} on {t.device}"
-            )
-        if t.dtype != torch.float32 or not t.is_contiguous():
-            t = t.detach().float().contiguous()
-            self._kept.append(t)
-        return t.data_ptr()
-
-    def affine(
-        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[int, ...]:
-        """Return the addresses of a BatchNorm's vectors."""
-        named = ("mean", mean), ("var", var), ("weight", weight), ("bias", bias)
-        return tuple(self.vector(name, vector) for name, vector in named)
-
-    def output(self, name: str, out: Tensor | None) -> Tensor:
-        """Return the map to write: ``out``, checked, or a new one."""
-        if out is None:
-            return empty_channels_last(self._shape, self._dtype, self._device)
-        self._check(name, out)
-        if not out.is_contiguous(memory_format=torch.channels_last):
-            raise ValueError(f"{name}: must be channels_last, got strides {out.stride()}")
-        return out
-
-    def new_vectors(self, count: int) -> list[Tensor]:
-        """Return vectors to write."""
-        return [_vector(self._shape[1], self._device) for _ in range(count)]
-
-    def _check(self, name: str, t: Tensor) -> None:
-        if t.shape != self._shape or t.dtype != self._dtype or t.device != self._device:
-            raise ValueError(
-                f"{name}: must be {tuple(self._shape)} of {self._dtype} on {self._device}, "
-                f"got {tuple(t.shape)} of {t.dtype} on {t.device}"
-            )
-
-
-def _vector(channels: int, device: torch.device) -> Tensor:
-    return torch.empty(channels, dtype=torch.float32, device=device)
+def new_bits(x: Tensor) -> Tensor | None:
+    """Return empty bits for a map like x, or None where it has none."""
+    shape = _bn_math.bits_shape(x.shape, x.dtype)
+    return None if shape is None else empty_channels_last(shape, torch.uint8, x.device)
 
 
 def scale_shift(
@@ -104,7 +32,7 @@ def scale_shift(
 ) -> tuple[Tensor, Tensor]:
     """Return :func:`_bn_math.scale_shift` by one kernel, the arithmetic of :func:`bn_act`."""
     kept = [as_vector(t) for t in (mean, var, weight, bias)]
-    made = [_vector(len(mean), mean.device) for _ in range(2)]
+    made = [new_vector(len(mean), mean.device) for _ in range(2)]
     native.run(mean.device, "bn_scale_shift", *map(_address, [*kept, *made]), len(mean), eps)
     return made[0], made[1]
 
@@ -120,7 +48,7 @@ def gradient_vectors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return :func:`_bn_math.gradient_vectors` by one kernel."""
     kept = [as_vector(t) for t in (mean, var, weight, sum_g, sum_gx)]
-    made = [_vector(len(mean), mean.device) for _ in range(3)]
+    made = [new_vector(len(mean), mean.device) for _ in range(3)]
     native.run(
         mean.device, "bn_gradient_vectors", *map(_address, [*kept, *made]), len(mean), eps, count
     )
@@ -139,7 +67,7 @@ def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     float32: the variance is infinite from deviations of about 1e17 on, as torch's is from 2e19 on,
     and the mean NaN from values of about 1e36 on.
     """
-    maps = _Maps(x)
+    maps = Maps(x)
     mean, var = maps.new_vectors(2)
     maps.run(
         "bn_stats", maps.map("x", x), mean.data_ptr(), var.data_ptr(), *maps.scratch("bn_stats"),
@@ -157,18 +85,21 @@ def bn_apply(
     residual_shift: Tensor | None = None,
     relu: bool = True,
     out: Tensor | None = None,
+    bits: Tensor | None = None,
 ) -> Tensor:
     """Return act(x · scale + shift + r).
 
     r is 0, ``residual``, or residual · residual_scale + residual_shift: the BatchNorm of a
-    projection shortcut. ``out`` may be ``x`` or ``residual``.
+    projection shortcut. ``out`` may be ``x`` or ``residual``. ``bits``, of :func:`new_bits`,
+    receives what passed the ReLU of a sum with r.
     """
-    maps = _Maps(x)
+    maps = Maps(x, whole=bits is not None)
     y = maps.output("out", out)
     maps.run(
         "bn_apply", maps.map("x", x), maps.vector("scale", scale), maps.vector("shift", shift),
         maps.map("residual", residual), maps.vector("residual_scale", residual_scale),
-        maps.vector("residual_shift", residual_shift), y.data_ptr(), *maps.sizes, relu,
+        maps.vector("residual_shift", residual_shift), y.data_ptr(), maps.bits(bits),
+        *maps.sizes, relu,
     )  # fmt: skip
     return y
 
@@ -182,21 +113,22 @@ def bn_act(
     eps: float,
     residual: Tensor | None = None,
     relu: bool = True,
+    bits: Tensor | None = None,
 ) -> Tensor:
     """Return :func:`bn_apply` with the scale and shift of :func:`scale_shift`, in one call."""
-    maps = _Maps(x)
+    maps = Maps(x, whole=bits is not None)
     y = maps.output("out", None)
     maps.run(
         "bn_act", maps.map("x", x), *maps.affine(mean, var, weight, bias),
-        maps.map("residual", residual), y.data_ptr(), *maps.scratch("bn_act"), *maps.sizes, eps,
-        relu,
+        maps.map("residual", residual), y.data_ptr(), maps.bits(bits), *maps.scratch("bn_act"),
+        *maps.sizes, eps, relu,
     )  # fmt: skip
     return y
 
 
 def add_relu(x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
     """Return relu(x + residual); ``out`` may be either."""
-    maps = _Maps(x)
+    maps = Maps(x)
     y = maps.output("out", out)
     addresses = maps.map("x", x), maps.map("residual", residual), y.data_ptr()
     maps.run("add_relu", *addresses, maps.sizes[0], x.numel())
@@ -228,11 +160,11 @@ def bn_act_backward(
         weight: BatchNorm's own.
         bias: BatchNorm's own.
         eps: BatchNorm's own.
-        y: bn_act's result; needed with ``relu`` where a residual was added.
+        y: bn_act's result, or its bits; needed with ``relu`` where a residual was added.
         relu: whether bn_act rectified.
         wanted: which gradients; the residual's only with ``relu``, else it is ``grad``.
     """
-    maps = _Maps(x)
+    maps = Maps(x)
     want_x, want_weight, want_bias, want_residual = wanted
     made = (
         maps.output("grad_x", None) if want_x else None,
@@ -244,7 +176,7 @@ def bn_act_backward(
     kernel = "bn_act_backward"
     maps.run(
         kernel, maps.map("grad", grad), maps.map("x", x), *maps.affine(mean, var, weight, bias),
-        maps.map("y", y), *map(_address, made), *maps.scratch(kernel), *maps.sizes, eps, relu,
+        *maps.relu_result(y), *map(_address, made), *maps.scratch(kernel), *maps.sizes, eps, relu,
     )  # fmt: skip
     return made
 
@@ -273,20 +205,20 @@ def bn_act_backward_reduce(
         mean: what is subtracted from ``x``.
         scale: bn_act's own, needed with ``relu`` but without ``y``.
         shift: likewise.
-        y: bn_act's result; needed with ``relu`` where a residual was added.
+        y: bn_act's result, or its bits; needed with ``relu`` where a residual was added.
         relu: whether bn_act rectified.
         masked: receives g, the residual's gradient; may be ``grad``.
         x2: what the shortcut's BatchNorm normalised.
         mean2: what is subtracted from ``x2``.
     """
-    maps = _Maps(x)
+    maps = Maps(x)
     sums = maps.new_vectors(2 if x2 is None else 3)
     out = [s.data_ptr() for s in sums] + [0] * (3 - len(sums))
     masked = None if masked is None else maps.output("masked", masked)
     kernel = "bn_act_backward_reduce"
     maps.run(
         kernel, maps.map("grad", grad), maps.map("x", x), maps.map("x2", x2),
-        maps.vector("scale", scale), maps.vector("shift", shift), maps.map("y", y),
+        maps.vector("scale", scale), maps.vector("shift", shift), *maps.relu_result(y),
         maps.vector("mean", mean), maps.vector("mean2", mean2), *out, _address(masked),
         *maps.scratch(kernel), *maps.sizes, relu,
     )  # fmt: skip
@@ -309,11 +241,11 @@ def bn_act_backward_apply(
 
     ``out`` may be ``grad``. With a ``grad`` that is masked already, ``relu`` is False.
     """
-    maps = _Maps(x)
+    maps = Maps(x)
     grad_x = maps.output("out", out)
     maps.run(
         "bn_act_backward_apply", maps.map("grad", grad), maps.map("x", x), 0,
-        maps.vector("scale", scale), maps.vector("shift", shift), maps.map("y", y),
+        maps.vector("scale", scale), maps.vector("shift", shift), *maps.relu_result(y),
         maps.vector("a", a), maps.vector("b", b), maps.vector("d", d), 0, 0, 0,
         grad_x.data_ptr(), 0, *maps.sizes, relu,
     )  # fmt: skip
@@ -335,11 +267,11 @@ def bn_act_backward_apply_both(
     ``vectors`` are a, b, d for x, ``vectors2`` those for x2. ``out`` receives x's gradient and may
     be ``grad``.
     """
-    maps = _Maps(x)
+    maps = Maps(x)
     grad_x, grad_x2 = maps.output("out", out), maps.output("grad_x2", None)
     maps.run(
         "bn_act_backward_apply", maps.map("grad", grad), maps.map("x", x), maps.map("x2", x2),
-        0, 0, maps.map("y", y),
+        0, 0, *maps.relu_result(y),
         *(maps.vector("vectors", v) for v in vectors),
         *(maps.vector("vectors2", v) for v in vectors2),
         grad_x.data_ptr(), grad_x2.data_ptr(), *maps.sizes, relu,
@@ -363,7 +295,7 @@ def max_pool_index(
     """
     n, c, h, w = x.shape
     shape = pool_shape(x.shape, (kernel,) * 2, (stride,) * 2, (padding,) * 2)
-    maps, y = _Maps(x), empty_channels_last(shape, x.dtype, x.device)
+    maps, y = Maps(x), empty_channels_last(shape, x.dtype, x.device)
     index = empty_channels_last(shape, torch.uint8, x.device)
     maps.run(
         "max_pool_index", maps.map("x", x), maps.vector("scale", scale),
@@ -384,7 +316,7 @@ def max_pool_backward(
             raise ValueError(f"{name}: must have shape {expected}, got {tuple(t.shape)}")
     if index.dtype != torch.uint8:
         raise ValueError(f"index: must be torch.uint8, got {index.dtype}")
-    maps, grad_x = _Maps(grad), empty_channels_last(shape, grad.dtype, grad.device)
+    maps, grad_x = Maps(grad), empty_channels_last(shape, grad.dtype, grad.device)
     index = index.contiguous(memory_format=torch.channels_last)
     maps.run(
         "max_pool_backward", maps.map("grad", grad), index.data_ptr(), grad_x.data_ptr(),

@@ -23,9 +23,11 @@ def bn_act(
     residual: Tensor | None,
     eps: float,
     act: str | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Run the op."""
-    return kernels.bn_act(x, mean, var, weight, bias, eps, residual, relu=act == "relu")
+    bits = kernels.new_bits(x) if act == "relu" and residual is not None else None
+    y = kernels.bn_act(x, mean, var, weight, bias, eps, residual, act == "relu", bits)
+    return y, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
 
 
 def dual_bn_act(
@@ -42,11 +44,13 @@ def dual_bn_act(
     eps: float,
     residual_eps: float,
     act: str | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Run the op."""
     own = scale_shift(mean, var, weight, bias, eps)
     theirs = scale_shift(residual_mean, residual_var, residual_weight, residual_bias, residual_eps)
-    return kernels.bn_apply(x, *own, residual, *theirs, relu=act == "relu")
+    bits = kernels.new_bits(x) if act == "relu" else None
+    y = kernels.bn_apply(x, *own, residual, *theirs, relu=act == "relu", bits=bits)
+    return y, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
 
 
 def bn_act_backward(
@@ -265,7 +269,7 @@ def chained_backward_weight(convolution: Callable[..., Tensor]) -> Callable[...,
         *geometry: Any,
     ) -> Tensor:
         """Run the op; the activation lives until the convolution has read it."""
-        a = bn_act(x, mean, var, bn_weight, bn_bias, None, eps, act)
+        a, _ = bn_act(x, mean, var, bn_weight, bn_bias, None, eps, act)
         return convolution(grad, a, weight_size, *geometry)
 
     return bn_act_conv_backward_weight

@@ -215,7 +215,7 @@ def bn_act_conv_bn_stats(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the op; the activation lives until the convolution has read it."""
-    a = bn_act(x, mean, var, bn_weight, bn_bias, None, eps, act)
+    a, _ = bn_act(x, mean, var, bn_weight, bn_bias, None, eps, act)
     return conv_bn_stats(a, weight, stride, padding, dilation, groups)
 
 

@@ -164,15 +164,17 @@ def bn_act(
         (N, C, H, W) in x's dtype, channels_last; computed in float32 (float64), rounded once.
 
     Differentiable in x, weight, bias and residual. Saved for backward: x, the vectors but
-    bias, and if act is "relu" y, or without a residual, where ReLU's mask is computed again, a copy
-    of bias.
+    bias, and if act is "relu" y, or, in 16 bits where 8 divides C, a bit for each of its values
+    that says whether it passed; without a residual, where ReLU's mask is computed again, a copy of
+    bias.
 
     Raises:
         ValueError: shapes, devices, eps or act do not fit; nothing has run.
         TypeError: a dtype is not accepted.
         RuntimeError: a backend asked for by name does not run this call.
     """
-    return torch.ops.resnet_fused.bn_act(x, mean, var, weight, bias, residual, eps, act)
+    y, _ = torch.ops.resnet_fused.bn_act(x, mean, var, weight, bias, residual, eps, act)
+    return y
 
 
 def dual_bn_act(
@@ -217,17 +219,18 @@ def dual_bn_act(
         (N, C, H, W) in x's dtype, channels_last; computed in float32 (float64), rounded once.
 
     Differentiable in x, residual, and the weights and biases. Saved for backward: x, residual, the
-    vectors but the biases, and y if act is "relu".
+    vectors but the biases, and if act is "relu" y or its bits, as :func:`bn_act` does.
 
     Raises:
         ValueError: shapes, devices, eps or act do not fit; nothing has run.
         TypeError: a dtype is not accepted.
         RuntimeError: a backend asked for by name does not run this call.
     """
-    return torch.ops.resnet_fused.dual_bn_act(
+    y, _ = torch.ops.resnet_fused.dual_bn_act(
         x, mean, var, weight, bias, residual, residual_mean, residual_var, residual_weight,
         residual_bias, eps, residual_eps, act,
     )  # fmt: skip
+    return y
 
 
 def bn_act_max_pool(

@@ -63,7 +63,9 @@ class Kept:
 class Output:
     """A block's output, saved as the op and the arguments that compute it."""
 
-    def __init__(self, op: Callable[..., Tensor], args: list[Any], hooks: Hooks | None) -> None:
+    def __init__(
+        self, op: Callable[..., tuple[Tensor, Tensor]], args: list[Any], hooks: Hooks | None
+    ) -> None:
         self.hooks = hooks
         self._op, self._args = op, args
         self._y: Tensor | None = None
@@ -90,7 +92,7 @@ class Output:
     def _compute(self) -> None:
         if self._y is None:
             with torch.no_grad():
-                self._y = self._op(*(a.value() if _is_saved(a) else a for a in self._args))
+                self._y, _ = self._op(*(a.value() if _is_saved(a) else a for a in self._args))
             # The block before may go as soon as its own readers are done.
             self._args = []
 
@@ -100,8 +102,8 @@ class Output:
 _outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def block_end(op: str, *args: Any) -> Tensor:
-    """Return the op's result, which saves no result but how to compute it.
+def block_end(op: str, *args: Any) -> tuple[Tensor, Tensor]:
+    """Return the op's results, the first of which nobody keeps but by how to compute it.
 
     Args:
         op: bn_act or dual_bn_act, as often as needed with the same result.
@@ -118,15 +120,15 @@ def block_end(op: str, *args: Any) -> Tensor:
     given = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
 
     def pack(t: Tensor) -> Any:
-        # The one map that is saved and was not given is the result.
-        is_result = t.dim() == 4 and not any(_same(t, a) for a in given)
+        # Where there are no bits, the one map that is saved and was not given is the result.
+        is_result = t.dim() == 4 and t.dtype != torch.uint8 and not any(_same(t, a) for a in given)
         return output if is_result else Kept(t, hooks)
 
     with saved_tensors_hooks(pack, _unpack):
-        y = _direct.record(op, *args)
+        y, bits = _direct.record(op, *args)
     given.clear()  # torch keeps `pack` with what it packed
     _outputs[y] = (weakref.ref(output), y._version)
-    return y
+    return y, bits
 
 
 @contextlib.contextmanager

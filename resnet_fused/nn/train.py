@@ -57,7 +57,8 @@ def value(result: Tensor | Pending) -> Tensor:
     if not isinstance(result, Pending):
         return result
     *vectors, eps, act = result
-    return _direct.record("bn_act", *vectors, None, eps, act)
+    y, _ = _direct.record("bn_act", *vectors, None, eps, act)
+    return y
 
 
 def run(
@@ -207,7 +208,8 @@ def _finish(result: Pending, residual: Tensor | Pending, memory: str) -> Tensor:
         name, args = "dual_bn_act", (*vectors, *others, eps, other_eps, act)
     else:
         name, args = "bn_act", (*vectors, value(residual), eps, act)
-    return (recompute.block_end if memory == "low" else _direct.record)(name, *args)
+    y, _ = (recompute.block_end if memory == "low" else _direct.record)(name, *args)
+    return y
 
 
 def _one_batch(result: Pending, residual: Pending) -> bool:

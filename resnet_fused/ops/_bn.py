@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import _bn_math
 from resnet_fused.ops import _checks
 
 
@@ -80,6 +81,65 @@ def values_per_channel(shape: Sequence[int]) -> int:
 def passed(y: Tensor) -> Tensor:
     """Return where ReLU let ``y`` through, as torch's backward sees it: NaN passes."""
     return ~(y <= 0)
+
+
+#: Ops whose second result says which elements of the first passed ReLU.
+WITH_BITS = ("bn_act", "dual_bn_act")
+
+
+def bits_of(y: Tensor) -> Tensor:
+    """Return which elements of ReLU's result passed, as bits (:func:`_bn_math.bits_shape`)."""
+    shape = _bn_math.bits_shape(y.shape, y.dtype)
+    if shape is None:
+        return no_bits(y)
+    each = passed(y).to(torch.uint8).unflatten(1, (shape[1], _bn_math.BITS))
+    return _checks.channels_last((each << _places(y)).sum(2, dtype=torch.uint8))
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(_bn_math.BITS, dtype=torch.uint8, device=like.device).view(-1, 1, 1)
+
+
+def no_bits(x: Tensor) -> Tensor:
+    """Return what an op gives in place of bits where it has none."""
+    return x.new_empty(0, dtype=torch.uint8)
+
+
+def empty_bits(x: Tensor) -> Tensor:
+    """Return empty bits for a map like ``x``."""
+    shape = _bn_math.bits_shape(x.shape, x.dtype)
+    return no_bits(x) if shape is None else _checks.empty_channels_last(x, shape, torch.uint8)
+
+
+def kept_result(y: Tensor, bits: Tensor) -> Tensor:
+    """Return what to save for ReLU's mask: the bits, or its result where there are none."""
+    return bits if bits.numel() else y
+
+
+def bits_nbytes(x: Tensor) -> int:
+    """Return the bytes of the bits for a map like ``x``."""
+    return x.numel() // _bn_math.BITS if _bn_math.bits_shape(x.shape, x.dtype) else 0
+
+
+def passed_by(y: Tensor) -> Tensor:
+    """Return where ReLU let elements through, by its result or the bits."""
+    if y.dtype != torch.uint8:
+        return passed(y)
+    return (y[:, :, None] >> _places(y) & 1).bool().flatten(1, 2)
+
+
+def check_relu_result(op: str, y: Tensor, x: Tensor) -> None:
+    """Check ReLU's result, a map like ``x``, or the bits that say what passed of it."""
+    if y.dtype != torch.uint8:
+        _checks.check_like(op, "y", y, x)
+        return
+    expected = _bn_math.bits_shape(x.shape, x.dtype)
+    if tuple(y.shape) != expected:
+        raise ValueError(
+            f"{op}: y must be like x, or bits of shape {expected} for x {tuple(x.shape)} of "
+            f"{x.dtype}, got {tuple(y.shape)} of {y.dtype}"
+        )
+    _checks.check_device(op, "y", y, x)
 
 
 def vector_like(x: Tensor) -> Tensor:

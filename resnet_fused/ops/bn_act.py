@@ -46,15 +46,19 @@ def reference(
     residual: Tensor | None,
     eps: float,
     act: str | None,
-) -> Tensor:
-    """Compute the op in plain torch, in float32 (float64 for float64), rounded once."""
+) -> tuple[Tensor, Tensor]:
+    """Compute the op in plain torch, in float32 (float64 for float64), rounded once.
+
+    Its second result says which elements passed ReLU, where a residual decided too.
+    """
     scale, shift = _bn_math.scale_shift(mean, var, weight, bias, eps)
     y = x.to(scale.dtype) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
     if residual is not None:
         y = y + residual
     if act == "relu":
         y = torch.relu(y)
-    return _checks.channels_last(y.to(x.dtype))
+    y = _checks.channels_last(y.to(x.dtype))
+    return y, _bn.bits_of(y) if act == "relu" and residual is not None else _bn.no_bits(y)
 
 
 def fake(
@@ -66,24 +70,29 @@ def fake(
     residual: Tensor | None,
     eps: float,
     act: str | None,
-) -> Tensor:
-    """Return an empty channels_last tensor of x's shape."""
+) -> tuple[Tensor, Tensor]:
+    """Return an empty channels_last tensor of x's shape, and empty bits."""
     check(x, mean, var, weight, bias, residual, eps, act)
-    return _checks.empty_channels_last(x, x.shape)
+    bits = _bn.empty_bits(x) if act == "relu" and residual is not None else _bn.no_bits(x)
+    return _checks.empty_channels_last(x, x.shape), bits
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Save x, the vectors, and for ReLU's mask bias, or the output if a residual decided too."""
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save x, the vectors, and for ReLU's mask bias, or what passed if a residual decided too."""
     x, mean, var, weight, bias, residual, eps, act = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     kept_bias = _bn.kept_bias(bias) if act == "relu" and residual is None else None
-    kept = output if act == "relu" and residual is not None else None
+    kept = _bn.kept_result(*output) if act == "relu" and residual is not None else None
     ctx.save_for_backward(x, mean, var, weight, kept_bias, kept)
     ctx.eps, ctx.act, ctx.shared = eps, act, shared(mean)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, grad: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
     """Gradients through the statistics too, as mean and var are x's own."""
+    if grad is None:
+        return (None,) * 8
     x, mean, var, weight, bias, y = ctx.saved_tensors
     if ctx.bias_dtype is not None and bias is None:
         bias = mean  # says that there is one; its values are not read
@@ -148,9 +157,10 @@ def nbytes(
     eps: float,
     act: str | None,
 ) -> int:
-    """x, the vectors and the residual read once, the output written once."""
+    """x, the vectors and the residual read once, the output and its bits written once."""
     read = sum(t.nbytes for t in (x, mean, var, weight, bias, residual) if t is not None)
-    return read + x.nbytes
+    bits = _bn.bits_nbytes(x) if act == "relu" and residual is not None else 0
+    return read + x.nbytes + bits
 
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -174,7 +184,7 @@ OP = Op(
     name=NAME,
     schema=(
         "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, "
-        "float eps, str? act) -> Tensor"
+        "float eps, str? act) -> (Tensor, Tensor)"
     ),
     check=check,
     reference=reference,

@@ -42,7 +42,7 @@ def check_maps(op: str, grad: Tensor, x: Tensor, y: Tensor | None) -> None:
     _checks.check_feature_map(op, x)
     _checks.check_like(op, "grad", grad, x)
     if y is not None:
-        _checks.check_like(op, "y", y, x)
+        _bn.check_relu_result(op, y, x)
 
 
 def mask(
@@ -56,12 +56,12 @@ def mask(
     eps: float,
     act: str | None,
 ) -> Tensor:
-    """Return the gradient in front of ReLU, whose sign is y's, or is computed again from x."""
+    """Return the gradient in front of ReLU: y says what passed, or x, of which y is made again."""
     if act is None:
         return grad
     if y is None:
-        y = bn_act.reference(x, mean, var, weight, bias, None, eps, None)
-    return torch.where(_bn.passed(y), grad, torch.zeros_like(grad))
+        y, _ = bn_act.reference(x, mean, var, weight, bias, None, eps, None)
+    return torch.where(_bn.passed_by(y), grad, torch.zeros_like(grad))
 
 
 def reference(
@@ -119,7 +119,7 @@ def nbytes(
     act: str | None,
     masked: bool,
 ) -> int:
-    """grad, x and y read once, the masked gradient written if asked for."""
+    """grad, x and y, or its bits, read once, the masked gradient written if asked for."""
     read = sum(t.nbytes for t in (grad, x, mean, var, weight, bias, y) if t is not None)
     return read + 2 * mean.nbytes + (grad.nbytes if masked else 0)
 
@@ -130,8 +130,11 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
     for i, args in enumerate(bn_act.samples(device, dtype)):
         x, mean, var, weight, bias, residual, eps, act = args
         drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        y = bn_act.reference(*args) if residual is not None else None
-        yield drawn.to(x), x, mean, var, weight, bias, y, eps, act, bool(i % 2 and act)
+        grad, masked = drawn.to(x), bool(i % 2 and act)
+        y, bits = bn_act.reference(*args) if residual is not None else (None, _bn.no_bits(x))
+        yield grad, x, mean, var, weight, bias, y, eps, act, masked
+        if bits.numel():
+            yield grad, x, mean, var, weight, bias, bits, eps, act, masked
 
 
 OP = Op(

@@ -64,7 +64,7 @@ def reference(
     dtype: torch.dtype,
 ) -> Tensor:
     """Compute the op in plain torch; the activation is rounded to x's dtype."""
-    a = bn_act.reference(x, mean, var, bn_weight, bn_bias, None, eps, act)
+    a, _ = bn_act.reference(x, mean, var, bn_weight, bn_bias, None, eps, act)
     geometry = (stride, padding, dilation, groups)
     return conv_backward_weight.reference(grad, a, weight_size, *geometry, channels_last, dtype)
 
@@ -87,7 +87,7 @@ def decomposition(
     dtype: torch.dtype,
 ) -> Tensor:
     """Run the op as two; the activation lives until the convolution has read it."""
-    a = call("bn_act", x, mean, var, bn_weight, bn_bias, None, eps, act)
+    a, _ = call("bn_act", x, mean, var, bn_weight, bn_bias, None, eps, act)
     geometry = (stride, padding, dilation, groups)
     grad_weight: Tensor = call(
         "conv_backward_weight", grad, a, weight_size, *geometry, channels_last, dtype

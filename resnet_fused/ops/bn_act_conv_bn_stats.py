@@ -59,7 +59,7 @@ def reference(
     groups: int,
 ) -> conv_bn_stats.Result:
     """Compute the op in plain torch; the activation is rounded to x's dtype."""
-    a = bn_act.reference(x, mean, var, bn_weight, bn_bias, None, eps, act)
+    a, _ = bn_act.reference(x, mean, var, bn_weight, bn_bias, None, eps, act)
     return conv_bn_stats.reference(a, weight, stride, padding, dilation, groups)
 
 
@@ -78,7 +78,7 @@ def decomposition(
     groups: int,
 ) -> conv_bn_stats.Result:
     """Run the op as two; the activation lives until the convolution has read it."""
-    a = call("bn_act", x, mean, var, bn_weight, bn_bias, None, eps, act)
+    a, _ = call("bn_act", x, mean, var, bn_weight, bn_bias, None, eps, act)
     made: conv_bn_stats.Result = call(
         "conv_bn_stats", a, weight, stride, padding, dilation, groups
     )  # fmt: skip

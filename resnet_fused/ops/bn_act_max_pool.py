@@ -63,7 +63,7 @@ def reference(
     pool_padding: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Compute the op in plain torch; the index is row-major within the window, padding included."""
-    a = bn_act.reference(x, mean, var, weight, bias, None, eps, act)
+    a, _ = bn_act.reference(x, mean, var, weight, bias, None, eps, act)
     if not a.numel():
         empty = a.new_empty(pool_shape(x.shape, pool_size, pool_stride, pool_padding))
         return _checks.channels_last(empty), _checks.channels_last(empty.byte())

@@ -58,8 +58,11 @@ def reference(
     eps: float,
     residual_eps: float,
     act: str | None,
-) -> Tensor:
-    """Compute the op in plain torch, in float32 (float64 for float64), rounded once."""
+) -> tuple[Tensor, Tensor]:
+    """Compute the op in plain torch, in float32 (float64 for float64), rounded once.
+
+    Its second result says which elements passed ReLU.
+    """
     scale, shift = _bn_math.scale_shift(mean, var, weight, bias, eps)
     y = x.to(scale.dtype) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
     scale, shift = _bn_math.scale_shift(
@@ -68,28 +71,34 @@ def reference(
     y = y + (residual.to(scale.dtype) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1))
     if act == "relu":
         y = torch.relu(y)
-    return _checks.channels_last(y.to(x.dtype))
+    y = _checks.channels_last(y.to(x.dtype))
+    return y, _bn.bits_of(y) if act == "relu" else _bn.no_bits(y)
 
 
-def fake(x: Tensor, *args: Any) -> Tensor:
-    """Return an empty channels_last tensor of x's shape."""
+def fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Return an empty channels_last tensor of x's shape, and empty bits."""
     check(x, *args)
-    return _checks.empty_channels_last(x, x.shape)
+    bits = _bn.empty_bits(x) if args[-1] == "relu" else _bn.no_bits(x)
+    return _checks.empty_channels_last(x, x.shape), bits
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Save both inputs, all vectors but the biases, and the output where ReLU needs its sign."""
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save both inputs, all vectors but the biases, and what passed ReLU."""
     x, mean, var, weight, bias, *residual, residual_bias, ctx.eps, ctx.residual_eps, ctx.act = (
         inputs
     )
     ctx.shared = shared(mean)
     ctx.bias_dtypes = [None if b is None else b.dtype for b in (bias, residual_bias)]
-    y = output if ctx.act == "relu" else None
+    y = _bn.kept_result(*output) if ctx.act == "relu" else None
     ctx.save_for_backward(x, mean, var, weight, *residual, y)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, grad: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
     """Gradients of both BatchNorms through their statistics; ReLU's mask is common to both."""
+    if grad is None:
+        return (None,) * 13
     x, mean, var, weight, r, r_mean, r_var, r_weight, y = ctx.saved_tensors
     wants = ctx.needs_input_grad
     sum_g, sum_gx, sum_gr = call(
@@ -125,8 +134,9 @@ def flops(x_shape: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs
 
 
 def nbytes(x: Tensor, *args: Any) -> int:
-    """Both inputs and the vectors read once, the output written once."""
-    return x.nbytes + sum(a.nbytes for a in (x, *args) if isinstance(a, Tensor))
+    """Both inputs and the vectors read once, the output and its bits written once."""
+    written = x.nbytes + (_bn.bits_nbytes(x) if args[-1] == "relu" else 0)
+    return written + sum(a.nbytes for a in (x, *args) if isinstance(a, Tensor))
 
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -153,7 +163,7 @@ OP = Op(
     schema=(
         "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor residual, "
         "Tensor residual_mean, Tensor residual_var, Tensor? residual_weight, "
-        "Tensor? residual_bias, float eps, float residual_eps, str? act) -> Tensor"
+        "Tensor? residual_bias, float eps, float residual_eps, str? act) -> (Tensor, Tensor)"
     ),
     check=check,
     reference=reference,

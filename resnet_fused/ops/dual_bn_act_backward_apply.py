@@ -100,15 +100,16 @@ def nbytes(grad: Tensor, x: Tensor, *args: Any) -> int:
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield for each sample of dual_bn_act, with the sums of its own reduction."""
-    drawn = zip(dual_bn_act.samples(device, dtype), reduce.samples(device, dtype), strict=True)
-    for args, (grad, *_, y, act) in drawn:
+    generator = torch.Generator().manual_seed(6)
+    for args in dual_bn_act.samples(device, dtype):
         x, mean, var, weight, _, r, r_mean, r_var, r_weight, _, eps, r_eps, _ = args
-        sums = reduce.reference(grad, x, mean, r, r_mean, y, act)
-        count = _bn.values_per_channel(x.shape)
-        yield (
-            grad, x, mean, var, weight, r, r_mean, r_var, r_weight, y, *sums, eps, r_eps, act,
-            count,
-        )  # fmt: skip
+        for grad, *_, y, act in reduce.samples_of(args, generator):
+            sums = reduce.reference(grad, x, mean, r, r_mean, y, act)
+            count = _bn.values_per_channel(x.shape)
+            yield (
+                grad, x, mean, var, weight, r, r_mean, r_var, r_weight, y, *sums, eps, r_eps, act,
+                count,
+            )  # fmt: skip
 
 
 OP = Op(

@@ -35,7 +35,9 @@ def check_maps(
 ) -> None:
     """Check that all maps are alike, and that ReLU's output is there where it is needed."""
     _checks.check_feature_map(op, x)
-    for name, tensor in (("grad", grad), ("residual", residual), ("y", y)):
+    if y is not None:
+        _bn.check_relu_result(op, y, x)
+    for name, tensor in (("grad", grad), ("residual", residual)):
         if tensor is not None:
             _checks.check_like(op, name, tensor, x)
     _checks.check_act(op, act)
@@ -47,7 +49,7 @@ def mask(grad: Tensor, y: Tensor | None, act: str | None) -> Tensor:
     """Return the gradient in front of ReLU."""
     if act is None or y is None:
         return grad
-    return torch.where(_bn.passed(y), grad, torch.zeros_like(grad))
+    return torch.where(_bn.passed_by(y), grad, torch.zeros_like(grad))
 
 
 def reference(
@@ -89,10 +91,17 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
     """Yield for each sample of dual_bn_act."""
     generator = torch.Generator().manual_seed(6)
     for args in dual_bn_act.samples(device, dtype):
-        x, mean, residual, residual_mean, act = *args[:2], *args[5:7], args[-1]
-        grad = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-        y = dual_bn_act.reference(*args) if act else None
-        yield grad, x, mean, residual, residual_mean, y, act
+        yield from samples_of(args, generator)
+
+
+def samples_of(args: tuple[Any, ...], generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    """Yield for one sample of dual_bn_act: with ReLU's result, and with its bits if it has any."""
+    x, mean, _, _, _, residual, residual_mean, *_, act = args
+    grad = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+    y, bits = dual_bn_act.reference(*args) if act else (None, _bn.no_bits(x))
+    yield grad, x, mean, residual, residual_mean, y, act
+    if bits.numel():
+        yield grad, x, mean, residual, residual_mean, bits, act
 
 
 OP = Op(

@@ -203,7 +203,10 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps every call that maps floating point tensors, none empty, to new ones."""
+    """Keeps every call that maps floating point tensors, and bits of some, to new ones.
+
+    None of them empty; not the pool's backward, which reads places.
+    """
 
     def __init__(self, dtype: torch.dtype | None, device: str, *, wide: bool) -> None:
         super().__init__()
@@ -216,7 +219,7 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = self._names.get(func)
-        if name is not None and _is_plain(func, args):
+        if name is not None and _is_plain(name, func, args):
             args = self._behind_autocast(name, args)
             if self._wide:
                 args = _with_wide_weights(name, args)
@@ -250,16 +253,18 @@ def _with_wide_weights(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _is_plain(func: Any, args: tuple[Any, ...]) -> bool:
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    writes = func._schema.is_mutable
-    return not writes and all(t.is_floating_point() and t.numel() for t in tensors)
+def _is_plain(op: str, func: Any, args: tuple[Any, ...]) -> bool:
+    if func._schema.is_mutable:
+        return False
+    named = zip(argument_names(op), args, strict=True)
+    tensors = [(name, a) for name, a in named if isinstance(a, Tensor)]
+    return all(t.numel() and (name == "y" or t.is_floating_point()) for name, t in tensors)
 
 
 def draw(call: Call, device: torch.device) -> tuple[Any, ...]:
     """Return the arguments of a call with random normal tensors of the same strides on a device.
 
-    Of variances, their absolute values.
+    Of variances, their absolute values; bits are random too.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -267,6 +272,11 @@ def draw(call: Call, device: torch.device) -> tuple[Any, ...]:
         if not isinstance(value, Tensor):
             return value
         extent = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+        if not value.is_floating_point():
+            flat = torch.randint(
+                256, (extent,), generator=generator, dtype=value.dtype, device=device
+            )
+            return flat.as_strided(value.shape, value.stride())
         flat = torch.randn(extent, generator=generator, dtype=value.dtype, device=device)
         if name.endswith("var"):
             flat.abs_()

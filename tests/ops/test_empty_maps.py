@@ -41,8 +41,8 @@ def test_gradients_of_an_empty_part_are_empty_or_zero(backend, dtype):
         z2 = ops.conv_bn_stats(y, w2, [1, 1], [1, 1], [1, 1], 1)[0]
         bn = (*statistics, g2, b2)
         z3 = ops.bn_act_conv_bn_stats(z2, *bn, ws, 1e-5, "relu", [1, 1], [0, 0], [1, 1], 1)[0]
-        y = ops.dual_bn_act(z3, *bn, y, *statistics, g1, b1, 1e-5, 1e-5, "relu")
-        return ops.bn_act(z2, *bn, y, 1e-5, "relu")
+        y, _ = ops.dual_bn_act(z3, *bn, y, *statistics, g1, b1, 1e-5, 1e-5, "relu")
+        return ops.bn_act(z2, *bn, y, 1e-5, "relu")[0]
 
     ws = torch.ones(40, 40, 1, 1, dtype=dtype, device=x.device)
     inputs = [x[:0], w1, g1, b1, w2, g2, b2, ws]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import resnet_fused as rf
 from resnet_fused.backends import ORDER
-from resnet_fused.ops import TRAINING
+from resnet_fused.ops import TRAINING, _bn
 from resnet_fused.testing import gradient_rule, to_float64, two_x_rule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -111,7 +111,10 @@ def test_result(op, backend, dtype):
             assert (out.shape, out.dtype) == (p.shape, p.dtype)
             assert torch.equal(out, same) or out.isnan().any()
             if not out.is_floating_point():
-                assert torch.equal(out, p)
+                # Which of its own values passed; at the kink the reference's may be others.
+                assert torch.equal(
+                    out, _bn.bits_of(outs[0]) if out.numel() and op in _bn.WITH_BITS else p
+                )
                 continue
             check = two_x_rule(out, p, o, terms(args), rounded_to(op, args), cancelled(op, args))
             floor = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
@@ -133,9 +136,10 @@ def test_fake_results_have_the_real_ones_shapes(op, dtype):
 
 
 @each_op
-def test_opcheck(op):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(op, dtype):
     handle = getattr(torch.ops.resnet_fused, op).default
-    for args in samples(op, torch.float32)[::5]:
+    for args in samples(op, dtype)[:: 5 if dtype == torch.float32 else 9]:
         wanted = {0} if op in FORWARD else set()
         given = tuple(
             a.clone().requires_grad_() if i in wanted and isinstance(a, Tensor) else a
@@ -174,10 +178,10 @@ def fused_chain(x, w1, g1, b1, w2, g2, b2, ws, gs, bs, *, seen):
     z1, m1, v1 = ops.conv_bn_stats(x, w1, [2, 2], [1, 1], [1, 1], 1)
     z2, m2, v2 = ops.bn_act_conv_bn_stats(z1, m1, v1, g1, b1, w2, 1e-5, "relu", *same)
     zs, ms, vs = ops.conv_bn_stats(x, ws, [2, 2], [0, 0], [1, 1], 1)
-    y = ops.dual_bn_act(z2, m2, v2, g2, b2, zs, ms, vs, gs, bs, 1e-5, 1e-5, "relu")
+    y, _ = ops.dual_bn_act(z2, m2, v2, g2, b2, zs, ms, vs, gs, bs, 1e-5, 1e-5, "relu")
     z3, m3, v3 = ops.conv_bn_stats(y, w2, *same)
-    out = ops.bn_act(z3, m3, v3, g2, b2, y, 1e-5, "relu")
-    seen += [ops.bn_act(z1, m1, v1, g1, b1, None, 1e-5, "relu"), y, out]
+    out, _ = ops.bn_act(z3, m3, v3, g2, b2, y, 1e-5, "relu")
+    seen += [ops.bn_act(z1, m1, v1, g1, b1, None, 1e-5, "relu")[0], y, out]
     return out
 
 
@@ -257,7 +261,7 @@ def test_only_wanted_gradients_are_computed():
     x, w1, g1, b1, *_ = chain_inputs(torch.float32)
     w1.requires_grad_()
     z, mean, var = torch.ops.resnet_fused.conv_bn_stats(x, w1, [1, 1], [1, 1], [1, 1], 1)
-    y = torch.ops.resnet_fused.bn_act(z, mean, var, g1, b1, None, 1e-5, "relu")
+    y, _ = torch.ops.resnet_fused.bn_act(z, mean, var, g1, b1, None, 1e-5, "relu")
     assert not mean.requires_grad
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         y.sum().backward()
@@ -265,6 +269,51 @@ def test_only_wanted_gradients_are_computed():
     assert "resnet_fused::conv_backward_weight" in names
     assert "resnet_fused::conv_backward_data" not in names
     assert x.grad is None
+
+
+# --- what passed ReLU, as bits -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", TRAINING_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [8, 24, 64, 136])
+def test_bits_say_what_passed(backend, dtype, channels):
+    """A bit for each value, NaN's among them; backward by them is backward by the values."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device_of(backend))
+
+    x, r, grad = (draw(2, channels, 5, 3).to(dtype) for _ in range(3))
+    if reason := declined("bn_act", backend, (x,)):
+        pytest.skip(reason)
+    mean, var, gamma, beta = draw(channels), draw(channels).abs() + 0.1, *draw(2, channels)
+    with rf.use_backend(backend):
+        for value in (0.0, torch.nan, torch.inf, -torch.inf):
+            r[1, channels - 1, 2, 1] = value
+            y, bits = torch.ops.resnet_fused.bn_act(x, mean, var, gamma, beta, r, 1e-5, "relu")
+            assert bits.dtype == torch.uint8
+            assert bits.shape == (2, channels // 8, 5, 3)
+            assert torch.equal(_bn.passed_by(bits), ~(y <= 0))
+            saved = (x, mean, var, gamma, beta)
+            wanted = (1e-5, "relu", (True, True, True, True))
+            by_bits, by_values = (
+                torch.ops.resnet_fused.bn_act_backward(grad, *saved, t, *wanted) for t in (bits, y)
+            )
+            assert torch.equal(by_bits[3], by_values[3])
+            for a, b in zip(by_bits, by_values, strict=True):  # the reference sums in another order
+                torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+def test_there_are_bits_in_16_bits_where_8_divides_the_channels():
+    for channels, dtype, some in ((8, torch.half, 1), (8, torch.float, 0), (12, torch.half, 0)):
+        x, one = torch.randn(1, channels, 4, 4).to(dtype), torch.ones(channels)
+        bn = (one, one, None, None)
+        with rf.use_backend("reference"):
+            _, bits = torch.ops.resnet_fused.bn_act(x, *bn, x, 1e-5, "relu")
+            assert bits.numel() == some * 16
+            for residual, act in ((None, "relu"), (x, None)):
+                assert not torch.ops.resnet_fused.bn_act(x, *bn, residual, 1e-5, act)[1].numel()
 
 
 # --- running statistics --------------------------------------------------------------------------
@@ -382,6 +431,16 @@ BAD = {
     "index": ("max_pool_backward", (X, X, [2, 3, 8, 8], [2, 2], [2, 2], [0, 0]), "torch.uint8"),
     "mask": ("dual_bn_act_backward_reduce", (X, X, VECTOR, X, VECTOR, None, "relu"), "y must be"),
 }  # fmt: skip
+
+
+def test_bits_of_another_map_are_refused():
+    x = X.bfloat16()
+    bn = (VECTOR, VECTOR, None, None)
+    for bits in (torch.zeros(1, dtype=torch.uint8), torch.zeros_like(x, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="bn_act_backward: y must be like x, or bits"):
+            torch.ops.resnet_fused.bn_act_backward(
+                x, x, *bn, bits, 0.1, "relu", (True, False, False, True)
+            )
 
 
 @pytest.mark.parametrize("case", BAD)

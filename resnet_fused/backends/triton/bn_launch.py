@@ -88,12 +88,17 @@ def bn_act(
     act: str | None,
     residual: Tensor | None = None,
     theirs: BatchNorm | None = None,
+    bits: Tensor | None = None,
 ) -> Launch:
-    """Return the launch of y = act(BN(x) + residual), or, with ``theirs``, + BN(residual)."""
+    """Return the launch of y = act(BN(x) + residual), or, with ``theirs``, + BN(residual).
+
+    ``bits`` receives what passed act.
+    """
     arguments = {
         "x_ptr": channels_last(x), "y_ptr": y, "residual_ptr": _map(residual),
         "RELU": act == "relu", **own.arguments(),
         **(theirs.arguments("residual_") if theirs else _NO_RESIDUAL),
+        "bits_ptr": bits,
     }  # fmt: skip
     return _pass(bn_act_fwd_kernel, x, arguments)
 

@@ -42,15 +42,20 @@ def bn_act(
     residual: Tensor | None,
     eps: float,
     act: str | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Run the op in one pass, in float32, rounded once."""
     from resnet_fused.backends.triton import bn_launch
 
-    y = empty_map(x, x.shape)
+    y, bits = empty_map(x, x.shape), _new_bits(x) if act and residual is not None else None
     if y.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
-        run_on(x, [bn_launch.bn_act(x, y, own, act, residual)])
-    return y
+        run_on(x, [bn_launch.bn_act(x, y, own, act, residual, bits=bits)])
+    return y, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
+
+
+def _new_bits(x: Tensor) -> Tensor | None:
+    shape = _bn_math.bits_shape(x.shape, x.dtype)
+    return None if shape is None else empty_map(x, shape, torch.uint8)
 
 
 def dual_bn_act(
@@ -67,18 +72,18 @@ def dual_bn_act(
     eps: float,
     residual_eps: float,
     act: str | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Run the op in one pass, in float32, rounded once."""
     from resnet_fused.backends.triton import bn_launch
 
-    y = empty_map(x, x.shape)
+    y, bits = empty_map(x, x.shape), _new_bits(x) if act else None
     if y.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
         theirs = bn_launch.BatchNorm(
             residual_mean, residual_var, residual_weight, residual_bias, residual_eps
         )
-        run_on(x, [bn_launch.bn_act(x, y, own, act, residual, theirs)])
-    return y
+        run_on(x, [bn_launch.bn_act(x, y, own, act, residual, theirs, bits)])
+    return y, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
 
 
 def bn_act_max_pool(

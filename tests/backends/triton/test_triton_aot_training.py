@@ -128,7 +128,12 @@ def passes(layer, dtype, capability):
     c, h = x.shape[1:3]
     own, sums = normalisation(c), [tensor(c) for _ in range(3)]
     pool, y = ((3, 3), (2, 2), (1, 1)), tensor(x.shape[0], c, h // 2, h // 2, dtype=dtype)
+    bits = tensor(x.shape[0], c // 8, h, h, dtype=torch.uint8)
     return [
+        bn.bn_act(x, x, own, "relu", x, bits=bits),
+        bn.bn_act(x, x, own, "relu", x, own, bits),
+        bn.backward_apply(x, x, own, bits, sums, "relu", 9, x, x, own, x),
+        *bn.backward_reduce(x, x, own, bits, "relu", x)[0],
         bn.bn_act(x, x, own, "relu", x),
         bn.bn_act(x, x, own, "relu", x, own),
         bn.backward_apply(x, x, own, None, sums[:2], "relu", 9, x),
@@ -202,6 +207,8 @@ def test_kernels(kernels, case):
             assert widths == {4, 16}, kernel
         elif build in (normalised, before, activation):  # scale and shift beside the tiles
             assert 16 in widths <= {4, 16}, kernel
+        elif build is passes and any(width < 8 for width in widths):
+            assert widths <= {1, 2, 4, 16}, kernel  # of bits, beside them
         else:
             assert widths <= {16}, kernel
 

@@ -27,20 +27,49 @@ def first_row(STEPS: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def bytes_of(rows, m, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the places of a block's bits, a byte for 8 channels, and which there are."""
+    columns = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+    wanted = (rows < m)[:, None] & (columns < CHANNELS // 8)[None, :]
+    return rows[:, None] * (CHANNELS // 8) + columns[None, :], wanted
+
+
+@triton.jit
+def store_bits(ptr, y, rows, m, CHANNELS: tl.constexpr):
+    """Write which values of a block, (rows, channels), are not below or at zero."""
+    places, wanted = bytes_of(rows, m, CHANNELS, y.shape[1])
+    bits = tl.where(y.to(tl.float32) <= 0.0, 0, 1).reshape(y.shape[0], y.shape[1] // 8, 8)
+    found = tl.sum(bits << tl.arange(0, 8)[None, None, :], 2)
+    tl.store(ptr + places, found.to(tl.uint8), mask=wanted)
+
+
+@triton.jit
+def where_bits(ptr, g, rows, m, CHANNELS: tl.constexpr):
+    """Return a block, zeros where the bit is not set."""
+    places, wanted = bytes_of(rows, m, CHANNELS, g.shape[1])
+    found = tl.load(ptr + places, mask=wanted, other=0).to(tl.int32)
+    bits = found[:, :, None] >> tl.arange(0, 8)[None, None, :] & 1
+    return tl.where(bits.reshape(g.shape[0], g.shape[1]) == 0, 0.0, g)
+
+
+@triton.jit
 def gradient(
-    grad_ptr, y_ptr, x, offsets, wanted, scale, shift, RELU: tl.constexpr
+    grad_ptr, y_ptr, x, rows, m, offsets, wanted, scale, shift,
+    CHANNELS: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """Return the gradient in front of ReLU, which let pass what is not below or at zero.
 
-    ReLU's result is read from ``y_ptr``, or made again as the forward made it.
+    ReLU's result, or its bits, is read from ``y_ptr``, or it is made again as the forward made it.
     """
     g = tl.load(grad_ptr + offsets, mask=wanted, other=0.0)
     if RELU:
-        if y_ptr is not None:
+        if y_ptr is None:
+            g = before_relu(g, x, scale, shift)
+        elif y_ptr.dtype.element_ty == tl.uint8:
+            g = where_bits(y_ptr, g, rows, m, CHANNELS)
+        else:
             y = tl.load(y_ptr + offsets, mask=wanted, other=0.0).to(tl.float32)
             g = tl.where(y <= 0.0, 0.0, g)
-        else:
-            g = before_relu(g, x, scale, shift)
     return g
 
 
@@ -50,8 +79,12 @@ def bn_act_fwd_kernel(
     residual_ptr, residual_mean_ptr, residual_var_ptr, residual_weight_ptr, residual_bias_ptr,
     m, eps, residual_eps, CHANNELS: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
+    bits_ptr=None,
 ):  # fmt: skip
-    """act(BN(x) + r), where r is nothing, the residual, or the residual's own BatchNorm."""
+    """act(BN(x) + r), where r is nothing, the residual, or the residual's own BatchNorm.
+
+    Which of it passed ReLU goes to ``bits_ptr``, a byte for 8 channels.
+    """
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_in = channels < CHANNELS
     scale, shift = scale_and_shift(
@@ -77,6 +110,8 @@ def bn_act_fwd_kernel(
                 y += r.to(tl.float32)
         y = rounded(activate(y, RELU), y_ptr.dtype.element_ty)
         tl.store(y_ptr + offsets, y, mask=wanted)
+        if bits_ptr is not None:
+            store_bits(bits_ptr, y, rows, m, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["m", "eps"])
@@ -110,7 +145,8 @@ def bn_act_bwd_reduce_kernel(
         wanted = (rows < m)[:, None] & channel_in[None, :]
         x = tl.load(x_ptr + offsets, mask=wanted, other=0.0)
         g = gradient(
-            grad_ptr, y_ptr, x, offsets, wanted, scale[None, :], shift[None, :], RELU
+            grad_ptr, y_ptr, x, rows, m, offsets, wanted, scale[None, :], shift[None, :],
+            CHANNELS, RELU,
         )  # fmt: skip
         if masked_ptr is not None:
             tl.store(masked_ptr + offsets, g, mask=wanted)
@@ -173,7 +209,9 @@ def bn_act_bwd_apply_kernel(
         offsets = rows[:, None] * CHANNELS + channels[None, :]
         wanted = (rows < m)[:, None] & channel_in[None, :]
         x = tl.load(x_ptr + offsets, mask=wanted, other=0.0)
-        g = gradient(grad_ptr, y_ptr, x, offsets, wanted, scale, shift, RELU).to(tl.float32)
+        g = gradient(
+            grad_ptr, y_ptr, x, rows, m, offsets, wanted, scale, shift, CHANNELS, RELU
+        ).to(tl.float32)  # fmt: skip
         grad_x = rounded(a * (g - (x.to(tl.float32) - mean) * b - d), x.dtype)
         tl.store(grad_x_ptr + offsets, grad_x, mask=wanted)
         if residual_ptr is not None:
