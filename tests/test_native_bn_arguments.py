@@ -172,13 +172,16 @@ def test_bits_to_write(function):
     "function", ["bn_act_backward", "bn_act_backward_reduce", "bn_act_backward_apply"]
 )
 def test_bits_to_read(function):
-    """In place of ReLU's result, of the same maps as are written."""
+    """In place of ReLU's result; what is written is apart from them."""
     good, _ = POINTERS[function]
     run, good = getattr(_C, function), good | {"dtype": "bfloat16", "y": 0, "bits": address(40)}
     run(**good)
     for change in ({"dtype": "float32"}, {"c": 4}, {"y": address(42)}):
         with pytest.raises(ValueError, match=r"^bits: "):
             run(**good | change)
+    for name in {"grad_x", "grad_x2", "grad_residual", "masked"} & good.keys():
+        with pytest.raises(ValueError, match=rf"^{name}: .*bits"):
+            run(**good | {name: good["bits"]})
 
 
 @pytest.mark.parametrize("function", POINTERS)

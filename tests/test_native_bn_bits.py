@@ -71,6 +71,16 @@ def test_zero_nan_and_what_rounds_to_zero(isa):
 
 
 @each_isa
+@pytest.mark.parametrize("size", [1e-38, 1e-39, 3e-41])
+def test_what_is_stored_as_zero_has_not_passed(isa, size):
+    """Subnormal sums, which AVX-512 BF16 flushes as it rounds and the others keep."""
+    _C.set_cpu_isa(isa)
+    (x,) = maps((2, 64, 8, 8), BF16)
+    y, bits = bits_of(x, torch.full((64,), size), torch.zeros(64), torch.zeros_like(x))
+    assert torch.equal(_bn.passed_by(bits), ~(y <= 0))
+
+
+@each_isa
 @drawn
 @given(shape=shapes, seed=st.integers(0, 99))
 def test_backward(isa, shape, seed):
@@ -98,3 +108,6 @@ def test_bits_of_another_map_are_refused():
     for bad in (torch.empty(2, 4, 3, 3, dtype=torch.uint8), torch.empty(2, 2, 3, 3)):
         with pytest.raises(ValueError, match=r"^bits: must be \(2, 2, 3, 3\) of torch.uint8"):
             kernels.bn_apply(x, scale, shift, residual, bits=bad)
+    x, residual = x.float(), residual.float()
+    with pytest.raises(ValueError, match=r"^bits: there are only for 16-bit maps"):
+        kernels.bn_apply(x, scale, shift, residual, bits=torch.empty(2, 2, 3, 3).byte())

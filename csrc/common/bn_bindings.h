@@ -22,6 +22,7 @@ constexpr int kStatsResults = 2, kReduceResults = 3;
 // The (rows, c) maps and vectors of one call, checked as they are named.
 class Operands {
   size_t map_bytes_, vector_bytes_;
+  uintptr_t bits_read_ = 0;
 
  public:
   const DType dtype;
@@ -45,23 +46,22 @@ class Operands {
       if (in.address) need_same_or_apart(out, {in.name, in.address, map_bytes_});
     for (const Block& other : written)
       if (other.address) need_apart(out, {other.name, other.address, map_bytes_});
+    if (bits_read_) need_apart(out, bits_block(bits_read_));
     return pointer<void>(address);
   }
-  // The bits of a map, or null.
-  template <class B = const uint8_t>
-  B* bits(uintptr_t address, int64_t c) {
-    if (!address) return nullptr;
-    if (itemsize(dtype) != 2 || c % kBits)
-      fail("bits: there are only for 16-bit maps of 8, 16, ... channels");
-    if (map_bytes_) need_block(bits_block(address), 1);
-    return pointer<B>(address);
+  // The bits of a map to read, from which all outputs are apart; or null.
+  const uint8_t* bits(uintptr_t address, int64_t c) {
+    need_bits(address, c);
+    bits_read_ = address;
+    return pointer<const uint8_t>(address);
   }
+  // Those to write, apart from all maps; or null.
   uint8_t* bits_output(uintptr_t address, int64_t c, std::initializer_list<Block> maps) {
-    uint8_t* made = bits<uint8_t>(address, c);
-    if (made && map_bytes_)
+    need_bits(address, c);
+    if (address && map_bytes_)
       for (const Block& map : maps)
         if (map.address) need_apart(bits_block(address), {map.name, map.address, map_bytes_});
-    return made;
+    return pointer<uint8_t>(address);
   }
   template <class F = const float>
   F* vector(const char* name, uintptr_t address) {
@@ -79,6 +79,12 @@ class Operands {
   }
 
  private:
+  void need_bits(uintptr_t address, int64_t c) const {
+    if (!address) return;
+    if (itemsize(dtype) != 2 || c % kBits)
+      fail("bits: there are only for 16-bit maps of 8, 16, ... channels");
+    if (map_bytes_) need_block(bits_block(address), 1);
+  }
   Block bits_block(uintptr_t address) const { return {"bits", address, map_bytes_ / itemsize(dtype) / kBits}; }
   Block checked(const char* name, uintptr_t address) const {
     const Block block{name, address, map_bytes_};

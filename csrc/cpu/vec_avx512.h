@@ -174,6 +174,8 @@ struct Bf16 : Bf16Memory {
     __builtin_memcpy(&u, &v, 4);
     return (v != v ? u | 0x400000 : u + 0x7fff + (u >> 16 & 1)) >> 16;
   }
+  // As stores round: to zero where a subnormal would be left.
+  static reg rounded(reg v) { return widen((__m256i)_mm512_cvtneps_pbh(v)); }
   static void store(T* p, reg v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
   static void store(T* p, reg v, mask m) {
     _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(v));

@@ -13,6 +13,8 @@ from torch import Tensor
 
 #: Channels that a byte tells of.
 BITS = 8
+#: Which maps have bits, in an error's words.
+NO_BITS = "there are only for 16-bit maps of 8, 16, ... channels"
 
 
 def bits_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...] | None:
@@ -26,6 +28,19 @@ def bits_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...] | No
     """
     n, c, h, w = shape
     return (n, c // BITS, h, w) if dtype.itemsize == 2 and c % BITS == 0 else None
+
+
+def bits_for(x: Tensor, summed: bool, act: str | None) -> tuple[int, ...] | None:
+    """Return the shape of the bits that an op on ``x`` writes, or None if it writes none.
+
+    Of the ReLU of a sum: without one, x itself says again what passed.
+    """
+    return bits_shape(x.shape, x.dtype) if summed and act == "relu" else None
+
+
+def no_bits(x: Tensor) -> Tensor:
+    """Return what an op gives in place of bits where it has none."""
+    return x.new_empty(0, dtype=torch.uint8)
 
 
 def invstd(var: Tensor, eps: float) -> Tensor:

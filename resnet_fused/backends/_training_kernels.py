@@ -14,17 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _bn_math, native
+from resnet_fused.backends import native
 from resnet_fused.backends._outputs import empty_channels_last
 from resnet_fused.backends._sizes import pool_shape
 from resnet_fused.backends._training_maps import Maps, new_vector
 from resnet_fused.backends.native import as_vector
-
-
-def new_bits(x: Tensor) -> Tensor | None:
-    """Return empty bits for a map like x, or None where it has none."""
-    shape = _bn_math.bits_shape(x.shape, x.dtype)
-    return None if shape is None else empty_channels_last(shape, torch.uint8, x.device)
 
 
 def scale_shift(
@@ -90,8 +84,8 @@ def bn_apply(
     """Return act(x · scale + shift + r).
 
     r is 0, ``residual``, or residual · residual_scale + residual_shift: the BatchNorm of a
-    projection shortcut. ``out`` may be ``x`` or ``residual``. ``bits``, of :func:`new_bits`,
-    receives what passed the ReLU of a sum with r.
+    projection shortcut. ``out`` may be ``x`` or ``residual``. ``bits``, of
+    :func:`_bn_math.bits_shape`, receives what passed the ReLU of a sum with r.
     """
     maps = Maps(x, whole=bits is not None)
     y = maps.output("out", out)

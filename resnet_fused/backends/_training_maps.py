@@ -53,6 +53,10 @@ class Maps:
         if t is None:
             return 0
         expected = _bn_math.bits_shape(self._shape, self._dtype)
+        if expected is None:
+            raise ValueError(
+                f"bits: {_bn_math.NO_BITS}, got {self._dtype}, {self._shape[1]} channels"
+            )
         if tuple(t.shape) != expected or t.dtype != torch.uint8 or t.device != self._device:
             raise ValueError(
                 f"bits: must be {expected} of torch.uint8 on {self._device}, "
@@ -81,9 +85,6 @@ class Maps:
             )
         if t.dtype != torch.float32 or not t.is_contiguous():
             t = t.detach().float().contiguous()
-            self._kept.append(t)
-        if t.data_ptr() % self._alignment:
-            t = t.detach().clone()
             self._kept.append(t)
         return t.data_ptr()
 

@@ -25,9 +25,14 @@ def bn_act(
     act: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Run the op."""
-    bits = kernels.new_bits(x) if act == "relu" and residual is not None else None
+    bits = _new_bits(x, residual is not None, act)
     y = kernels.bn_act(x, mean, var, weight, bias, eps, residual, act == "relu", bits)
-    return y, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
+    return y, _bn_math.no_bits(x) if bits is None else bits
+
+
+def _new_bits(x: Tensor, summed: bool, act: str | None) -> Tensor | None:
+    shape = _bn_math.bits_for(x, summed, act)
+    return None if shape is None else empty_channels_last(shape, torch.uint8, x.device)
 
 
 def dual_bn_act(
@@ -48,9 +53,9 @@ def dual_bn_act(
     """Run the op."""
     own = scale_shift(mean, var, weight, bias, eps)
     theirs = scale_shift(residual_mean, residual_var, residual_weight, residual_bias, residual_eps)
-    bits = kernels.new_bits(x) if act == "relu" else None
+    bits = _new_bits(x, True, act)
     y = kernels.bn_apply(x, *own, residual, *theirs, relu=act == "relu", bits=bits)
-    return y, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
+    return y, _bn_math.no_bits(x) if bits is None else bits
 
 
 def bn_act_backward(

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.backends._derived import derived
-
 
 def declines(
     weight_size: Sequence[int],
@@ -58,10 +56,15 @@ def around(
 
 
 def turned(weight: Tensor, groups: int) -> Tensor:
-    """Return a weight (O, C/groups, KH, KW) as (C, O/groups, KH, KW), its taps backwards."""
-    return derived((weight,), ("turned", groups), lambda: _turn(weight.detach(), groups))
+    """Return a weight (O, C/groups, KH, KW) as (C, O/groups, KH, KW), its taps backwards.
 
-
-def _turn(weight: Tensor, groups: int) -> Tensor:
-    rows = weight.unflatten(0, (groups, -1)).transpose(1, 2).flip(3, 4)
-    return rows.reshape(size(weight.shape, groups)).contiguous(memory_format=torch.channels_last)
+    In one copy, channels_last, and at every call: a step has moved the weight, and what `tune`
+    times is to be what a step waits for.
+    """
+    taps = weight.detach().unflatten(0, (groups, -1)).flatten(3)  # (G, O/G, C/G, KH KW)
+    rows = taps.permute(0, 2, 3, 1)
+    if rows.shape[2] > 1:
+        backwards = torch.arange(rows.shape[2] - 1, -1, -1, device=weight.device)
+        rows = rows.index_select(2, backwards)
+    c, o, kh, kw = size(weight.shape, groups)
+    return rows.contiguous().view(c, kh, kw, o).permute(0, 3, 1, 2)

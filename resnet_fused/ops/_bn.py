@@ -87,11 +87,11 @@ def passed(y: Tensor) -> Tensor:
 WITH_BITS = ("bn_act", "dual_bn_act")
 
 
-def bits_of(y: Tensor) -> Tensor:
-    """Return which elements of ReLU's result passed, as bits (:func:`_bn_math.bits_shape`)."""
-    shape = _bn_math.bits_shape(y.shape, y.dtype)
+def bits_of(y: Tensor, *, summed: bool = True, act: str | None = "relu") -> Tensor:
+    """Return which elements of ReLU's result passed, as bits, where the op writes any."""
+    shape = _bn_math.bits_for(y, summed, act)
     if shape is None:
-        return no_bits(y)
+        return _bn_math.no_bits(y)
     each = passed(y).to(torch.uint8).unflatten(1, (shape[1], _bn_math.BITS))
     return _checks.channels_last((each << _places(y)).sum(2, dtype=torch.uint8))
 
@@ -100,25 +100,22 @@ def _places(like: Tensor) -> Tensor:
     return torch.arange(_bn_math.BITS, dtype=torch.uint8, device=like.device).view(-1, 1, 1)
 
 
-def no_bits(x: Tensor) -> Tensor:
-    """Return what an op gives in place of bits where it has none."""
-    return x.new_empty(0, dtype=torch.uint8)
+def empty_bits(x: Tensor, *, summed: bool = True, act: str | None = "relu") -> Tensor:
+    """Return empty bits for a map like ``x``, where the op writes any."""
+    shape = _bn_math.bits_for(x, summed, act)
+    if shape is None:
+        return _bn_math.no_bits(x)
+    return _checks.empty_channels_last(x, shape, torch.uint8)
 
 
-def empty_bits(x: Tensor) -> Tensor:
-    """Return empty bits for a map like ``x``."""
-    shape = _bn_math.bits_shape(x.shape, x.dtype)
-    return no_bits(x) if shape is None else _checks.empty_channels_last(x, shape, torch.uint8)
+def bits_nbytes(x: Tensor, *, summed: bool = True, act: str | None = "relu") -> int:
+    """Return the bytes of such bits."""
+    return 0 if _bn_math.bits_for(x, summed, act) is None else x.numel() // _bn_math.BITS
 
 
 def kept_result(y: Tensor, bits: Tensor) -> Tensor:
     """Return what to save for ReLU's mask: the bits, or its result where there are none."""
     return bits if bits.numel() else y
-
-
-def bits_nbytes(x: Tensor) -> int:
-    """Return the bytes of the bits for a map like ``x``."""
-    return x.numel() // _bn_math.BITS if _bn_math.bits_shape(x.shape, x.dtype) else 0
 
 
 def passed_by(y: Tensor) -> Tensor:
@@ -134,6 +131,8 @@ def check_relu_result(op: str, y: Tensor, x: Tensor) -> None:
         _checks.check_like(op, "y", y, x)
         return
     expected = _bn_math.bits_shape(x.shape, x.dtype)
+    if expected is None:
+        raise ValueError(f"{op}: y must be like x, got bits: {_bn_math.NO_BITS}, x is {x.dtype}")
     if tuple(y.shape) != expected:
         raise ValueError(
             f"{op}: y must be like x, or bits of shape {expected} for x {tuple(x.shape)} of "

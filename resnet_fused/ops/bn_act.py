@@ -58,7 +58,7 @@ def reference(
     if act == "relu":
         y = torch.relu(y)
     y = _checks.channels_last(y.to(x.dtype))
-    return y, _bn.bits_of(y) if act == "relu" and residual is not None else _bn.no_bits(y)
+    return y, _bn.bits_of(y, summed=residual is not None, act=act)
 
 
 def fake(
@@ -73,7 +73,7 @@ def fake(
 ) -> tuple[Tensor, Tensor]:
     """Return an empty channels_last tensor of x's shape, and empty bits."""
     check(x, mean, var, weight, bias, residual, eps, act)
-    bits = _bn.empty_bits(x) if act == "relu" and residual is not None else _bn.no_bits(x)
+    bits = _bn.empty_bits(x, summed=residual is not None, act=act)
     return _checks.empty_channels_last(x, x.shape), bits
 
 
@@ -159,8 +159,7 @@ def nbytes(
 ) -> int:
     """x, the vectors and the residual read once, the output and its bits written once."""
     read = sum(t.nbytes for t in (x, mean, var, weight, bias, residual) if t is not None)
-    bits = _bn.bits_nbytes(x) if act == "relu" and residual is not None else 0
-    return read + x.nbytes + bits
+    return read + x.nbytes + _bn.bits_nbytes(x, summed=residual is not None, act=act)
 
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:

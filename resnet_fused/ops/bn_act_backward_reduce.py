@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import _bn_math
 from resnet_fused.ops import _bn, _checks, bn_act
 from resnet_fused.ops._op import Op
 
@@ -131,7 +132,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
         x, mean, var, weight, bias, residual, eps, act = args
         drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         grad, masked = drawn.to(x), bool(i % 2 and act)
-        y, bits = bn_act.reference(*args) if residual is not None else (None, _bn.no_bits(x))
+        y, bits = bn_act.reference(*args) if residual is not None else (None, _bn_math.no_bits(x))
         yield grad, x, mean, var, weight, bias, y, eps, act, masked
         if bits.numel():
             yield grad, x, mean, var, weight, bias, bits, eps, act, masked

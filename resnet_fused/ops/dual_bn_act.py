@@ -72,14 +72,13 @@ def reference(
     if act == "relu":
         y = torch.relu(y)
     y = _checks.channels_last(y.to(x.dtype))
-    return y, _bn.bits_of(y) if act == "relu" else _bn.no_bits(y)
+    return y, _bn.bits_of(y, act=act)
 
 
 def fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Return an empty channels_last tensor of x's shape, and empty bits."""
     check(x, *args)
-    bits = _bn.empty_bits(x) if args[-1] == "relu" else _bn.no_bits(x)
-    return _checks.empty_channels_last(x, x.shape), bits
+    return _checks.empty_channels_last(x, x.shape), _bn.empty_bits(x, act=args[-1])
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -135,7 +134,7 @@ def flops(x_shape: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs
 
 def nbytes(x: Tensor, *args: Any) -> int:
     """Both inputs and the vectors read once, the output and its bits written once."""
-    written = x.nbytes + (_bn.bits_nbytes(x) if args[-1] == "relu" else 0)
+    written = x.nbytes + _bn.bits_nbytes(x, act=args[-1])
     return written + sum(a.nbytes for a in (x, *args) if isinstance(a, Tensor))
 
 

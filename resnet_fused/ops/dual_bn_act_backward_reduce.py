@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import _bn_math
 from resnet_fused.ops import _bn, _checks, dual_bn_act
 from resnet_fused.ops._op import Op
 
@@ -37,9 +38,8 @@ def check_maps(
     _checks.check_feature_map(op, x)
     if y is not None:
         _bn.check_relu_result(op, y, x)
-    for name, tensor in (("grad", grad), ("residual", residual)):
-        if tensor is not None:
-            _checks.check_like(op, name, tensor, x)
+    _checks.check_like(op, "grad", grad, x)
+    _checks.check_like(op, "residual", residual, x)
     _checks.check_act(op, act)
     if act is not None and y is None:
         raise ValueError(f"{op}: y must be given for act={act!r}, got None")
@@ -98,7 +98,7 @@ def samples_of(args: tuple[Any, ...], generator: torch.Generator) -> Iterator[tu
     """Yield for one sample of dual_bn_act: with ReLU's result, and with its bits if it has any."""
     x, mean, _, _, _, residual, residual_mean, *_, act = args
     grad = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-    y, bits = dual_bn_act.reference(*args) if act else (None, _bn.no_bits(x))
+    y, bits = dual_bn_act.reference(*args) if act else (None, _bn_math.no_bits(x))
     yield grad, x, mean, residual, residual_mean, y, act
     if bits.numel():
         yield grad, x, mean, residual, residual_mean, bits, act

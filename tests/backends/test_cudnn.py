@@ -103,14 +103,15 @@ def test_padding_beyond_the_kernel_s_reach_is_declined():
     assert _turned.declines((4, 4, 3, 3), (1, 1), (2, 2), (1, 1)) is None
 
 
-def test_a_turned_weight_is_kept_until_it_changes():
-    weight = torch.nn.Parameter(torch.randn(6, 2, 3, 3))
-    first = _turned.turned(weight, 3)
-    assert first.shape == (6, 2, 3, 3)
-    assert _turned.turned(weight, 3) is first
-    with torch.no_grad():
-        weight.add_(1)
-    assert torch.equal(_turned.turned(weight, 3), first + 1)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("size", "groups"), [((6, 2, 3, 2), 3), ((8, 4, 1, 1), 1)])
+def test_a_turned_weight(layout, size, groups):
+    """Rows are columns within a group, taps run backwards, and memory is read as it lies."""
+    weight = torch.randn(size).contiguous(memory_format=layout)
+    turned = _turned.turned(weight, groups)
+    assert turned.is_contiguous(memory_format=torch.channels_last)
+    for parts in zip(turned.chunk(groups), weight.chunk(groups), strict=True):
+        assert torch.equal(parts[0], parts[1].transpose(0, 1).flip(2, 3))
 
 
 def test_the_arguments_of_the_fused_calls(monkeypatch):

@@ -433,14 +433,16 @@ BAD = {
 }  # fmt: skip
 
 
-def test_bits_of_another_map_are_refused():
-    x = X.bfloat16()
-    bn = (VECTOR, VECTOR, None, None)
-    for bits in (torch.zeros(1, dtype=torch.uint8), torch.zeros_like(x, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match="bn_act_backward: y must be like x, or bits"):
-            torch.ops.resnet_fused.bn_act_backward(
-                x, x, *bn, bits, 0.1, "relu", (True, False, False, True)
-            )
+@pytest.mark.parametrize(
+    ("dtype", "images", "said"),
+    [(torch.bfloat16, 1, "or bits of shape"), (torch.float32, 2, "only for 16-bit")],
+)
+def test_bits_of_another_map_are_refused(dtype, images, said):
+    x, one = torch.zeros(2, 16, 3, 3, dtype=dtype), torch.ones(16)
+    bits = torch.zeros(images, 2, 3, 3, dtype=torch.uint8)
+    rest = (one, one, None, None, bits, 0.1, "relu", (True, False, False, True))
+    with pytest.raises(ValueError, match=f"bn_act_backward: y must be like x, .*{said}"):
+        torch.ops.resnet_fused.bn_act_backward(x, x, *rest)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -186,8 +186,12 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
     narrow = asynchronous(precision, capability) and config.block_n < 64
     if config.num_warps == 8 and sums < (16 if narrow else 8):
         return False
-    if problem.training and not _statistics_fit(problem, precision, config, capability):
-        return False
+    if problem.training and sums > _most_sums_in_training(config):
+        return False  # addresses, masks and what the statistics take
+    if problem.training and problem.taps > 1 and max(problem.c, problem.o) <= 64:
+        tile = (config.block_m, config.block_n, config.num_warps)
+        if capability < 90 and tile in ((128, 64, 8), (64, 64, 4)):
+            return False  # 8 bytes on the stack in 16 bits, under any limit of registers
     beside = problem.residual and not config.tma
     if beside and problem.o * ITEMSIZE[precision] % 16 and sums > 64:
         return False  # a residual loaded one or two elements at a time
@@ -216,14 +220,9 @@ def _fits_registers(problem: Problem, precision: str, config: Config, capability
     return sums <= (64 if precision == "tf32" and not config.tma else 128)
 
 
-def _statistics_fit(problem: Problem, precision: str, config: Config, capability: int) -> bool:
-    """Return whether a tile's statistics, or what is gathered for it, find room beside its sums."""
-    sums = config.block_m * config.block_n / (32 * config.num_warps)
-    if config.tma:
-        return sums <= (128 if config.block_m <= 128 else 64)
-    if not (problem.gathered or asynchronous(precision, capability)) and problem.taps > 1:
-        return sums <= 16  # from 32 on, ptxas puts 8 bytes on the stack for ResNet-34's 3x3
-    return sums <= 64  # addresses and masks
+def _most_sums_in_training(config: Config) -> int:
+    """Return how many sums of a thread leave room for statistics, or for what is gathered."""
+    return 128 if config.tma and config.block_m <= 128 else 64
 
 
 def _parts_spill(precision: str, config: Config, capability: int) -> bool:

@@ -46,15 +46,15 @@ def bn_act(
     """Run the op in one pass, in float32, rounded once."""
     from resnet_fused.backends.triton import bn_launch
 
-    y, bits = empty_map(x, x.shape), _new_bits(x) if act and residual is not None else None
+    y, bits = empty_map(x, x.shape), _new_bits(x, residual is not None, act)
     if y.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
         run_on(x, [bn_launch.bn_act(x, y, own, act, residual, bits=bits)])
-    return y, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
+    return y, _bn_math.no_bits(x) if bits is None else bits
 
 
-def _new_bits(x: Tensor) -> Tensor | None:
-    shape = _bn_math.bits_shape(x.shape, x.dtype)
+def _new_bits(x: Tensor, summed: bool, act: str | None) -> Tensor | None:
+    shape = _bn_math.bits_for(x, summed, act)
     return None if shape is None else empty_map(x, shape, torch.uint8)
 
 
@@ -76,14 +76,14 @@ def dual_bn_act(
     """Run the op in one pass, in float32, rounded once."""
     from resnet_fused.backends.triton import bn_launch
 
-    y, bits = empty_map(x, x.shape), _new_bits(x) if act else None
+    y, bits = empty_map(x, x.shape), _new_bits(x, True, act)
     if y.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
         theirs = bn_launch.BatchNorm(
             residual_mean, residual_var, residual_weight, residual_bias, residual_eps
         )
         run_on(x, [bn_launch.bn_act(x, y, own, act, residual, theirs, bits)])
-    return y, x.new_empty(0, dtype=torch.uint8) if bits is None else bits
+    return y, _bn_math.no_bits(x) if bits is None else bits
 
 
 def bn_act_max_pool(

@@ -31,9 +31,10 @@ def conv_bn_stats(
     groups: int,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the op with ``config``, by default that of :func:`tiles.heuristic`.
+    """Run the op with ``config``; a tile's statistics are taken while it is in registers.
 
-    A tile's statistics are taken while it is in registers.
+    By default in tiles that are gathered by pointer, by :func:`tiles.heuristic`: those that TMA
+    fetches have not run on a GPU with statistics, and run where `tune` finds them right and faster.
     """
     problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups)
     return _conv_bn_stats(x, weight, problem, None, None, config)
@@ -54,7 +55,7 @@ def bn_act_conv_bn_stats(
     groups: int,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the op with ``config``, likewise.
+    """Run the op with ``config``, by default that of :func:`tiles.heuristic`.
 
     The input is normalised on its way from memory to the products.
     """
@@ -69,16 +70,33 @@ def conv_bn_stats_candidates(
     x: Tensor, weight: Tensor, *geometry: Any
 ) -> dict[str, Callable[..., Any]]:
     """Return the op with every config worth measuring, by the config's name."""
-    configs = _configs(x, _problem(x.shape, weight.shape, *geometry))
-    return {str(c): functools.partial(conv_bn_stats, config=c) for c in configs}
+    return _ways(conv_bn_stats, x, _problem(x.shape, weight.shape, *geometry))
 
 
 def bn_act_conv_bn_stats_candidates(x: Tensor, *args: Any) -> dict[str, Callable[..., Any]]:
     """Return the op with every config worth measuring, by the config's name."""
     *_, weight, _, _, stride, padding, dilation, groups = args
     geometry = (stride, padding, dilation, groups)
-    configs = _configs(x, _problem(x.shape, weight.shape, *geometry, gathered=True))
-    return {str(c): functools.partial(bn_act_conv_bn_stats, config=c) for c in configs}
+    problem = _problem(x.shape, weight.shape, *geometry, gathered=True)
+    return _ways(bn_act_conv_bn_stats, x, problem)
+
+
+def _ways(run: Callable[..., Any], x: Tensor, problem: Problem) -> dict[str, Callable[..., Any]]:
+    """Return an op as it runs by name, and on sm_90 with the configs worth measuring beside that.
+
+    Of other devices not all of them were compiled, and some of those that were spill registers.
+    """
+    from resnet_fused.backends.triton import launch
+    from resnet_fused.backends.triton import run as on_gpu
+
+    ways: dict[str, Callable[..., Any]] = {"default": run}
+    arch = on_gpu.capability(x.device)
+    if not problem.m or not 90 <= arch < 100:
+        return ways
+    kind = launch.precision(x.dtype)
+    configs = tiles.candidates(problem, kind, arch)
+    by_name = tiles.heuristic(dataclasses.replace(problem, gathered=True), kind, arch)
+    return ways | {str(c): functools.partial(run, config=c) for c in configs if c != by_name}
 
 
 def conv_backward_data_candidates(
@@ -105,23 +123,6 @@ def conv_backward_data_candidates(
         problem, launch.precision(grad.dtype), run.capability(grad.device)
     )
     return found | {str(c): functools.partial(conv_backward_data, config=c) for c in configs}
-
-
-def _configs(x: Tensor, problem: Problem) -> list[Config]:
-    """Return the configs worth measuring, the first of those that gather by pointer among them.
-
-    Statistics of tiles that TMA fetches have not run on a GPU yet. Of other devices than sm_90 not
-    all candidates were compiled, and some of those that were spill registers.
-    """
-    from resnet_fused.backends.triton import launch, run
-
-    if not problem.m:
-        return []
-    key = launch.precision(x.dtype), run.capability(x.device)
-    if not 90 <= key[1] < 100:
-        return [tiles.heuristic(problem, *key)]
-    gathering = tiles.heuristic(dataclasses.replace(problem, gathered=True), *key)
-    return list(dict.fromkeys((*tiles.candidates(problem, *key), gathering)))
 
 
 def _problem(
