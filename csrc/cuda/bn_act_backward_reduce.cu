@@ -8,16 +8,13 @@ namespace {
 
 // Of each thread: their loads are in flight together. As many as leave registers for three blocks on
 // a multiprocessor, without spilling.
-template <Mask M>
-constexpr int kRowsOfOne = M == Mask::none || M == Mask::from_bits ? 4 : 2;
-template <class E, Mask M>
-constexpr int kRowsOfTwo =
-    M == Mask::from_y || (M == Mask::from_bits && std::is_same<E, F16>::value) ? 1 : 2;
+template <Mask M, bool DUAL>
+constexpr int kRows = M == Mask::none ? (DUAL ? 2 : 4) : (DUAL ? 1 : 2);
 
 // Of each part, channel by channel: the sums of g, those of g * (x - mean), those with x2.
 template <class E, int W, Mask M, bool DUAL>
 __global__ void __launch_bounds__(kThreads, 3) bn_reduce_parts_kernel(const Tiled<BnReduceArgs> g) {
-  constexpr int R = DUAL ? kRowsOfTwo<E, M> : kRowsOfOne<M>, sums = DUAL ? 3 : 2;
+  constexpr int R = kRows<M, DUAL>, sums = DUAL ? 3 : 2;
   __shared__ PutDown<sums, W> put_down;
   using Maps = GradientRows<E, W, M, DUAL, R>;
   const Thread t(g.tiling, W);

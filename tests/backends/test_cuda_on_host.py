@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import resnet_fused as rf
-from resnet_fused.backends import _hopper_gemm, cuda, native
+from resnet_fused.backends import _hopper_gemm, _outputs, cuda, native
 from resnet_fused.backends import _training_kernels as kernels
 from resnet_fused.ops import INFERENCE, TRAINING
 from resnet_fused.testing import two_x_rule
@@ -222,7 +222,7 @@ def test_addresses_and_sizes_are_checked(module):
     x, v = torch.zeros(64), torch.zeros(8)
     address = {"x": x.data_ptr(), "mean": v.data_ptr(), "var": v.data_ptr()}
     size = module.cuda.bn_stats_scratch_bytes(8, 8)
-    scratch = kernels.scratch(size)
+    scratch = _outputs.scratch(size, x.device)
     rest = {"scratch": scratch.data_ptr(), "scratch_bytes": size, "dtype": "float32", "stream": 0}
     module.cuda.bn_stats(**address, **rest, rows=8, c=8)
     for name, value in (("x", 0), ("mean", 0), ("var", 2), ("x", x.data_ptr() + 1)):
