@@ -108,6 +108,8 @@ def test_bits_of_another_map_are_refused():
     for bad in (torch.empty(2, 4, 3, 3, dtype=torch.uint8), torch.empty(2, 2, 3, 3)):
         with pytest.raises(ValueError, match=r"^bits: must be \(2, 2, 3, 3\) of torch.uint8"):
             kernels.bn_apply(x, scale, shift, residual, bits=bad)
+    with pytest.raises(ValueError, match=r"^bits: must be channels_last"):
+        kernels.bn_apply(x, scale, shift, residual, bits=torch.empty(2, 2, 3, 3).byte())
     x, residual = x.float(), residual.float()
     with pytest.raises(ValueError, match=r"^bits: there are only for 16-bit maps"):
         kernels.bn_apply(x, scale, shift, residual, bits=torch.empty(2, 2, 3, 3).byte())

@@ -85,7 +85,9 @@ class Operands {
       fail("bits: there are only for 16-bit maps of 8, 16, ... channels");
     if (map_bytes_) need_block(bits_block(address), 1);
   }
-  Block bits_block(uintptr_t address) const { return {"bits", address, map_bytes_ / itemsize(dtype) / kBits}; }
+  Block bits_block(uintptr_t address) const {
+    return {"bits", address, map_bytes_ / itemsize(dtype) / kBits};
+  }
   Block checked(const char* name, uintptr_t address) const {
     const Block block{name, address, map_bytes_};
     if (map_bytes_) need_block(block, itemsize(dtype));
@@ -263,8 +265,8 @@ void register_bn(py::module_& m, const QueueName&... queue) {
         arg("sum_gx"), arg("sum_gx2"), arg("masked"), arg("scratch"), arg("scratch_bytes"),
         arg("dtype"), arg("rows"), arg("c"), arg("relu"), queue...,
         "sum_g = sum(g), sum_gx = sum(g * (x - mean)), sum_gx2 likewise for x2, with g = grad where\n"
-        "not y <= 0, by y or its bits (without: not x*scale + shift <= 0), all of grad without relu. masked, which\n"
-        "may be grad, receives g. The same bits on any number of threads.");
+        "not y <= 0, by y or its bits (without: not x*scale + shift <= 0), all of grad without relu.\n"
+        "masked, which may be grad, receives g. The same bits on any number of threads.");
   m.def("bn_act_backward_apply", &bn_act_backward_apply<Device, Queue...>, arg("grad"), arg("x"),
         arg("x2"), arg("scale"), arg("shift"), arg("y"), arg("bits"), arg("a"), arg("b"), arg("d"), arg("a2"),
         arg("b2"), arg("d2"), arg("grad_x"), arg("grad_x2"), arg("dtype"), arg("rows"), arg("c"),

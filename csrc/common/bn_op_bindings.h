@@ -186,8 +186,8 @@ void register_bn_ops(py::module_& m, const QueueName&... queue) {
   m.def("bn_act_backward_scratch_bytes", &bn_act_backward_scratch_bytes<Device>, arg("rows"),
         arg("c"));
   m.def("bn_act", &bn_act<Device, Queue...>, arg("x"), arg("mean"), arg("var"), arg("weight"),
-        arg("bias"), arg("residual"), arg("y"), arg("bits"), arg("scratch"), arg("scratch_bytes"), arg("dtype"),
-        arg("rows"), arg("c"), arg("eps"), arg("relu"), queue...,
+        arg("bias"), arg("residual"), arg("y"), arg("bits"), arg("scratch"), arg("scratch_bytes"),
+        arg("dtype"), arg("rows"), arg("c"), arg("eps"), arg("relu"), queue...,
         "bn_scale_shift, then bn_apply by it.");
   m.def("bn_act_backward", &bn_act_backward<Device, Queue...>, arg("grad"), arg("x"), arg("mean"),
         arg("var"), arg("weight"), arg("bias"), arg("y"), arg("bits"), arg("grad_x"), arg("grad_weight"),

@@ -92,7 +92,7 @@ def bn_apply(
     maps.run(
         "bn_apply", maps.map("x", x), maps.vector("scale", scale), maps.vector("shift", shift),
         maps.map("residual", residual), maps.vector("residual_scale", residual_scale),
-        maps.vector("residual_shift", residual_shift), y.data_ptr(), maps.bits(bits),
+        maps.vector("residual_shift", residual_shift), y.data_ptr(), maps.bits_to_write(bits),
         *maps.sizes, relu,
     )  # fmt: skip
     return y
@@ -114,8 +114,8 @@ def bn_act(
     y = maps.output("out", None)
     maps.run(
         "bn_act", maps.map("x", x), *maps.affine(mean, var, weight, bias),
-        maps.map("residual", residual), y.data_ptr(), maps.bits(bits), *maps.scratch("bn_act"),
-        *maps.sizes, eps, relu,
+        maps.map("residual", residual), y.data_ptr(), maps.bits_to_write(bits),
+        *maps.scratch("bn_act"), *maps.sizes, eps, relu,
     )  # fmt: skip
     return y
 

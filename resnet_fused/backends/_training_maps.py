@@ -46,12 +46,19 @@ class Maps:
         """Return the addresses of ReLU's result and of the bits in its place, 0 for what is not."""
         if y is None or y.dtype != torch.uint8:
             return self.map("y", y), 0
-        return 0, self.bits(y)
+        self._check_bits(y)
+        return 0, self._dense(y)
 
-    def bits(self, t: Tensor | None) -> int:
-        """Return the address of bits to read or to write, 0 for None."""
+    def bits_to_write(self, t: Tensor | None) -> int:
+        """Return the address of bits to write, 0 for None."""
         if t is None:
             return 0
+        self._check_bits(t)
+        if not t.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(f"bits: must be channels_last, got strides {t.stride()}")
+        return t.data_ptr() or 1
+
+    def _check_bits(self, t: Tensor) -> None:
         expected = _bn_math.bits_shape(self._shape, self._dtype)
         if expected is None:
             raise ValueError(
@@ -62,7 +69,6 @@ class Maps:
                 f"bits: must be {expected} of torch.uint8 on {self._device}, "
                 f"got {tuple(t.shape)} of {t.dtype} on {t.device}"
             )
-        return self._dense(t)
 
     def _dense(self, t: Tensor) -> int:
         if not t.is_contiguous(memory_format=torch.channels_last):
