@@ -279,7 +279,10 @@ def conv_backward_data(
 def _as_product(
     grad: Tensor, weight: Tensor, residual: Tensor | None, *geometry: Any
 ) -> tuple[Any, ...]:
-    """Return conv_bn_act's arguments for the data gradient of a 1x1 of stride 1."""
+    """Return conv_bn_act's arguments for the data gradient of a 1x1 of stride 1.
+
+    With a view of the weight, as what is declined is to copy nothing.
+    """
     turned = weight.to(grad.dtype).transpose(0, 1)
     return grad, turned, None, None, residual, *geometry, None
 

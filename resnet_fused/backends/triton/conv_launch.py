@@ -6,7 +6,6 @@ the same launches, to be compiled where no GPU is.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
@@ -43,11 +42,9 @@ def conv_bn_stats(
         capability: of the device, such as 90.
         own: normalises the input.
         act: behind that.
-        config: how it is cut; None for the first of those that gather by pointer.
+        config: how it is cut; None for that of :func:`tiles.gathering`.
     """
-    if config is None:
-        gathered = dataclasses.replace(problem, gathered=True)
-        config = tiles.heuristic(gathered, launch.precision(x.dtype), capability)
+    config = config or tiles.gathering(problem, launch.precision(x.dtype), capability)
     if problem.depthwise:
         return _depthwise(x, weight, y, problem, config, capability, own, act)
     convolve = launch.conv(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -17,6 +18,11 @@ MOST_CANDIDATES = 8
 def heuristic(problem: Problem, precision: str, capability: int) -> Config:
     """Return the config to use where none was measured: the first of :func:`candidates`."""
     return candidates(problem, precision, capability)[0]
+
+
+def gathering(problem: Problem, precision: str, capability: int) -> Config:
+    """Return that config for tiles gathered by pointer, as convolutions of training take them."""
+    return heuristic(dataclasses.replace(problem, gathered=True), precision, capability)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -293,8 +299,8 @@ def takes_tma(problem: Problem, precision: str, config: Config, capability: int)
 def _covered(problem: Problem, config: Config, capability: int) -> bool:
     """Return whether no box reaches beyond the output, so that no statistics need a mask.
 
-    For sm_100 Triton 3.7.1 does not compile some of these kernels, and spills others' registers.
-    It took 59 registers more: 222 in place of 163 for 128x64 on 4 warps (Triton 3.7.1, sm_90).
+    A mask took 59 registers: 222 in place of 163 for 128x64 on 4 warps (Triton 3.7.1, sm_90). For
+    sm_100 that Triton does not compile some of these kernels, and spills others' registers.
     """
     if not 90 <= capability < 100:
         return False

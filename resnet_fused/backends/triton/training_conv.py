@@ -33,8 +33,8 @@ def conv_bn_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the op with ``config``; a tile's statistics are taken while it is in registers.
 
-    By default in tiles that are gathered by pointer, by :func:`tiles.heuristic`: those that TMA
-    fetches have not run on a GPU with statistics, and run where `tune` finds them right and faster.
+    By default that of :func:`tiles.gathering`: tiles that TMA fetches have not run on a GPU with
+    statistics, and run where `tune` finds them right and faster.
     """
     problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups)
     return _conv_bn_stats(x, weight, problem, None, None, config)
@@ -95,7 +95,7 @@ def _ways(run: Callable[..., Any], x: Tensor, problem: Problem) -> dict[str, Cal
         return ways
     kind = launch.precision(x.dtype)
     configs = tiles.candidates(problem, kind, arch)
-    by_name = tiles.heuristic(dataclasses.replace(problem, gathered=True), kind, arch)
+    by_name = tiles.gathering(problem, kind, arch)
     return ways | {str(c): functools.partial(run, config=c) for c in configs if c != by_name}
 
 

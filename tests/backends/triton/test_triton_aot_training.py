@@ -128,12 +128,7 @@ def passes(layer, dtype, capability):
     c, h = x.shape[1:3]
     own, sums = normalisation(c), [tensor(c) for _ in range(3)]
     pool, y = ((3, 3), (2, 2), (1, 1)), tensor(x.shape[0], c, h // 2, h // 2, dtype=dtype)
-    bits = tensor(x.shape[0], c // 8, h, h, dtype=torch.uint8)
     return [
-        bn.bn_act(x, x, own, "relu", x, bits=bits),
-        bn.bn_act(x, x, own, "relu", x, own, bits),
-        bn.backward_apply(x, x, own, bits, sums, "relu", 9, x, x, own, x),
-        *bn.backward_reduce(x, x, own, bits, "relu", x)[0],
         bn.bn_act(x, x, own, "relu", x),
         bn.bn_act(x, x, own, "relu", x, own),
         bn.backward_apply(x, x, own, None, sums[:2], "relu", 9, x),
@@ -143,6 +138,22 @@ def passes(layer, dtype, capability):
         *bn.bn_stats(x)[0],
         bn.max_pool(x, own, "relu", pool, y, y.to(torch.uint8)),
         bn.max_pool_backward(y, y.to(torch.uint8), x, pool),
+    ]
+
+
+def by_bits(layer, dtype, capability):
+    """The passes that write or read what passed ReLU."""
+    from resnet_fused.backends.triton import bn_launch as bn
+
+    x = maps(LAYERS[layer], dtype)[2]
+    n, c, h, w = x.shape
+    own, sums = normalisation(c), [tensor(c) for _ in range(3)]
+    bits = tensor(n, c // 8, h, w, dtype=torch.uint8)
+    return [
+        bn.bn_act(x, x, own, "relu", x, bits=bits),
+        bn.bn_act(x, x, own, "relu", x, own, bits),
+        bn.backward_apply(x, x, own, bits, sums, "relu", 9, x, x, own, x),
+        *bn.backward_reduce(x, x, own, bits, "relu", x)[0],
     ]
 
 
@@ -170,6 +181,7 @@ CASES = [
     *((activation, *case) for case in (("strided", "fp16", 80), ("3x3", "tf32", 90))),
     (activation, "expand", "bf16", 100),
     (passes, "stem", "bf16", 90),
+    (by_bits, "stem", "bf16", 90),
 ]
 
 
@@ -200,15 +212,17 @@ def test_kernels(kernels, case):
         assert kernel.instruction == (PRODUCTS[capability] if products else "fma"), kernel
         assert build is not candidates or set(kernel.loads) == {"tma"}, kernel
         widths = {int(load.split()[-1]) for load in kernel.loads if load != "tma"}
-        if kernel.kernel == "scale_shift_kernel" or (layer == "stem" and build is not passes):
+        if kernel.kernel == "scale_shift_kernel" or (
+            layer == "stem" and build not in (passes, by_bits)
+        ):
             continue  # one channel a thread; pixels of three channels
         if build is weight and precision == "tf32" and kernel.kernel.startswith("conv"):
             # Products in TF32 take K, here the pixels, running fastest only: one of them is turned.
             assert widths == {4, 16}, kernel
         elif build in (normalised, before, activation):  # scale and shift beside the tiles
             assert 16 in widths <= {4, 16}, kernel
-        elif build is passes and any(width < 8 for width in widths):
-            assert widths <= {1, 2, 4, 16}, kernel  # of bits, beside them
+        elif build is by_bits:
+            assert 16 in widths <= {2, 16}, kernel  # two bytes of bits a thread, beside the maps
         else:
             assert widths <= {16}, kernel
 
