@@ -38,7 +38,7 @@ PATIENCE_S = 30.0
 Signature = tuple[Any, ...]
 
 #: As JSON names them.
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+_DTYPES = {_name: _d for _name, _d in vars(torch).items() if isinstance(_d, torch.dtype)}
 
 
 class Choice(NamedTuple):
