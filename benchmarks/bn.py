@@ -166,7 +166,7 @@ def _stats_inductor(m: Maps) -> Call:
 
 def _backward_kernel(m: Maps) -> Call:
     x, grad, y = m.maps
-    var, wanted = m.invstd**-2, (True, True, True, True)
+    var, wanted = m.invstd**-2, (True, True, True, True, False)
     return lambda: kernels.bn_act_backward(
         grad, x, m.mean, var, m.scale, m.shift, 0.0, y=y, wanted=wanted
     )

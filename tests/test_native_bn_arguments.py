@@ -107,8 +107,8 @@ BACKWARD = {
     "grad": address(), "x": address(2), "mean": address(4), "var": address(5),
     "weight": address(6), "bias": address(7), "y": address(8), "bits": 0, "grad_x": address(10),
     "grad_weight": address(12), "grad_bias": address(13), "grad_residual": address(14),
-    "scratch": address(16), "scratch_bytes": _C.bn_act_backward_scratch_bytes(4, 8), **SIZES,
-    "eps": 1e-5, "relu": True,
+    "activation": 0, "scratch": address(16),
+    "scratch_bytes": _C.bn_act_backward_scratch_bytes(4, 8), **SIZES, "eps": 1e-5, "relu": True,
 }  # fmt: skip
 UPDATE = {
     "running_mean": address(), "running_var": address(2), "num_batches_tracked": address(4),
@@ -250,6 +250,19 @@ def test_a_masked_gradient_may_replace_what_is_not_read_behind_it():
     _C.bn_act_backward(**BACKWARD | {"grad_residual": BACKWARD["x"], "grad_x": 0})
     with pytest.raises(ValueError, match=r"^grad_residual: must not overlap x"):
         _C.bn_act_backward(**BACKWARD | {"grad_residual": BACKWARD["x"]})
+
+
+def test_an_activation_is_what_the_mask_is_made_of():
+    """It is there where the mask is, in the pass that writes grad_x; over what that has read."""
+    good = BACKWARD | {"y": 0, "activation": address(42)}
+    for over in ("activation", "x", "grad"):
+        _C.bn_act_backward(**good | {"activation": good[over]})
+    for change in ({"y": BACKWARD["y"]}, {"grad_x": 0}, {"relu": False, "grad_residual": 0}):
+        with pytest.raises(ValueError, match=r"^activation: only with grad_x"):
+            _C.bn_act_backward(**good | change)
+    for over in ("grad_x", "grad_residual"):
+        with pytest.raises(ValueError, match=rf"^activation: must not overlap {over}"):
+            _C.bn_act_backward(**good | {"activation": good[over]})
 
 
 def test_no_instruction_set():

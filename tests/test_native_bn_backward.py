@@ -220,7 +220,7 @@ def test_the_whole_backward_is_torch_s(isa):
         assert check.ok, check
 
 
-WANTED = [w for w in itertools.product((True, False), repeat=4) if any(w)]
+WANTED = [w for w in itertools.product((True, False), repeat=5) if any(w)]
 
 
 @each_run
@@ -240,9 +240,10 @@ def test_the_whole_backward_in_one_call_has_the_bits_of_its_parts(mask, isa, dty
     g = masked if relu else grad
     grad_x = kernels.bn_act_backward_apply(g, x, *vector, relu=False)
     grad_weight = (sums[1].double() * torch.rsqrt(bn[1].double() + 1e-3)).float()
-    expected = (grad_x, grad_weight, sums[0], masked)
+    activation = kernels.bn_apply(x, scale, shift, relu=relu)
+    expected = (grad_x, grad_weight, sums[0], masked, activation)
     for wanted in WANTED:
-        if wanted[3] and not relu:
+        if (wanted[3] and not relu) or (wanted[4] and not (wanted[0] and mask == "recomputed")):
             continue
         found = kernels.bn_act_backward(grad, x, *bn, 1e-3, y, relu, wanted)
         assert [made is not None for made in found] == list(wanted)

@@ -58,8 +58,7 @@ FROZEN = {
     # The last block alone: three weights, and the gradient between its two convolutions.
     "all but the last block": (
         lambda name: "layer1.1" in name or "fc" in name,
-        {"conv_backward_weight": 2, "bn_act_conv_backward_weight": 1,
-         "bn_act_conv_backward_data": 1, "dual_bn_act_backward_reduce": 1,
+        {"conv_backward_weight": 2, "bn_act_conv_backward": 1, "dual_bn_act_backward_reduce": 1,
          "dual_bn_act_backward_apply": 1},
     ),
     # Sums alone give a BatchNorm's own gradients.

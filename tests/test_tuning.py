@@ -410,7 +410,7 @@ def test_harvest_in_training_mode_is_what_a_step_calls(autocast, weights, monkey
     loss.backward()
     others = {"bn_update_stats", "max_pool_backward"}
     assert {key for key in seen if key[0] not in others} == keys
-    assert {"bn_act_conv_backward_data", "conv_backward_weight"} <= {call.op for call in calls}
+    assert {"bn_act_conv_backward", "conv_backward_weight"} <= {call.op for call in calls}
 
 
 def test_parts_are_tuned_before_the_whole():
@@ -456,12 +456,12 @@ def test_what_was_tuned_in_training_mode_trains_fused(cache, monkeypatch):
     assert not training_ops()
     report = tune_calls(harvest(model, X), CPU, clock=lambda run: 1.0)
     assert report.ok
-    assert {"conv_bn_stats", "bn_act_conv_backward_weight"} <= training_ops()
+    assert {"conv_bn_stats", "bn_act_conv_backward"} <= training_ops()
     large = {torch.float32: 10**12}
     monkeypatch.setattr(cpu, "FASTER_IN_A_GRAPH", large, raising=False)
     sys.modules["resnet_fused.backends"]._trains.clear()
     with becoming_a_graph():  # where none so large is known to be faster
-        assert {"conv_bn_stats", "bn_act_conv_backward_weight"} <= training_ops()
+        assert {"conv_bn_stats", "bn_act_conv_backward"} <= training_ops()
     assert not trains(CPU, torch.float64, 10**9)
     assert trains(CPU, torch.float64, math.inf)  # SyncBatchNorm's, in any dtype
 

@@ -116,8 +116,8 @@ void bn_act(uintptr_t x, uintptr_t mean, uintptr_t var, uintptr_t weight, uintpt
 template <class Device, class... Queue>
 void bn_act_backward(uintptr_t grad, uintptr_t x, uintptr_t mean, uintptr_t var, uintptr_t weight,
                      uintptr_t bias, uintptr_t y, uintptr_t bits, uintptr_t grad_x, uintptr_t grad_weight,
-                     uintptr_t grad_bias, uintptr_t grad_residual, uintptr_t scratch,
-                     size_t scratch_bytes, const std::string& dtype, int64_t rows, int64_t c,
+                     uintptr_t grad_bias, uintptr_t grad_residual, uintptr_t activation,
+                     uintptr_t scratch, size_t scratch_bytes, const std::string& dtype, int64_t rows, int64_t c,
                      double eps, bool relu, Queue... queue) {
   Operands on(Device::dtype(dtype), rows, c);
   need("rows", rows, 1);
@@ -147,9 +147,11 @@ void bn_act_backward(uintptr_t grad, uintptr_t x, uintptr_t mean, uintptr_t var,
       on.optional_vector<float>("grad_weight", grad_weight),
       c, (float)eps, (float)rows};
   BnApplyArgs apply{};
+  if (activation && !(grad_x && recomputed))
+    fail("activation: only with grad_x, of a ReLU whose mask is made of x");
   if (grad_x) {
     static_cast<BnGradient&>(apply) = reduce;
-    if (grad_residual) {  // masked once, it spares the second mask
+    if (grad_residual && !activation) {  // masked once, it spares the second mask
       apply.grad = reduce.masked;
       apply.relu = false;
     }
@@ -158,6 +160,9 @@ void bn_act_backward(uintptr_t grad, uintptr_t x, uintptr_t mean, uintptr_t var,
     apply.d = vectors.d;
     apply.grad_x =
         on.output("grad_x", grad_x, read, {{"grad_residual", grad_residual, 0}});
+    if (activation)
+      apply.activation = on.output("activation", activation, read,
+                                   {{"grad_x", grad_x, 0}, {"grad_residual", grad_residual, 0}});
   }
   py::gil_scoped_release release;
   if (recomputed) Device::run(affine, queue...);
@@ -191,10 +196,11 @@ void register_bn_ops(py::module_& m, const QueueName&... queue) {
         "bn_scale_shift, then bn_apply by it.");
   m.def("bn_act_backward", &bn_act_backward<Device, Queue...>, arg("grad"), arg("x"), arg("mean"),
         arg("var"), arg("weight"), arg("bias"), arg("y"), arg("bits"), arg("grad_x"), arg("grad_weight"),
-        arg("grad_bias"), arg("grad_residual"), arg("scratch"), arg("scratch_bytes"), arg("dtype"),
-        arg("rows"), arg("c"), arg("eps"), arg("relu"), queue...,
-        "bn_act_backward_reduce, bn_gradient_vectors and bn_act_backward_apply; 0 for a gradient\n"
-        "that is not wanted. grad_residual is the masked gradient; it may be grad, not x with grad_x.");
+        arg("grad_bias"), arg("grad_residual"), arg("activation"), arg("scratch"),
+        arg("scratch_bytes"), arg("dtype"), arg("rows"), arg("c"), arg("eps"), arg("relu"), queue...,
+        "bn_act_backward_reduce, bn_gradient_vectors and bn_act_backward_apply; 0 for what is not\n"
+        "wanted. grad_residual is the masked gradient; it may be grad, not x with grad_x. activation,\n"
+        "only with grad_x and without y, is what bn_act gave.");
 }
 
 }  // namespace rf

@@ -82,6 +82,7 @@ struct BnReduceArgs : BnGradient {
 struct BnApplyArgs : BnGradient {
   const float *a, *b, *d, *a2, *b2, *d2;
   void *grad_x, *grad_x2;
+  void* activation;  // receives relu(x*scale + shift), where the mask is made of it; null: not wanted
 };
 
 struct AddReluArgs {

@@ -271,7 +271,7 @@ static void bn_act_backward_reduce(const BnReduceArgs& g) {
   g.x2 ? reduce_and_store<E, Mask::none, true>(g) : reduce_and_store<E, Mask::none, false>(g);
 }
 
-template <class E, Mask M, bool DUAL>
+template <class E, Mask M, bool DUAL, bool STORE>
 static void apply_rows(const BnApplyArgs g, int64_t first, int64_t last) {
   using T = typename E::T;
   for (int64_t row = first; row < last; ++row)
@@ -287,19 +287,26 @@ static void apply_rows(const BnApplyArgs g, int64_t first, int64_t last) {
                bn_gradient<Vec>(v, x2, vector(g.a2), vector(g.b2), vector(g.d2)), lanes);
       }
       put<E>(static_cast<T*>(g.grad_x) + i, grad_x, lanes);
+      if constexpr (STORE)
+        put<E>(static_cast<T*>(g.activation) + i,
+               Vec::relu(bn_affine<Vec>(x, vector(g.scale), vector(g.shift))), lanes);
     });
 }
 
 template <class E, Mask M>
 static void apply(const BnApplyArgs& g) {
   share_rows(g.rows, g.c, [&](int64_t first, int64_t last) {
-    if constexpr (M != Mask::recomputed)
-      if (g.x2) return apply_rows<E, M, true>(g, first, last);
-    apply_rows<E, M, false>(g, first, last);
+    if constexpr (M == Mask::recomputed) {
+      if (g.activation) return apply_rows<E, M, false, true>(g, first, last);
+    } else if (g.x2) {
+      return apply_rows<E, M, true, false>(g, first, last);
+    }
+    apply_rows<E, M, false, false>(g, first, last);
   });
 }
 
-// grad_x = g*a + x*b + d with g the gradient behind the ReLU; grad_x2 from x2 likewise.
+// grad_x = g*a + x*b + d with g the gradient behind the ReLU; grad_x2 from x2 likewise. What the ReLU
+// gave goes to `activation` where given.
 template <class E>
 static void bn_act_backward_apply(const BnApplyArgs& g) {
   if (!g.relu) return apply<E, Mask::none>(g);

@@ -1,4 +1,5 @@
 // grad_x = g*a + x*b + d with g the gradient behind the ReLU, and grad_x2 from x2 likewise: one pass.
+// What the ReLU gave goes to `activation` where given.
 #include "gradient.cuh"
 
 namespace rf::cuda {
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) bn_apply_kernel(const Tiled<BnApplyA
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     if (!has(i)) break;
-    Pack<E, W> grad_x, grad_x2;
+    Pack<E, W> grad_x, grad_x2, activation;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
       const float x = E::widen(maps.x[i].at[j]), v = maps.masked(i, j, x, mask);
@@ -33,9 +34,12 @@ __global__ void __launch_bounds__(kThreads) bn_apply_kernel(const Tiled<BnApplyA
       if (DUAL)
         grad_x2.at[j] = E::narrow(
             bn_gradient<E>(v, E::widen(maps.x2[i].at[j]), a2.at[j], b2.at[j], d2.at[j]));
+      if constexpr (M == Mask::recomputed)
+        activation.at[j] = E::narrow(E::relu(bn_affine<E>(x, mask.scale.at[j], mask.shift.at[j])));
     }
     store<E, W>(g.grad_x, at(i), grad_x);
     if (DUAL) store<E, W>(g.grad_x2, at(i), grad_x2);
+    if (M == Mask::recomputed && g.activation) store<E, W>(g.activation, at(i), activation);
   }
 }
 
@@ -45,7 +49,7 @@ template <Mask M, bool DUAL>
 void launch_with(DType dtype, const BnApplyArgs& g, Stream stream) {
   with_element(dtype, g.c,
                {g.grad, g.x, g.x2, g.scale, g.shift, g.y, g.a, g.b, g.d, g.a2, g.b2, g.d2,
-                g.grad_x, g.grad_x2},
+                g.grad_x, g.grad_x2, g.activation},
                [&](auto element, auto width) {
                  using E = decltype(element);
                  constexpr int W = decltype(width)::value;

@@ -139,9 +139,10 @@ def bn_act_backward(
     eps: float,
     y: Tensor | None = None,
     relu: bool = True,
-    wanted: Sequence[bool] = (True, True, True, False),
+    wanted: Sequence[bool] = (True, True, True, False, False),
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight, bias and residual, None for those that are not wanted.
+    """Return the gradients of x, weight, bias and residual, and act(BN(x)); None for the unwanted.
 
     It is :func:`bn_act_backward_reduce`, :func:`gradient_vectors` and :func:`bn_act_backward_apply`
     in one call; vectors' gradients are float32, zeros where x is empty.
@@ -156,14 +157,17 @@ def bn_act_backward(
         eps: BatchNorm's own.
         y: bn_act's result, or its bits; needed with ``relu`` where a residual was added.
         relu: whether bn_act rectified.
-        wanted: which gradients; the residual's only with ``relu``, else it is ``grad``.
+        wanted: which of them; the residual's gradient only with ``relu``, else it is ``grad``,
+            act(BN(x)) only with x's gradient and ``relu``, and without ``y``.
+        out: receives x's gradient; may be ``grad``.
     """
     maps = Maps(x)
-    want_x, want_weight, want_bias, want_residual = wanted
+    want_x, want_weight, want_bias, want_residual, want_activation = wanted
     made = (
-        maps.output("grad_x", None) if want_x else None,
+        maps.output("out", out) if want_x else None,
         *(maps.new_vectors(1)[0] if want else None for want in (want_weight, want_bias)),
         maps.output("grad_residual", None) if want_residual else None,
+        maps.output("activation", None) if want_activation else None,
     )
     if not x.numel():  # this kernel divides by the rows
         return tuple(None if t is None else t.zero_() for t in made)

@@ -71,12 +71,35 @@ def bn_act_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Run the op."""
-    vectors = (mean, var, weight, bias)
-    found = kernels.bn_act_backward(grad, x, *vectors, eps, y, act == "relu", wanted)
-    like = (x, weight, bias, x)
+    return _backward(grad, x, mean, var, weight, bias, y, eps, act, wanted)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    eps: float,
+    act: str | None,
+    wanted: Sequence[bool],
+    out: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Run bn_act_backward; x's gradient goes to ``out``, which may be ``grad``."""
+    vectors, (*gradients, activation) = (mean, var, weight, bias), wanted
+    # The pass that writes x's gradient has what ReLU gave, where its mask is made of it.
+    beside = activation and gradients[0] and act == "relu"
+    *found, a = kernels.bn_act_backward(
+        grad, x, *vectors, eps, y, act == "relu", (*gradients, beside), out
+    )
+    if activation and not beside:
+        a = kernels.bn_act(x, *vectors, eps, relu=act == "relu")
+    like = (x, weight, bias, x, x)
     return tuple(
         x.new_empty(0) if made is None or t is None else made.to(t.dtype)
-        for made, t in zip(found, like, strict=True)
+        for made, t in zip((*found, a), like, strict=True)
     )
 
 
@@ -253,9 +276,52 @@ def chained_backward_data(convolution: Callable[..., Tensor]) -> Callable[..., t
         """Run the op by its two parts."""
         grad_a = convolution(grad, weight, x.shape, stride, padding, dilation, groups, None)
         saved = (x, mean, var, bn_weight, bn_bias, None, eps, act)
-        return bn_act_backward(grad_a, *saved, (*wanted, False))[:3]
+        return _backward(grad_a, *saved, (*wanted, False, False), _in_place(grad_a))[:3]
 
     return bn_act_conv_backward_data
+
+
+def _in_place(grad: Tensor) -> Tensor | None:
+    """Return a gradient that nobody else reads, where the kernels can write theirs over it."""
+    return grad if grad.is_contiguous(memory_format=torch.channels_last) else None
+
+
+def chained_backward(
+    data: Callable[..., Tensor], weights: Callable[..., Tensor]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Return bn_act_conv_backward: ``data``, BatchNorm's with the activation, and ``weights``.
+
+    Args:
+        data: a conv_backward_data.
+        weights: a conv_backward_weight.
+    """
+
+    def bn_act_conv_backward(
+        grad: Tensor,
+        weight: Tensor,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        eps: float,
+        act: str | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        channels_last: bool,
+        dtype: torch.dtype,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, ...]:
+        """Run the op by its three parts; the activation lives until the last has read it."""
+        geometry = (stride, padding, dilation, groups)
+        grad_a = data(grad, weight, x.shape, *geometry, None)
+        saved = (x, mean, var, bn_weight, bn_bias, None, eps, act)
+        *found, _, a = _backward(grad_a, *saved, (*wanted, False, True), _in_place(grad_a))
+        return *found, weights(grad, a, weight.shape, *geometry, channels_last, dtype)
+
+    return bn_act_conv_backward
 
 
 def chained_backward_weight(convolution: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -252,6 +252,7 @@ def conv_backward_weight(
     return _torch_conv.backward_weight(*args) if own is None else own
 
 
+bn_act_conv_backward = _training_ops.chained_backward(conv_backward_data, conv_backward_weight)
 bn_act_conv_backward_data = _training_ops.chained_backward_data(conv_backward_data)
 bn_act_conv_backward_weight = _training_ops.chained_backward_weight(conv_backward_weight)
 

@@ -322,5 +322,6 @@ def _by_product(
     return functools.partial(_hopper_gemm.conv_bn_act, kernel=kernel)(*product)
 
 
+bn_act_conv_backward = _training_ops.chained_backward(conv_backward_data, conv_backward_weight)
 bn_act_conv_backward_data = _training_ops.chained_backward_data(conv_backward_data)
 bn_act_conv_backward_weight = _training_ops.chained_backward_weight(conv_backward_weight)

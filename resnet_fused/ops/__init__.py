@@ -7,6 +7,7 @@ from resnet_fused.ops import (
     bn_act_backward,
     bn_act_backward_apply,
     bn_act_backward_reduce,
+    bn_act_conv_backward,
     bn_act_conv_backward_data,
     bn_act_conv_backward_weight,
     bn_act_conv_bn_stats,
@@ -58,6 +59,7 @@ TRAINING: dict[str, Op] = {
         max_pool_backward.OP,
         conv_backward_data.OP,
         conv_backward_weight.OP,
+        bn_act_conv_backward.OP,
         bn_act_conv_backward_data.OP,
         bn_act_conv_backward_weight.OP,
     )

@@ -132,7 +132,7 @@ def gradients(
     )
     saved = (x, mean, var, weight, bias, y, eps, act)
     if batch is None:
-        found = call("bn_act_backward", grad, *saved, wanted)
+        *found, _ = call("bn_act_backward", grad, *saved, (*wanted, False))
     else:
         reduce = functools.partial(call, "bn_act_backward_reduce")
         apply = functools.partial(call, "bn_act_backward_apply")

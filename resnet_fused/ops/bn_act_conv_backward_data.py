@@ -45,14 +45,30 @@ def check(
     wanted: Sequence[bool],
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
-    _bn.check_wanted(NAME, wanted, {"x": x, "bn_weight": bn_weight, "bn_bias": bn_bias})
-    geometry = (stride, padding, dilation, groups)
-    conv_backward_data.check_gradient(NAME, grad, weight, x.shape, *geometry)
-    _checks.check_same(NAME, "x", x, grad)
-    _bn.check_statistics(NAME, mean, var, x)
-    _bn.check_affine(NAME, bn_weight, bn_bias, x, "bn_")
-    _bn.check_eps(NAME, eps)
-    _checks.check_act(NAME, act)
+    vectors, geometry = (mean, var, bn_weight, bn_bias), (stride, padding, dilation, groups)
+    check_call(NAME, grad, weight, x, vectors, eps, act, geometry, wanted)
+
+
+def check_call(
+    op: str,
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    vectors: Sequence[Any],
+    eps: float,
+    act: str | None,
+    geometry: Sequence[Any],
+    wanted: Sequence[bool],
+) -> None:
+    """Check what says which convolution's and which BatchNorm's gradients are wanted."""
+    mean, var, bn_weight, bn_bias = vectors
+    _bn.check_wanted(op, wanted, {"x": x, "bn_weight": bn_weight, "bn_bias": bn_bias})
+    conv_backward_data.check_gradient(op, grad, weight, x.shape, *geometry)
+    _checks.check_same(op, "x", x, grad)
+    _bn.check_statistics(op, mean, var, x)
+    _bn.check_affine(op, bn_weight, bn_bias, x, "bn_")
+    _bn.check_eps(op, eps)
+    _checks.check_act(op, act)
 
 
 def reference(
@@ -75,7 +91,7 @@ def reference(
     geometry = (stride, padding, dilation, groups)
     grad_a = conv_backward_data.reference(grad, weight, x.shape, *geometry, None)
     saved = (x, mean, var, bn_weight, bn_bias, None, eps, act)
-    return bn_act_backward.reference(grad_a, *saved, (*wanted, False))[:3]
+    return bn_act_backward.reference(grad_a, *saved, (*wanted, False, False))[:3]
 
 
 def decomposition(
@@ -98,7 +114,8 @@ def decomposition(
     geometry = (stride, padding, dilation, groups)
     grad_a = call("conv_backward_data", grad, weight, x.shape, *geometry, None)
     saved = (x, mean, var, bn_weight, bn_bias, None, eps, act)
-    grad_x, grad_weight, grad_bias, _ = call("bn_act_backward", grad_a, *saved, (*wanted, False))
+    *found, _, _ = call("bn_act_backward", grad_a, *saved, (*wanted, False, False))
+    grad_x, grad_weight, grad_bias = found
     return grad_x, grad_weight, grad_bias
 
 
@@ -122,7 +139,7 @@ def fake(
     vectors, geometry = (mean, var, bn_weight, bn_bias), (stride, padding, dilation, groups)
     check(grad, weight, x, *vectors, eps, act, *geometry, wanted)
     saved = (x, *vectors, None, eps, act)
-    return bn_act_backward.fake(x, *saved, (*wanted, False))[:3]
+    return bn_act_backward.fake(x, *saved, (*wanted, False, False))[:3]
 
 
 def flops(

@@ -119,16 +119,34 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
         return (None,) * 12
     x, *vectors, weight = ctx.saved_tensors
     wants = ctx.needs_input_grad
-    grad_weight = None
-    if wants[5]:
-        # In the weight's own layout, or the accumulation would copy it.
-        channels_last = not weight.is_contiguous()
-        grad_weight = call(
-            "bn_act_conv_backward_weight", grad, x, *vectors, weight.shape, ctx.eps, ctx.act,
-            *ctx.geometry, channels_last, weight.dtype,
+    needs = (wants[0], wants[3], wants[4])
+    # In the weight's own layout, or the accumulation would copy it.
+    layout = (not weight.is_contiguous(), weight.dtype)
+    if wants[5] and wants[0] and ctx.shared is None:
+        wanted = _wanted(needs, x, vectors)
+        *found, grad_weight = call(
+            "bn_act_conv_backward", grad, weight, x, *vectors, ctx.eps, ctx.act, *ctx.geometry,
+            *layout, wanted,
         )  # fmt: skip
-    grads = _before(ctx, grad, x, vectors, weight, (wants[0], wants[3], wants[4]))
+        grads: Sequence[Tensor | None] = _only(found, wanted)
+    else:
+        grad_weight = None
+        if wants[5]:
+            grad_weight = call(
+                "bn_act_conv_backward_weight", grad, x, *vectors, weight.shape, ctx.eps, ctx.act,
+                *ctx.geometry, *layout,
+            )  # fmt: skip
+        grads = _before(ctx, grad, x, vectors, weight, needs)
     return (grads[0], None, None, grads[1], grads[2], grad_weight, *(None,) * 6)
+
+
+def _wanted(needs: Sequence[bool], x: Tensor, vectors: Sequence[Any]) -> list[bool]:
+    """Return which gradients to ask for, of x and BatchNorm's weight and bias."""
+    return [n and t is not None for n, t in zip(needs, (x, *vectors[2:]), strict=True)]
+
+
+def _only(found: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [t if want else None for t, want in zip(found, wanted, strict=True)]
 
 
 def _before(
@@ -146,12 +164,12 @@ def _before(
         grad_a = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry, None)
         rest: tuple[Any, ...] = (None, ctx.eps, ctx.act, (*needs, False), ctx.shared)
         return bn_act.gradients(grad_a, x, *vectors, *rest)[:3]
-    wanted = [n and t is not None for n, t in zip(needs, (x, *vectors[2:]), strict=True)]
+    wanted = _wanted(needs, x, vectors)
     found = call(
         "bn_act_conv_backward_data", grad, weight, x, *vectors, ctx.eps, ctx.act, *ctx.geometry,
         wanted,
     )  # fmt: skip
-    return [t if want else None for t, want in zip(found, wanted, strict=True)]
+    return _only(found, wanted)
 
 
 def flops(

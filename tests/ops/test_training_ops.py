@@ -51,7 +51,8 @@ def samples(op: str, dtype: torch.dtype, backend: str = "reference") -> list[tup
 
 def rounded_to(op: str, args: tuple) -> torch.dtype | None:
     """What an op rounds to on its way to a result that is of another dtype."""
-    ops = ("bn_act_conv_backward_data", "conv_backward_weight", "bn_act_conv_backward_weight")
+    sides = ("bn_act_conv_backward_data", "bn_act_conv_backward_weight", "bn_act_conv_backward")
+    ops = (*sides, "conv_backward_weight")
     return args[0].dtype if op in ops else None
 
 
@@ -296,7 +297,7 @@ def test_bits_say_what_passed(backend, dtype, channels):
             assert bits.shape == (2, channels // 8, 5, 3)
             assert torch.equal(_bn.passed_by(bits), ~(y <= 0))
             saved = (x, mean, var, gamma, beta)
-            wanted = (1e-5, "relu", (True, True, True, True))
+            wanted = (1e-5, "relu", (True, True, True, True, False))
             by_bits, by_values = (
                 torch.ops.resnet_fused.bn_act_backward(grad, *saved, t, *wanted) for t in (bits, y)
             )
@@ -407,6 +408,12 @@ BAD = {
     "wanted": ("bn_act_conv_backward_data",
                (GRAD, WEIGHT, X, *BN, 0.1, None, *SAME, [True, True, False]),
                "wanted must be False for bn_weight"),
+    "no gradient of x": ("bn_act_conv_backward",
+                         (GRAD, WEIGHT, X, *BN, 0.1, None, *SAME, False, X.dtype, [False] * 3),
+                         "wanted must be True for x"),
+    "an activation with a residual": ("bn_act_backward",
+                                      (X, X, *BN, X, 0.1, "relu", [True, *[False] * 3, True]),
+                                      "wanted must be False for activation"),
     "an activation's grad": ("bn_act_conv_backward_weight",
                              (X, X, *BN, [5, 3, 3, 3], 0.1, None, *SAME, False, torch.float32),
                              "do not belong"),
@@ -440,7 +447,7 @@ BAD = {
 def test_bits_of_another_map_are_refused(dtype, images, said):
     x, one = torch.zeros(2, 16, 3, 3, dtype=dtype), torch.ones(16)
     bits = torch.zeros(images, 2, 3, 3, dtype=torch.uint8)
-    rest = (one, one, None, None, bits, 0.1, "relu", (True, False, False, True))
+    rest = (one, one, None, None, bits, 0.1, "relu", (True, False, False, True, False))
     with pytest.raises(ValueError, match=f"bn_act_backward: y must be like x, .*{said}"):
         torch.ops.resnet_fused.bn_act_backward(x, x, *rest)
 

@@ -47,6 +47,9 @@ def arguments(op: str, case: tuple, dtype: torch.dtype, layout: torch.memory_for
         "bn_act_conv_backward_data": (
             grad, weight, x, *vectors, 1e-5, "relu", *geometry, [True, True, True],
         ),
+        "bn_act_conv_backward": (
+            grad, weight, x, *vectors, 1e-5, "relu", *geometry, False, dtype, [True, True, True],
+        ),
     }[op]  # fmt: skip
 
 

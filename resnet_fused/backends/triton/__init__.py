@@ -37,6 +37,9 @@ from resnet_fused.backends.triton.training import (
 )
 from resnet_fused.backends.triton.training import max_pool_backward as max_pool_backward
 from resnet_fused.backends.triton.training_conv import (
+    bn_act_conv_backward as bn_act_conv_backward,
+)
+from resnet_fused.backends.triton.training_conv import (
     bn_act_conv_backward_data as bn_act_conv_backward_data,
 )
 from resnet_fused.backends.triton.training_conv import (
@@ -105,7 +108,7 @@ ONLY_MEASURED = (
     "bn_act_backward", "bn_act_backward_reduce", "bn_act_backward_apply",
     "dual_bn_act_backward_reduce", "dual_bn_act_backward_apply", "max_pool_backward",
     "conv_backward_data", "conv_backward_weight", "bn_act_conv_backward_data",
-    "bn_act_conv_backward_weight",
+    "bn_act_conv_backward", "bn_act_conv_backward_weight",
 )  # fmt: skip
 
 

@@ -122,9 +122,13 @@ def bn_act_backward(
     act: str | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Run the op by its two parts."""
-    saved = (x, mean, var, weight, bias, y, eps, act)
-    return _bn_math.gradients(bn_act_backward_reduce, bn_act_backward_apply, grad, *saved, wanted)
+    """Run the op by its two parts; what bn_act gave is computed apart."""
+    vectors, (*gradients, activation) = (mean, var, weight, bias), wanted
+    saved = (x, *vectors, y, eps, act)
+    parts = (bn_act_backward_reduce, bn_act_backward_apply)
+    found = _bn_math.gradients(*parts, grad, *saved, gradients)
+    a = bn_act(x, *vectors, None, eps, act)[0] if activation else x.new_empty(0)
+    return *found, a
 
 
 def bn_act_backward_reduce(

@@ -235,6 +235,31 @@ def bn_act_conv_backward_data(
     return _bn_math.gradients(reduce, apply, grad, *saved, (*wanted, True))[:3]
 
 
+def bn_act_conv_backward(
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+    dtype: torch.dtype,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Run the op by its two sides: the activation is on its way to the products, nowhere else."""
+    vectors, geometry = (mean, var, bn_weight, bn_bias), (stride, padding, dilation, groups)
+    found = bn_act_conv_backward_data(grad, weight, x, *vectors, eps, act, *geometry, wanted)
+    rest = (weight.shape, eps, act, *geometry, channels_last, dtype)
+    return *found, bn_act_conv_backward_weight(grad, x, *vectors, *rest)
+
+
 def conv_backward_weight(
     grad: Tensor,
     x: Tensor,
