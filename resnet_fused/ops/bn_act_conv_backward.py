@@ -70,7 +70,7 @@ def reference(
     """Compute the gradients of x, bn_weight, bn_bias and weight; empty where not wanted."""
     vectors, geometry = (mean, var, bn_weight, bn_bias), (stride, padding, dilation, groups)
     found = data.reference(grad, weight, x, *vectors, eps, act, *geometry, wanted)
-    rest = (list(weight.shape), eps, act, *geometry, channels_last, dtype)
+    rest: tuple[Any, ...] = (list(weight.shape), eps, act, *geometry, channels_last, dtype)
     return *found, weights.reference(grad, x, *vectors, *rest)
 
 
@@ -126,7 +126,7 @@ def fake(
     rest = (channels_last, dtype, wanted)
     check(grad, weight, x, *vectors, eps, act, *geometry, *rest)
     found = data.fake(grad, weight, x, *vectors, eps, act, *geometry, wanted)
-    sizes = (list(weight.shape), eps, act, *geometry, channels_last, dtype)
+    sizes: tuple[Any, ...] = (list(weight.shape), eps, act, *geometry, channels_last, dtype)
     return *found, weights.fake(grad, x, *vectors, *sizes)
 
 

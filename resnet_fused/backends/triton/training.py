@@ -125,8 +125,8 @@ def bn_act_backward(
     """Run the op by its two parts; what bn_act gave is computed apart."""
     vectors, (*gradients, activation) = (mean, var, weight, bias), wanted
     saved = (x, *vectors, y, eps, act)
-    parts = (bn_act_backward_reduce, bn_act_backward_apply)
-    found = _bn_math.gradients(*parts, grad, *saved, gradients)
+    reduce, apply = bn_act_backward_reduce, bn_act_backward_apply
+    found = _bn_math.gradients(reduce, apply, grad, *saved, gradients)
     a = bn_act(x, *vectors, None, eps, act)[0] if activation else x.new_empty(0)
     return *found, a
 

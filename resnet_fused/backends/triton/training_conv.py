@@ -256,7 +256,7 @@ def bn_act_conv_backward(
     """Run the op by its two sides: the activation is on its way to the products, nowhere else."""
     vectors, geometry = (mean, var, bn_weight, bn_bias), (stride, padding, dilation, groups)
     found = bn_act_conv_backward_data(grad, weight, x, *vectors, eps, act, *geometry, wanted)
-    rest = (weight.shape, eps, act, *geometry, channels_last, dtype)
+    rest: tuple[Any, ...] = (weight.shape, eps, act, *geometry, channels_last, dtype)
     return *found, bn_act_conv_backward_weight(grad, x, *vectors, *rest)
 
 
