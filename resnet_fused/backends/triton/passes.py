@@ -17,7 +17,7 @@ _PASSING, _STAYING = 2048, 8192
 #: A program takes several blocks as long as so many programs are left, several a processor.
 _PROGRAMS = 1024
 #: Parts that one program merges at most, and values it holds.
-MERGED, _MERGED_VALUES = 128, 4096
+MERGED, _MERGED_VALUES = 512, 4096
 
 
 class Cut(NamedTuple):
