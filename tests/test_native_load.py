@@ -19,7 +19,7 @@ import build_plan
 
 #: Of what the functions are called and take. With another, `native.INTERFACE` and the number in
 #: csrc/bindings.cpp are one more.
-SIGNATURES = {10: "081756ecf5dd0aad"}
+SIGNATURES = {11: "081756ecf5dd0aad"}
 
 STUB = """
 #include <Python.h>
