@@ -70,9 +70,9 @@ FROZEN = {
     # Down to the stem, but of all weights none.
     "all but the stem's BatchNorm": (
         lambda name: name.startswith("bn1"),
-        {"conv_backward_data": 3, "bn_act_conv_backward_data": 2, "bn_act_backward": 2,
+        {"conv_backward_data": 3, "bn_act_conv_backward_data": 2, "bn_act_backward": 1,
          "dual_bn_act_backward_reduce": 1,
-         "dual_bn_act_backward_apply": 1, "max_pool_backward": 1},
+         "dual_bn_act_backward_apply": 1, "bn_act_max_pool_backward": 1},
     ),
 }  # fmt: skip
 

@@ -109,4 +109,15 @@ struct PoolBackwardArgs {
   int64_t n, h, w, c, k, s, p;
 };
 
+// A max pool behind BatchNorm's ReLU: `grad` is that of the pool's result, like `index`; all else is as
+// without the pool, n, h and w the sides of x.
+struct Pooled {
+  const uint8_t* index;
+  int64_t n, h, w, k, s, p;
+};
+
+struct BnPoolReduceArgs : BnReduceArgs, Pooled {};
+
+struct BnPoolApplyArgs : BnApplyArgs, Pooled {};
+
 }  // namespace rf

@@ -63,6 +63,18 @@ __device__ __forceinline__ void store(void* map, int64_t at, const Pack<E, W>& v
     *to = v;
 }
 
+// Value j. By words: a bfloat16 that is a word's upper half takes nvcc two instructions by itself.
+template <class E, int W>
+__device__ __forceinline__ float widened(const Pack<E, W>& v, int j) {
+  if constexpr (std::is_same_v<E, Bf16> && W > 1) {
+    const unsigned word = reinterpret_cast<const unsigned*>(&v)[j / 2];
+    const unsigned bits = j % 2 ? word & 0xffff0000u : word << 16;
+    return reinterpret_cast<const float&>(bits);
+  } else {
+    return E::widen(v.at[j]);
+  }
+}
+
 // W values of a per-channel vector.
 template <int W>
 struct Channels {

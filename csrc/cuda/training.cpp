@@ -1,7 +1,6 @@
 // The CUDA kernels for Python, as the submodule `cuda` of the extension. Every function
 // takes the stream's handle last and returns when its kernels are in the stream.
-#include "../common/bn_op_bindings.h"
-#include "../common/max_pool_bindings.h"
+#include "../common/bn_pool_bindings.h"
 #include "kernels.h"
 
 namespace rf {
@@ -41,6 +40,7 @@ void register_cuda(py::module_& extension) {
   register_bn<Cuda, cuda::Stream>(m, arg("stream"));
   register_bn_ops<Cuda, cuda::Stream>(m, arg("stream"));
   register_max_pool_training<Cuda, cuda::Stream>(m, arg("stream"));
+  register_bn_pool<Cuda, cuda::Stream>(m, arg("stream"));
   cuda::register_stem(m);
 #ifdef RF_SM90
   cuda::register_conv_bn_act(m);

@@ -121,6 +121,35 @@ def gradients(
     return grad_x, grad_weight, grad_bias, masked
 
 
+def pooled_gradients(
+    pool_backward: Callable[..., Tensor],
+    backward: Callable[..., tuple[Tensor, ...]],
+    grad: Tensor,
+    index: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what bn_act_max_pool_backward does, by two ops; the map between them is written.
+
+    Args:
+        pool_backward: max_pool_backward.
+        backward: bn_act_backward.
+    """
+    grad_a = pool_backward(grad, index, x.shape, pool_size, pool_stride, pool_padding)
+    saved = (x, mean, var, weight, bias, None, eps, act)
+    grad_x, grad_weight, grad_bias, _ = backward(grad_a, *saved, (*wanted, False, False))
+    return grad_x, grad_weight, grad_bias
+
+
 def bn_update_stats(
     running_mean: Tensor,
     running_var: Tensor,

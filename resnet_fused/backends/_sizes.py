@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: Where an op with a max pool has its window, stride and padding.
+_POOLS: Mapping[str, slice] = {
+    "conv_bn_act_max_pool": slice(-3, None),
+    "bn_act_max_pool": slice(-3, None),
+    "bn_act_max_pool_backward": slice(-4, -1),
+    "max_pool_backward": slice(-3, None),
+}
 
 
 def output_size(
@@ -34,3 +43,8 @@ def pool_shape(
 ) -> tuple[int, int, int, int]:
     """Return (N, C, PH, PW) of a max pool of ``x``."""
     return x[0], x[1], *output_size(x[2:], size, stride, padding)
+
+
+def pool_of(op: str, args: Sequence[Any]) -> Sequence[Sequence[int]] | None:
+    """Return window, stride and padding among an op's arguments, None for an op without a pool."""
+    return args[_POOLS[op]] if op in _POOLS else None

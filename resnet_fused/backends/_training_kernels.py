@@ -308,17 +308,65 @@ def max_pool_backward(
 ) -> Tensor:
     """Return the gradient of :func:`max_pool_index`'s input of ``shape``. Deterministic."""
     n, c, h, w = shape
-    expected = pool_shape(shape, (kernel,) * 2, (stride,) * 2, (padding,) * 2)
-    for name, t in (("grad", grad), ("index", index)):
-        if tuple(t.shape) != expected:
-            raise ValueError(f"{name}: must have shape {expected}, got {tuple(t.shape)}")
-    if index.dtype != torch.uint8:
-        raise ValueError(f"index: must be torch.uint8, got {index.dtype}")
+    index = _checked_places(grad, index, shape, kernel, stride, padding)
     maps, grad_x = Maps(grad), empty_channels_last(shape, grad.dtype, grad.device)
-    index = index.contiguous(memory_format=torch.channels_last)
     maps.run(
         "max_pool_backward", maps.map("grad", grad), index.data_ptr(), grad_x.data_ptr(),
         maps.sizes[0],
         n, h, w, c, kernel, stride, padding,
     )  # fmt: skip
     return grad_x
+
+
+def bn_act_max_pool_backward(
+    grad: Tensor,
+    index: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kernel: int,
+    stride: int,
+    padding: int,
+    relu: bool = True,
+    wanted: Sequence[bool] = (True, True, True),
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight and bias, None for those that are not wanted.
+
+    They are :func:`bn_act_backward`'s of what :func:`max_pool_backward` gives, which is not
+    written: both passes gather it from ``grad`` and ``index``. On a GPU alone.
+    """
+    index = _checked_places(grad, index, x.shape, kernel, stride, padding)
+    if grad.dtype != x.dtype or grad.device != x.device:
+        expected, got = (f"{t.dtype} on {t.device}" for t in (x, grad))
+        raise ValueError(f"grad: must be {expected}, got {got}")
+    maps, pooled = Maps(x), Maps(grad)
+    made = (
+        maps.output("grad_x", None) if wanted[0] else None,
+        *(maps.new_vectors(1)[0] if want else None for want in wanted[1:]),
+    )
+    if not x.numel():  # as in bn_act_backward
+        return tuple(None if t is None else t.zero_() for t in made)
+    n, c, h, w = x.shape
+    maps.run(
+        "bn_act_max_pool_backward", pooled.map("grad", grad), index.data_ptr(), maps.map("x", x),
+        *maps.affine(mean, var, weight, bias), *map(_address, made),
+        *maps.scratch("bn_act_max_pool_backward"), maps.sizes[0],
+        n, h, w, c, kernel, stride, padding, eps, relu,
+    )  # fmt: skip
+    return made
+
+
+def _checked_places(
+    grad: Tensor, index: Tensor, shape: Sequence[int], kernel: int, stride: int, padding: int
+) -> Tensor:
+    """Return the places of a pool of ``shape``, dense, where they and ``grad`` belong to one."""
+    expected = pool_shape(shape, (kernel,) * 2, (stride,) * 2, (padding,) * 2)
+    for name, t in (("grad", grad), ("index", index)):
+        if tuple(t.shape) != expected:
+            raise ValueError(f"{name}: must have shape {expected}, got {tuple(t.shape)}")
+    if index.dtype != torch.uint8:
+        raise ValueError(f"index: must be torch.uint8, got {index.dtype}")
+    return index.contiguous(memory_format=torch.channels_last)

@@ -96,11 +96,7 @@ def _backward(
     )
     if activation and not beside:
         a = kernels.bn_act(x, *vectors, eps, relu=act == "relu")
-    like = (x, weight, bias, x, x)
-    return tuple(
-        x.new_empty(0) if made is None or t is None else made.to(t.dtype)
-        for made, t in zip((*found, a), like, strict=True)
-    )
+    return _as_given(x, (*found, a), (x, weight, bias, x, x))
 
 
 def bn_act_backward_reduce(
@@ -218,6 +214,39 @@ def max_pool_backward(
     """Run the op."""
     return kernels.max_pool_backward(
         grad, index, x_size, pool_size[0], pool_stride[0], pool_padding[0]
+    )
+
+
+def bn_act_max_pool_backward(
+    grad: Tensor,
+    index: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """Run the op by the kernels that only a GPU has: the activation's gradient is not written."""
+    pool = (pool_size[0], pool_stride[0], pool_padding[0])
+    found = kernels.bn_act_max_pool_backward(
+        grad, index, x, mean, var, weight, bias, eps, *pool, act == "relu", wanted
+    )
+    return _as_given(x, found, (x, weight, bias))
+
+
+def _as_given(
+    x: Tensor, found: Sequence[Tensor | None], given: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Return gradients in the dtypes of what they are of, empty where there is none."""
+    return tuple(
+        x.new_empty(0) if made is None or t is None else made.to(t.dtype)
+        for made, t in zip(found, given, strict=True)
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import (
+    _bn_math,
     _cpu_conv,
     _torch_conv,
     _training_kernels,
@@ -18,7 +19,7 @@ from resnet_fused.backends import (
 )
 from resnet_fused.backends._cpu_conv import Call, Convolution, convolve_once
 from resnet_fused.backends._outputs import empty_channels_last, scratch
-from resnet_fused.backends._sizes import pool_shape
+from resnet_fused.backends._sizes import pool_of, pool_shape
 
 # Ops of training, run as they stand there.
 from resnet_fused.backends._training_ops import bn_act as bn_act
@@ -56,8 +57,6 @@ ONLY_MEASURED = ("conv_bn_act", "conv_bn_act_max_pool")
 _DOT_PRODUCTS = ("conv_bn_act", "conv_bn_act_max_pool", "avg_pool_linear")
 #: Instruction sets that have them.
 _BF16 = ("avx512_bf16", "amx_bf16")
-#: Ops whose last three arguments are a max pool's.
-_POOLS = ("conv_bn_act_max_pool", "bn_act_max_pool", "max_pool_backward")
 #: Of the widest registers.
 _LANES = 16
 #: Window and stride of the native max pool, in pixels.
@@ -79,8 +78,8 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
     if op == "bn_update_stats":
         return None if x.is_cpu else f"runs on the CPU, running_mean is on {x.device}"
     reason = declines(x) if op in _DOT_PRODUCTS else _declines_type(x)
-    if reason is None and op in _POOLS:
-        return _declines_pool(*args[-3:])
+    if reason is None and (pool := pool_of(op, args)):
+        return _declines_pool(*pool)
     return reason
 
 
@@ -255,6 +254,9 @@ def conv_backward_weight(
 bn_act_conv_backward = _training_ops.chained_backward(conv_backward_data, conv_backward_weight)
 bn_act_conv_backward_data = _training_ops.chained_backward_data(conv_backward_data)
 bn_act_conv_backward_weight = _training_ops.chained_backward_weight(conv_backward_weight)
+bn_act_max_pool_backward = functools.partial(
+    _bn_math.pooled_gradients, max_pool_backward, bn_act_backward
+)
 
 
 def bn_apply(

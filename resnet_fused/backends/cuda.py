@@ -26,6 +26,7 @@ from resnet_fused.backends import (
 
 # The stem of the paper's networks.
 from resnet_fused.backends._cuda_stem import conv_bn_act_max_pool as conv_bn_act_max_pool
+from resnet_fused.backends._sizes import pool_of
 
 # Ops of training, run as they stand there.
 from resnet_fused.backends._training_ops import bn_act as bn_act
@@ -37,6 +38,9 @@ from resnet_fused.backends._training_ops import (
     bn_act_backward_reduce as bn_act_backward_reduce,
 )
 from resnet_fused.backends._training_ops import bn_act_max_pool as bn_act_max_pool
+from resnet_fused.backends._training_ops import (
+    bn_act_max_pool_backward as bn_act_max_pool_backward,
+)
 from resnet_fused.backends._training_ops import bn_update_stats as bn_update_stats
 from resnet_fused.backends._training_ops import dual_bn_act as dual_bn_act
 from resnet_fused.backends._training_ops import (
@@ -64,8 +68,12 @@ FASTER_IN_A_GRAPH: Mapping[torch.dtype, int] = {torch.bfloat16: 800_000_000}
 #: for those of :func:`faster_unmeasured`.
 ONLY_MEASURED = ("conv_bn_act",)
 
-#: Ops whose last three arguments are a max pool's.
-_POOLS = ("bn_act_max_pool", "max_pool_backward")
+#: The sides of what is pooled, by an op's first arguments.
+_POOLED: Mapping[str, Callable[..., tuple[int, ...]]] = {
+    "bn_act_max_pool": lambda x, *_: tuple(x.shape),
+    "bn_act_max_pool_backward": lambda grad, index, x, *_: tuple(x.shape),
+    "max_pool_backward": lambda grad, index, x_size, *_: tuple(x_size),
+}
 
 
 @functools.cache
@@ -118,10 +126,10 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
         return f"runs on CUDA GPUs, x is on {x.device}"
     if x.dtype not in CUDA_DTYPE_NAMES:
         return f"takes float32, bfloat16 and float16, x is {x.dtype}"
-    if op in _POOLS:
-        if any(first != second for first, second in args[-3:]):
-            return f"takes square pools, got {args[-3:]}"
-        size = tuple(x.shape if op == "bn_act_max_pool" else args[1])
+    if op in _POOLED and (pool := pool_of(op, args)):
+        if any(first != second for first, second in pool):
+            return f"takes square pools, got {pool}"
+        size = _POOLED[op](x, *args)
         if math.prod(size[1:]) >= 2**31:
             return f"pools images of up to 2^31 elements, got {size}"
     if op == "conv_bn_act" and not _is_stem(x, *args):

@@ -115,11 +115,17 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """Each output's gradient goes to the element it came from, then through BatchNorm."""
     x, mean, var, weight, bias, index = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    grad_a = call("max_pool_backward", grad, index, x.shape, *ctx.pool)
-    needs = (wants[0], wants[3], wants[4], False)
     vectors = (mean, var, weight, bias)
-    grads = bn_act.gradients(grad_a, x, *vectors, None, ctx.eps, ctx.act, needs, ctx.shared)
+    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+    if ctx.shared is not None:
+        grad_a = call("max_pool_backward", grad, index, x.shape, *ctx.pool)
+        rest: tuple[Any, ...] = (None, ctx.eps, ctx.act, (*needs, False), ctx.shared)
+        grads = bn_act.gradients(grad_a, x, *vectors, *rest)[:3]
+    else:
+        wanted = [n and t is not None for n, t in zip(needs, (x, weight, bias), strict=True)]
+        saved = (x, *vectors, ctx.eps, ctx.act, *ctx.pool)
+        found = call("bn_act_max_pool_backward", grad, index, *saved, wanted)
+        grads = tuple(t if want else None for t, want in zip(found, wanted, strict=True))
     return (grads[0], None, None, grads[1], grads[2], *(None,) * 5)
 
 

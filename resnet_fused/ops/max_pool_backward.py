@@ -26,18 +26,25 @@ def check(
     pool_padding: Sequence[int],
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
-    _checks.check_feature_map(NAME, grad, "grad")
-    check_pool(NAME, x_size, pool_size, pool_stride, pool_padding)
-    check_window(NAME, pool_size)
-    expected = pool_shape(x_size, pool_size, pool_stride, pool_padding)
+    check_gradient(NAME, grad, index, x_size, pool_size, pool_stride, pool_padding)
+
+
+def check_gradient(
+    op: str, grad: Tensor, index: Tensor, x_size: Sequence[int], *pool: Sequence[int]
+) -> None:
+    """Check that a gradient and its places belong to a pool of ``x_size``."""
+    _checks.check_feature_map(op, grad, "grad")
+    check_pool(op, x_size, *pool)
+    check_window(op, pool[0])
+    expected = pool_shape(x_size, *pool)
     for name, tensor in (("grad", grad), ("index", index)):
         if tuple(tensor.shape) != expected:
             raise ValueError(
-                f"{NAME}: {name} must have the pool's shape {expected}, got {tuple(tensor.shape)}"
+                f"{op}: {name} must have the pool's shape {expected}, got {tuple(tensor.shape)}"
             )
     if index.dtype != torch.uint8:
-        raise TypeError(f"{NAME}: index must be torch.uint8, got {index.dtype}")
-    _checks.check_device(NAME, "index", index, grad)
+        raise TypeError(f"{op}: index must be torch.uint8, got {index.dtype}")
+    _checks.check_device(op, "index", index, grad)
 
 
 def reference(

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from resnet_fused.backends import ORDER, candidates
+from resnet_fused.backends._sizes import pool_of
 from resnet_fused.backends._tuned import signature
 from resnet_fused.convert import fuse
 from resnet_fused.engine.capture import capture, fill
@@ -21,7 +22,7 @@ from resnet_fused.flops import meta_copy
 from resnet_fused.freeze import FrozenModule
 from resnet_fused.nn.bn import BATCH_NORMS
 from resnet_fused.nn.fused import program_of
-from resnet_fused.ops import OPS
+from resnet_fused.ops import OPS, bn_act_max_pool
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
 
 #: What a forward on meta tensors may raise.
@@ -203,9 +204,9 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps every call that maps floating point tensors, and bits of some, to new ones.
+    """Keeps every call that maps floating point tensors, and bits or places, to new ones.
 
-    None of them empty; not the pool's backward, which reads places.
+    None of them empty.
     """
 
     def __init__(self, dtype: torch.dtype | None, device: str, *, wide: bool) -> None:
@@ -258,13 +259,14 @@ def _is_plain(op: str, func: Any, args: tuple[Any, ...]) -> bool:
         return False
     named = zip(argument_names(op), args, strict=True)
     tensors = [(name, a) for name, a in named if isinstance(a, Tensor)]
-    return all(t.numel() and (name == "y" or t.is_floating_point()) for name, t in tensors)
+    bytes_too = ("y", "index")
+    return all(t.numel() and (name in bytes_too or t.is_floating_point()) for name, t in tensors)
 
 
 def draw(call: Call, device: torch.device) -> tuple[Any, ...]:
     """Return the arguments of a call with random normal tensors of the same strides on a device.
 
-    Of variances, their absolute values; bits are random too.
+    Of variances, their absolute values; bits are random too, and places those of a random map.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -282,7 +284,25 @@ def draw(call: Call, device: torch.device) -> tuple[Any, ...]:
             flat.abs_()
         return flat.as_strided(value.shape, value.stride())
 
-    return tuple(map(drawn, argument_names(call.op), call.args))
+    args = dict(zip(argument_names(call.op), call.args, strict=True))
+    return tuple(
+        _places(call, drawn("x", call.args[0])) if name == "index" else drawn(name, value)
+        for name, value in args.items()
+    )
+
+
+def _places(call: Call, grad: Tensor) -> Tensor:
+    """Return which element a max pool took of each window, for a gradient of its result.
+
+    Of a window at an edge it is one within the map, so not any byte is a place.
+    """
+    x, pool = call.argument("x"), pool_of(call.op, call.args)
+    assert pool is not None, "what has places has a pool"
+    size = call.argument("x_size") if x is None else x.shape
+    generator = torch.Generator(grad.device).manual_seed(1)
+    drawn = torch.randn(tuple(size), generator=generator, dtype=grad.dtype, device=grad.device)
+    zero = torch.zeros(size[1], device=grad.device)
+    return bn_act_max_pool.reference(drawn, zero, zero + 1, None, None, 0.0, None, *pool)[1]
 
 
 def _shape(sizes: Sequence[int]) -> str:

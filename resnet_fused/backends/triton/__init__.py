@@ -28,6 +28,9 @@ from resnet_fused.backends.triton.training import bn_act_backward as bn_act_back
 from resnet_fused.backends.triton.training import bn_act_backward_apply as bn_act_backward_apply
 from resnet_fused.backends.triton.training import bn_act_backward_reduce as bn_act_backward_reduce
 from resnet_fused.backends.triton.training import bn_act_max_pool as bn_act_max_pool
+from resnet_fused.backends.triton.training import (
+    bn_act_max_pool_backward as bn_act_max_pool_backward,
+)
 from resnet_fused.backends.triton.training import dual_bn_act as dual_bn_act
 from resnet_fused.backends.triton.training import (
     dual_bn_act_backward_apply as dual_bn_act_backward_apply,
@@ -107,8 +110,8 @@ ONLY_MEASURED = (
     "conv_bn_stats", "bn_act_conv_bn_stats", "bn_act", "dual_bn_act", "bn_act_max_pool",
     "bn_act_backward", "bn_act_backward_reduce", "bn_act_backward_apply",
     "dual_bn_act_backward_reduce", "dual_bn_act_backward_apply", "max_pool_backward",
-    "conv_backward_data", "conv_backward_weight", "bn_act_conv_backward_data",
-    "bn_act_conv_backward", "bn_act_conv_backward_weight",
+    "bn_act_max_pool_backward", "conv_backward_data", "conv_backward_weight",
+    "bn_act_conv_backward", "bn_act_conv_backward_data", "bn_act_conv_backward_weight",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ bits. This module does not import triton; what does is loaded by the first call.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -253,3 +254,8 @@ def max_pool_backward(
         pool = (pool_size, pool_stride, pool_padding)
         run_on(grad, [bn_launch.max_pool_backward(grad, index, grad_x, pool)])
     return grad_x
+
+
+bn_act_max_pool_backward = functools.partial(
+    _bn_math.pooled_gradients, max_pool_backward, bn_act_backward
+)

@@ -1,0 +1,175 @@
+"""bn_act_max_pool_backward: the gradients of bn_act_max_pool, where one process has the batch.
+
+Both passes of BatchNorm's backward may gather from the pool's windows what comes to an element: the
+gradient of the activation, the largest map of a network's training, is then neither written nor
+read. Of a joined batch the sums must be joined between, by max_pool_backward and BatchNorm's ops.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import _bn_math
+from resnet_fused.ops import _bn, _checks, bn_act_backward, bn_act_max_pool, max_pool_backward
+from resnet_fused.ops._direct import call
+from resnet_fused.ops._op import Op
+
+NAME = "bn_act_max_pool_backward"
+Result = tuple[Tensor, Tensor, Tensor]
+
+
+def check(
+    grad: Tensor,
+    index: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    wanted: Sequence[bool],
+) -> None:
+    """Raise ValueError or TypeError naming the argument that does not fit the others."""
+    _bn.check_wanted(NAME, wanted, {"x": x, "weight": weight, "bias": bias})
+    _checks.check_feature_map(NAME, x)
+    max_pool_backward.check_gradient(
+        NAME, grad, index, x.shape, pool_size, pool_stride, pool_padding
+    )
+    _checks.check_same(NAME, "x", x, grad)
+    _bn.check_statistics(NAME, mean, var, x)
+    _bn.check_affine(NAME, weight, bias, x)
+    _bn.check_eps(NAME, eps)
+    _checks.check_act(NAME, act)
+
+
+def reference(
+    grad: Tensor,
+    index: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    wanted: Sequence[bool],
+) -> Result:
+    """Compute the gradients of x, weight and bias in plain torch; empty where not wanted."""
+    pool_part, bn_part = max_pool_backward.reference, bn_act_backward.reference
+    pool = (pool_size, pool_stride, pool_padding)
+    saved = (x, mean, var, weight, bias, eps, act)
+    return _bn_math.pooled_gradients(pool_part, bn_part, grad, index, *saved, *pool, wanted)
+
+
+def decomposition(
+    grad: Tensor,
+    index: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    wanted: Sequence[bool],
+) -> Result:
+    """Run the op as two; the activation's gradient lives until BatchNorm's is computed."""
+    pool_part = functools.partial(call, max_pool_backward.NAME)
+    bn_part = functools.partial(call, bn_act_backward.NAME)
+    pool = (pool_size, pool_stride, pool_padding)
+    saved = (x, mean, var, weight, bias, eps, act)
+    return _bn_math.pooled_gradients(pool_part, bn_part, grad, index, *saved, *pool, wanted)
+
+
+def fake(
+    grad: Tensor,
+    index: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    wanted: Sequence[bool],
+) -> Result:
+    """Return an empty map and two empty vectors, empty of elements where not wanted."""
+    vectors, pool = (mean, var, weight, bias), (pool_size, pool_stride, pool_padding)
+    check(grad, index, x, *vectors, eps, act, *pool, wanted)
+    return bn_act_backward.fake(x, x, *vectors, None, eps, act, (*wanted, False, False))[:3]
+
+
+def flops(*args: Any, out_shape: Sequence[Any], **kwargs: Any) -> int:
+    """None, as for the forward."""
+    return 0
+
+
+def nbytes(
+    grad: Tensor,
+    index: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: str | None,
+    pool_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    wanted: Sequence[bool],
+) -> int:
+    """grad, index and x read once for the sums and once for x's gradient, which is written."""
+    maps = grad.nbytes + index.nbytes + x.nbytes
+    read = maps + sum(t.nbytes for t in (mean, var, weight, bias) if t is not None)
+    return read + (maps + x.nbytes) * wanted[0]
+
+
+def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yield for each sample of bn_act_max_pool, with several sets of what is wanted."""
+    generator = torch.Generator().manual_seed(8)
+    for i, args in enumerate(bn_act_max_pool.samples(device, dtype)):
+        x, _, _, weight, bias, *_ = args
+        y, index = bn_act_max_pool.reference(*args)
+        grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+        # An empty batch's variance is NaN, and so would be its weight's gradient.
+        some = weight is not None and i % 5 != 4 and x.numel() > 0
+        yield grad, index, *args, [i % 7 != 6, some, bias is not None and i % 5 != 2]
+
+
+OP = Op(
+    name=NAME,
+    schema=(
+        "(Tensor grad, Tensor index, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
+        "Tensor? bias, float eps, str? act, int[2] pool_size, int[2] pool_stride, "
+        "int[2] pool_padding, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
+    ),
+    check=check,
+    reference=reference,
+    decomposition=decomposition,
+    fake=fake,
+    setup_context=None,
+    backward=None,
+    autocast=(),
+    flops=flops,
+    nbytes=nbytes,
+    samples=samples,
+)
