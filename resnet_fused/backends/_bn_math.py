@@ -146,7 +146,7 @@ def pooled_gradients(
     """
     grad_a = pool_backward(grad, index, x.shape, pool_size, pool_stride, pool_padding)
     saved = (x, mean, var, weight, bias, None, eps, act)
-    grad_x, grad_weight, grad_bias, _ = backward(grad_a, *saved, (*wanted, False, False))
+    grad_x, grad_weight, grad_bias, _, _ = backward(grad_a, *saved, (*wanted, False, False))
     return grad_x, grad_weight, grad_bias
 
 
