@@ -328,9 +328,9 @@ def _run(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     kwargs = {k: _fill(v, results) for k, v in step.kwargs.items()}
     if step.kind == "module":
         module = bound[step.target]
+        if len(args) == 1 and not kwargs and not has_hooks(module):
+            return train.pool(module, args[0])
         if args and isinstance(args[0], Pending):
-            if len(args) == 1 and not kwargs and not has_hooks(module):
-                return train.pool(module, args[0])
             args[0] = train.value(args[0])
         return module(*args, **kwargs)
     if step.kind == "function":
