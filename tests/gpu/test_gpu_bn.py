@@ -36,7 +36,8 @@ def everything(shape, dtype):
         kernels.bn_act(x, v[0], v[1].abs(), *v[2:4], 1e-5, x2),
         *kernels.bn_act_backward(
             grad, x, v[0], v[1].abs(), *v[2:4], 1e-5, y, True, [*[True] * 4, False]
-        ),
+        )[:4],
+        *kernels.bn_act_backward(grad, x, v[0], v[1].abs(), *v[2:4], 1e-5, wanted=[True] * 5),
         kernels.add_relu(x, x2),
         *kernels.bn_act_backward_reduce(grad, x, v[0], y=y, x2=x2, mean2=v[1]),
         *kernels.bn_act_backward_reduce(grad, x, *v[:3], masked=masked),
