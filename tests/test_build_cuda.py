@@ -352,8 +352,7 @@ def skip_without_sm90a() -> None:
 def test_sums_leave_registers_for_all_their_blocks_at_once():
     """Of most maps three on each of an H100's multiprocessors; statistics leave room for four.
 
-    Through the pool two: a thread has eight maps' parts and places in flight, a block as many bytes
-    as two of the others.
+    Through the pool two, whose threads have more than twice as much in flight.
     """
     skip_without_sm90a()
     usage = re.findall(r"Function (\S+):\s+REG:(\d+)", cuobjdump("-res-usage", "-arch", "sm_90a"))
