@@ -350,10 +350,17 @@ def skip_without_sm90a() -> None:
 
 
 def test_sums_leave_registers_for_all_their_blocks_at_once():
-    """Of most maps three on each of an H100's multiprocessors; statistics leave room for four."""
+    """Of most maps three on each of an H100's multiprocessors; statistics leave room for four.
+
+    Through the pool two, whose threads have more than twice as much in flight.
+    """
     skip_without_sm90a()
     usage = re.findall(r"Function (\S+):\s+REG:(\d+)", cuobjdump("-res-usage", "-arch", "sm_90a"))
-    for kernel, blocks in (("bn_stats_parts", 4), ("bn_reduce_parts", 3)):
+    for kernel, blocks in (
+        ("bn_stats_parts", 4),
+        ("bn_reduce_parts", 3),
+        ("bn_max_pool", 2),
+    ):
         found = [int(registers) for name, registers in usage if kernel in name]
         assert found
         assert max(found) * 256 * blocks <= 65536, (kernel, found)

@@ -434,6 +434,17 @@ def test_parts_are_tuned_before_the_whole():
             assert key in alone or tuned[place].count >= whole.count
 
 
+def test_what_reads_places_can_be_measured():
+    """Not any byte is a place: of a window at an edge, one of the map."""
+    calls = with_parts(harvest(SmallNet().train(), torch.randn(2, 3, 18, 26)))
+    found = [call for call in calls if call.argument("index") is not None]
+    assert [call.op for call in found] == ["max_pool_backward", "bn_act_max_pool_backward"]
+    for call in found:
+        outcome = measure(call.op, draw(call, CPU), lambda run: 1.0)
+        assert (REFERENCE, "default") in outcome.seconds
+        assert not outcome.faults
+
+
 def test_harvest_in_training_mode_leaves_frozen_parts_out():
     model = SmallNet().train()
     for name, parameter in model.named_parameters():

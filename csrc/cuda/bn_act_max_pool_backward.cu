@@ -39,7 +39,7 @@ struct SquareGradient {
   }
 };
 
-// Every step-th square from one on; a step along each side is counted on, as divisions are slow.
+// Every step-th square from one on; the step is counted on along each side, as divisions are slow.
 template <int S>
 struct Squares : Square {
   static constexpr int B = kSquare<S>;
@@ -141,10 +141,12 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class E, int W, Mask M, int K, int S>
 void launch_with(const Pool<BnPoolReduceArgs, K, S>& g, Stream stream) {
-  const int64_t squares = (int64_t)squares_along<S>((int)g.h, (int)g.p) * squares_along<S>((int)g.w, (int)g.p);
-  Tiling tiling(g.n * squares, g.c, W);
+  need_images("bn_act_max_pool_backward", g);
+  const int64_t down = squares_along<S>((int)g.h, (int)g.p), across = squares_along<S>((int)g.w, (int)g.p);
+  Tiling tiling(g.n * down * across, g.c, W);
   tiling.parts = device_parts(g.rows, g.c);
-  put("bn_act_max_pool_backward", bn_max_pool_parts_kernel<E, W, M, K, S>, tiling.blocks(), {g, tiling}, stream);
+  put("bn_act_max_pool_backward", bn_max_pool_parts_kernel<E, W, M, K, S>, tiling.blocks(), {g, tiling},
+      stream);
   merge_sums(g, tiling.parts, stream);
 }
 

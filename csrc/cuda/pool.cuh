@@ -162,7 +162,7 @@ struct PooledGradient<E, W, 0, 0> {
         const auto places = *reinterpret_cast<const PlaceWords<W>*>(g.index + at);
 #pragma unroll
         for (int j = 0; j < W; ++j)
-          if (places.is(j, down * k + right)) sum[j] = E::add(sum[j], E::widen(grad.at[j]));
+          sum[j] = E::add(sum[j], places.is(j, down * k + right) ? widened(grad, j) : 0);
       }
   }
 
@@ -171,12 +171,18 @@ struct PooledGradient<E, W, 0, 0> {
 
 // -------------------------------------------------------------------------------------------------
 
+template <class G>
+void need_images(const char* name, const G& g) {
+  if (max64(g.h * g.w, int64_t(g.oh) * g.ow) * g.c > 0x7fffffff)
+    throw std::runtime_error(std::string(name) + ": the map is too large");
+}
+
 // Blocks for `rows` rows of `w` pixels by g.c.
 template <class G>
 dim3 blocks(const char* name, const G& g, int64_t rows, int64_t w, int width) {
+  need_images(name, g);
   const int64_t parts = ceil_div(w * (g.c / width), kThreads);
-  const int64_t image = max64(g.h * g.w, int64_t(g.oh) * g.ow) * g.c;
-  if (rows > 0x7fffffff || parts > 0xffff || image > 0x7fffffff)
+  if (rows > 0x7fffffff || parts > 0xffff)
     throw std::runtime_error(std::string(name) + ": the map is too large");
   return dim3((unsigned)rows, (unsigned)parts);
 }

@@ -47,8 +47,12 @@ def everything(shape, dtype):
         *kernels.scale_shift(v[0], v[1].abs(), v[2], v[3], 1e-5),
         *kernels.gradient_vectors(v[0], v[1].abs(), v[2], v[3], v[4], 1e-5, 7),
     ]
-    pooled, index = kernels.max_pool_index(x, 3, 2, 1)
-    return [*results, pooled, index, kernels.max_pool_backward(pooled, index, shape, 3, 2, 1)]
+    for pool in ((3, 2, 1), (2, 2, 0)):
+        pooled, index = kernels.max_pool_index(x, *pool)
+        results += [pooled, index, kernels.max_pool_backward(pooled, index, shape, *pool)]
+        affine = (v[0], v[1].abs(), *v[2:4])
+        results += kernels.bn_act_max_pool_backward(pooled, index, x, *affine, 1e-5, *pool)
+    return results
 
 
 @each_shape
@@ -74,6 +78,28 @@ def test_statistics_beside_float64(shape, dtype):
     exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=0)
+
+
+#: The stem's of a ResNet at batch 8, and one whose squares stick out.
+POOLED = [(8, 64, 112, 112), (3, 24, 57, 31)]
+
+
+@pytest.mark.parametrize("shape", POOLED, ids=str)
+@pytest.mark.parametrize("pool", [(3, 2, 1), (3, 1, 1)], ids=str)
+@each_dtype
+def test_gradients_through_the_pool_beside_those_of_two_ops(shape, pool, dtype):
+    """Of which the first rounds to the maps' dtype what the second reads."""
+    (x,), vectors = maps(shape, dtype, 1), torch.randn(2, shape[1], device="cuda")
+    var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    scale, shift = kernels.scale_shift(mean, var, *vectors, 1e-5)
+    y, index = kernels.max_pool_index(x, *pool, scale, shift, True)
+    (grad,) = maps(y.shape, dtype, 1)
+    got = kernels.bn_act_max_pool_backward(grad, index, x, mean, var, *vectors, 1e-5, *pool)
+    grad_a = kernels.max_pool_backward(grad.float(), index, shape, *pool)
+    expected = kernels.bn_act_backward(grad_a, x.float(), mean, var, *vectors, 1e-5)
+    for a, b in zip(got, expected, strict=False):
+        atol = torch.finfo(a.dtype).eps * float(b.abs().max()) * (1 if a.dim() == 4 else 16)
+        torch.testing.assert_close(a.float(), b, rtol=0, atol=atol)
 
 
 def test_a_stream_that_is_not_the_default_one():

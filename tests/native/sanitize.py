@@ -15,7 +15,11 @@ import on_host
 TESTS = [f"tests/test_native_bn{name}.py" for name in ("", "_arguments", "_backward", "_bits")]
 TESTS += ["tests/test_native_max_pool.py", "tests/test_native_conv.py"]
 TESTS += ["tests/test_native_conv_backward_weight.py", "tests/test_native_pack.py"]
-TESTS += ["tests/backends/test_cuda_on_host.py", "tests/backends/test_hopper_gemm.py"]
+TESTS += [
+    "tests/backends/test_cuda_on_host.py",
+    "tests/backends/test_cuda_bn_pool.py",
+    "tests/backends/test_hopper_gemm.py",
+]
 TESTS += ["tests/backends/test_cuda_stem.py"]
 #: Runs pytest with the extension at argv[1] in place of the built one.
 RUN = """
