@@ -169,7 +169,7 @@ def _backward_kernel(m: Maps) -> Call:
     var, wanted = m.invstd**-2, (True, True, True, True, False)
     return lambda: kernels.bn_act_backward(
         grad, x, m.mean, var, m.scale, m.shift, 0.0, y=y, wanted=wanted
-    )
+    )[:4]
 
 
 def _backward_torch(

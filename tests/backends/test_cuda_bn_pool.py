@@ -76,7 +76,9 @@ def test_the_mask_is_that_of_the_two_passes(module, window):
     args = arguments((3, 20, 9, 8), torch.float32, window)
     grad, index, x, *vectors, eps, _, _, _, _, wanted = args
     grad_a = kernels.max_pool_backward(grad, index, x.shape, *window)
-    expected = kernels.bn_act_backward(grad_a, x, *vectors, eps, None, True, (*wanted, False))
+    expected = kernels.bn_act_backward(
+        grad_a, x, *vectors, eps, None, True, [*wanted, *[False] * 2]
+    )
     for got, same in zip(run(args), expected, strict=False):
         torch.testing.assert_close(got, same, rtol=1e-5, atol=1e-5)
 

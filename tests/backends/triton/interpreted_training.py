@@ -282,8 +282,10 @@ def test_a_fused_model_trains():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         fused(x).square().sum().backward()
     called = {event.key for event in profile.key_averages()}
-    # SyncBatchNorm alone calls the parts of a backward, to join their sums between.
+    # SyncBatchNorm alone calls the parts of a backward, to join their sums between; and where one
+    # side of a convolution is frozen, the other is computed by itself.
     parts = {"bn_act_backward_reduce", "bn_act_backward_apply", "max_pool_backward"}
+    parts |= {"bn_act_conv_backward_data", "bn_act_conv_backward_weight"}
     assert not {f"resnet_fused::{op}" for op in TRAINING.keys() - parts} - called
     model(x).square().sum().backward()
     oracle(x.double()).square().sum().backward()
