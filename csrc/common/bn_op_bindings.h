@@ -117,8 +117,8 @@ template <class Device, class... Queue>
 void bn_act_backward(uintptr_t grad, uintptr_t x, uintptr_t mean, uintptr_t var, uintptr_t weight,
                      uintptr_t bias, uintptr_t y, uintptr_t bits, uintptr_t grad_x, uintptr_t grad_weight,
                      uintptr_t grad_bias, uintptr_t grad_residual, uintptr_t activation,
-                     uintptr_t scratch, size_t scratch_bytes, const std::string& dtype, int64_t rows, int64_t c,
-                     double eps, bool relu, Queue... queue) {
+                     uintptr_t scratch, size_t scratch_bytes, const std::string& dtype, int64_t rows,
+                     int64_t c, double eps, bool relu, Queue... queue) {
   Operands on(Device::dtype(dtype), rows, c);
   need("rows", rows, 1);
   char* base = on.scratch(scratch, scratch_bytes, bn_act_backward_scratch_bytes<Device>(rows, c));

@@ -59,6 +59,16 @@ def check_wanted(op: str, wanted: Sequence[bool], given: Mapping[str, Tensor | N
             raise ValueError(f"{op}: wanted must be False for {name}, which is None")
 
 
+def asked_for(needs: Sequence[bool], given: Sequence[Tensor | None]) -> list[bool]:
+    """Return which gradients to ask an op for: of what needs one and is there."""
+    return [need and t is not None for need, t in zip(needs, given, strict=True)]
+
+
+def only(found: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Return an op's results as autograd takes gradients: None for those that were not wanted."""
+    return [t if want else None for t, want in zip(found, wanted, strict=True)]
+
+
 def kept_bias(bias: Tensor | None) -> Tensor | None:
     """Return a bias to save for backward, where ReLU's mask is made of it again.
 

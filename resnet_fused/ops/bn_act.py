@@ -137,7 +137,7 @@ def gradients(
         reduce = functools.partial(call, "bn_act_backward_reduce")
         apply = functools.partial(call, "bn_act_backward_apply")
         found = _bn_math.gradients(reduce, apply, grad, *saved, wanted, batch.means)
-    *grads, masked = (t if want else None for t, want in zip(found, wanted, strict=True))
+    *grads, masked = _bn.only(found, wanted)
     # Without ReLU the residual's gradient is the output's.
     return *grads, grad if needs[3] and act is None else masked
 

@@ -123,12 +123,12 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
     # In the weight's own layout, or the accumulation would copy it.
     layout = (not weight.is_contiguous(), weight.dtype)
     if wants[5] and wants[0] and ctx.shared is None:
-        wanted = _wanted(needs, x, vectors)
+        wanted = _bn.asked_for(needs, (x, *vectors[2:]))
         *found, grad_weight = call(
             "bn_act_conv_backward", grad, weight, x, *vectors, ctx.eps, ctx.act, *ctx.geometry,
             *layout, wanted,
         )  # fmt: skip
-        grads: Sequence[Tensor | None] = _only(found, wanted)
+        grads: Sequence[Tensor | None] = _bn.only(found, wanted)
     else:
         grad_weight = None
         if wants[5]:
@@ -138,15 +138,6 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
             )  # fmt: skip
         grads = _before(ctx, grad, x, vectors, weight, needs)
     return (grads[0], None, None, grads[1], grads[2], grad_weight, *(None,) * 6)
-
-
-def _wanted(needs: Sequence[bool], x: Tensor, vectors: Sequence[Any]) -> list[bool]:
-    """Return which gradients to ask for, of x and BatchNorm's weight and bias."""
-    return [n and t is not None for n, t in zip(needs, (x, *vectors[2:]), strict=True)]
-
-
-def _only(found: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [t if want else None for t, want in zip(found, wanted, strict=True)]
 
 
 def _before(
@@ -164,12 +155,12 @@ def _before(
         grad_a = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry, None)
         rest: tuple[Any, ...] = (None, ctx.eps, ctx.act, (*needs, False), ctx.shared)
         return bn_act.gradients(grad_a, x, *vectors, *rest)[:3]
-    wanted = _wanted(needs, x, vectors)
+    wanted = _bn.asked_for(needs, (x, *vectors[2:]))
     found = call(
         "bn_act_conv_backward_data", grad, weight, x, *vectors, ctx.eps, ctx.act, *ctx.geometry,
         wanted,
     )  # fmt: skip
-    return _only(found, wanted)
+    return _bn.only(found, wanted)
 
 
 def flops(

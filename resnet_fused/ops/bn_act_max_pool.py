@@ -120,12 +120,12 @@ def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     if ctx.shared is not None:
         grad_a = call("max_pool_backward", grad, index, x.shape, *ctx.pool)
         rest: tuple[Any, ...] = (None, ctx.eps, ctx.act, (*needs, False), ctx.shared)
-        grads = bn_act.gradients(grad_a, x, *vectors, *rest)[:3]
+        grads: Sequence[Tensor | None] = bn_act.gradients(grad_a, x, *vectors, *rest)[:3]
     else:
-        wanted = [n and t is not None for n, t in zip(needs, (x, weight, bias), strict=True)]
+        wanted = _bn.asked_for(needs, (x, weight, bias))
         saved = (x, *vectors, ctx.eps, ctx.act, *ctx.pool)
         found = call("bn_act_max_pool_backward", grad, index, *saved, wanted)
-        grads = tuple(t if want else None for t, want in zip(found, wanted, strict=True))
+        grads = _bn.only(found, wanted)
     return (grads[0], None, None, grads[1], grads[2], *(None,) * 5)
 
 
