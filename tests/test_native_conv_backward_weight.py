@@ -76,7 +76,12 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 BF16 = _C.cpu_isa().endswith("_bf16")
 #: The direct sum on the tile registers, where the processor has them.
 AMX = [c._replace(algorithm="amx") for c in CASES if c.algorithm == "direct"]
-AMX += [Case("amx", 2, 70, 33, 32, 50), Case("amx", 1, 33, 16, 32, 17, (1, 1), padding=(0, 0))]
+#: Several blocks of pixels in a run; half a tile; runs and parts of several blocks each.
+AMX += [
+    Case("amx", 2, 70, 33, 32, 50),
+    Case("amx", 1, 33, 16, 32, 17, (1, 1), padding=(0, 0)),
+    Case("amx", 3, 70, 30, 29, 300, (1, 1), padding=(0, 0)),
+]
 needs_amx = pytest.mark.skipif(_C.cpu_isa() != "amx_bf16", reason="this processor has no AMX")
 each_of_amx = pytest.mark.parametrize("case", AMX, ids=str)
 

@@ -40,7 +40,7 @@ const KernelTable* table_bf16() {
   static const KernelTable& others = *avx512_bf16::table_bf16();
   static const auto conv = followed_by(Amx<Bf16>::algorithm, others.conv);
   static const auto gradients =
-      followed_by(weight_gradient<DirectBackwardWeight<Bf16, TileCore<Bf16>>>("amx"), others.conv_backward_weight);
+      followed_by(weight_gradient<AmxBackwardWeight<Bf16>>("amx"), others.conv_backward_weight);
   static const KernelTable table{conv.data(), gradients.data(), others.max_pool, others.head};
   return &table;
 }

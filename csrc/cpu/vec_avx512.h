@@ -158,6 +158,18 @@ struct Bf16 : Bf16Memory {
     };
     return _mm512_castsi512_ps(_mm512_or_si512(wide(rows[0]), _mm512_slli_epi32(wide(rows[1]), 16)));
   }
+  // Steps of so many elements, at most 2 W, of two rows, zeros for a null row and beyond the last.
+  static void store_steps(const T* const* rows, int64_t at, int64_t count, T* out) {
+    const uint32_t m = count >= 2 * W ? ~0u : (1u << count) - 1;
+    const auto load = [&](const T* row) __attribute__((always_inline)) {
+      return row ? _mm512_maskz_loadu_epi16(m, row + at) : _mm512_setzero_si512();
+    };
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i a = _mm512_permutexvar_epi64(order, load(rows[0]));
+    const __m512i b = _mm512_permutexvar_epi64(order, load(rows[1]));
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi16(a, b));
+    _mm512_storeu_si512(out + 2 * W, _mm512_unpackhi_epi16(a, b));
+  }
   // So many steps, at most W, of one row: of its own elements, or rounded from floats.
   static reg steps(const T* p, int64_t count) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(first(count), p));
