@@ -18,10 +18,10 @@ struct TileProduct {
   int64_t steps;
 };
 
-// sums[pixel][NV * W] for MT tiles of pixels and NV of channels.
+// In the tiles, for MT of pixels and NV of channels.
 template <int MT, int NV>
-static inline __attribute__((always_inline)) void multiply_tiles(const TileProduct& g, float* sums) {
-  constexpr int64_t LDB = NV * Tiles::LINE, STEP = Tiles::R * LDB, HALF = Tiles::R * NV * Tiles::R;
+static inline __attribute__((always_inline)) void multiply_tiles(const TileProduct& g) {
+  constexpr int64_t LDB = NV * Tiles::LINE, STEP = Tiles::R * LDB;
   asm volatile("" ::: "memory");  // what the tiles are loaded from is written
   Tiles::zero<0>();
   if (NV > 1) Tiles::zero<1>();
@@ -43,6 +43,12 @@ static inline __attribute__((always_inline)) void multiply_tiles(const TileProdu
       if (NV > 1) Tiles::dot<3, 5, 7>();
     }
   }
+}
+
+// -> sums[pixel][NV * W].
+template <int MT, int NV>
+static inline __attribute__((always_inline)) void store_tiles(float* sums) {
+  constexpr int64_t LDB = NV * Tiles::LINE, HALF = Tiles::R * NV * Tiles::R;
   Tiles::store<0>(sums, LDB);
   if (NV > 1) Tiles::store<1>(sums + Tiles::R, LDB);
   if (MT > 1) Tiles::store<2>(sums + HALF, LDB);
@@ -296,6 +302,13 @@ struct Amx {
     const reg shift1 = args.shift && NV > 1 ? Vec::load(args.shift + o + W, m1) : E::zero();
     const T* residual = static_cast<const T*>(args.residual);
     const bool whole = NV > 1 && channels >= 2 * W;
+    if (NV > 1 && whole && !args.scale && !args.shift && !residual && !args.relu) {
+      for (int64_t i = 0; i < t.count; ++i) {
+        const float* sum = sums + t.row[i] * NV * W;
+        E::store_two(static_cast<T*>(args.y) + t.y[i] + o, Vec::load(sum), Vec::load(sum + W));
+      }
+      return;
+    }
     for (int64_t i = 0; i < t.count; ++i) {
       const int64_t at = t.y[i] + o;
       const float* sum = sums + t.row[i] * NV * W;
@@ -332,9 +345,11 @@ struct Amx {
       g.b = reinterpret_cast<const char*>(static_cast<const T*>(args.packed) + j * p.panel);
       if (args.residual)
         for (int64_t i = 0; i < t.count; ++i) __builtin_prefetch(static_cast<const T*>(args.residual) + t.y[i] + o);
-      multiply_tiles<MT, NV>(g, sums);
-      finish<NV>(args, t, sums, o);
+      multiply_tiles<MT, NV>(g);
+      if (j > first) finish<NV>(args, t, sums, o - NV * W);
+      store_tiles<MT, NV>(sums);
     }
+    finish<NV>(args, t, sums, (last - 1) * NV * W);
   }
 
   static void find_offsets(const Plan& p, int64_t* offsets) {
