@@ -5,10 +5,12 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "../common/bn_op_bindings.h"
 #include "../common/conv_bindings.h"
-#include "checks.h"
+#include "device.h"
 #include "isa.h"
 
 namespace py = pybind11;
@@ -106,10 +108,10 @@ void pack(uintptr_t weight, uintptr_t packed, size_t packed_size, const std::str
   a.pack(s, {data, along_o, along_c, along_tap, wide}, pointer<void>(packed));
 }
 
-size_t scratch_bytes(const std::string& dtype, const std::string& algorithm, int64_t n, int64_t h,
-                     int64_t w, int64_t c, int64_t o, int64_t kh, int64_t kw, int64_t sh,
-                     int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw, int64_t groups,
-                     int threads) {
+size_t conv_scratch_bytes(const std::string& dtype, const std::string& algorithm, int64_t n, int64_t h,
+                          int64_t w, int64_t c, int64_t o, int64_t kh, int64_t kw, int64_t sh,
+                          int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw, int64_t groups,
+                          int threads) {
   const ConvShape s = checked(
       {parse_dtype(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups});
   need("threads", threads, 1, 1 << 16);
@@ -153,6 +155,64 @@ void conv_bn_act(uintptr_t x, uintptr_t packed, size_t packed_size, uintptr_t sc
          pointer<char>(scratch), threads, relu});
 }
 
+// What convolve_once puts where in its scratch memory: bytes from its beginning.
+struct Once {
+  size_t work, activation, norm, stats, end;
+
+  Once(const cpu::ConvAlgorithm& a, const ConvShape& s, int threads, bool normalised, bool with_stats) {
+    const auto after = [](size_t begin, size_t bytes) { return begin + (bytes + 63) / 64 * 64; };
+    const int64_t rows = s.n * s.h * s.w;
+    work = after(0, a.packed_bytes(s));
+    activation = after(work, a.scratch_bytes(s, threads));
+    norm = after(activation, normalised ? rows * s.c * itemsize(s.dtype) : 0);
+    stats = after(norm, normalised ? bn_act_scratch_bytes<Cpu>(rows, s.c) : 0);
+    end = after(stats, with_stats ? Cpu::scratch_bytes(s.n * s.oh() * s.ow(), s.o, kStatsResults) : 0);
+  }
+};
+
+size_t once_scratch_bytes(const std::string& dtype, const std::string& algorithm, int64_t n, int64_t h,
+                          int64_t w, int64_t c, int64_t o, int64_t kh, int64_t kw, int64_t sh, int64_t sw,
+                          int64_t ph, int64_t pw, int64_t dh, int64_t dw, int64_t groups, int threads,
+                          bool normalised, bool with_stats) {
+  const ConvShape s = checked(
+      {parse_dtype(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups});
+  need("threads", threads, 1, 1 << 16);
+  return Once(find(s, algorithm), s, threads, normalised, with_stats).end;
+}
+
+void convolve_once(uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t y, uintptr_t scratch,
+                   size_t scratch_size, const std::string& dtype, const std::string& algorithm, int64_t n,
+                   int64_t h, int64_t w, int64_t c, int64_t o, int64_t kh, int64_t kw, int64_t sh,
+                   int64_t sw, int64_t ph, int64_t pw, int64_t dh, int64_t dw, int64_t groups,
+                   int64_t along_o, int64_t along_c, int64_t along_tap, bool turned, bool wide, int threads,
+                   uintptr_t norm_mean, uintptr_t norm_var, uintptr_t norm_weight, uintptr_t norm_bias,
+                   double eps, bool relu, uintptr_t mean, uintptr_t var) {
+  const ConvShape s = checked(
+      {parse_dtype(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups});
+  need("threads", threads, 1, 1 << 16);
+  if (!norm_mean != !norm_var) fail_together("norm_var", "norm_mean");
+  if (!mean != !var) fail_together("var", "mean");
+  const Once at(find(s, algorithm), s, threads, norm_mean, mean);
+  need_block({"scratch", scratch, scratch_size}, 64);
+  if (scratch_size < at.end)
+    fail("scratch_bytes: expected at least " + std::to_string(at.end) + ", got " +
+         std::to_string(scratch_size));
+  for (const auto& [name, address] : {std::pair{"x", x}, {"y", y}, {"residual", residual}})
+    if (n && address >= scratch && address < scratch + at.end)
+      fail(std::string("scratch: must not overlap ") + name);
+  pack(weight, scratch, at.work, dtype, algorithm, o, c / groups, kh, kw, groups, along_o, along_c,
+       along_tap, turned, wide);
+  if (norm_mean) {
+    bn_act<Cpu>(x, norm_mean, norm_var, norm_weight, norm_bias, 0, scratch + at.activation, 0,
+                scratch + at.norm, at.stats - at.norm, dtype, n * h * w, c, eps, relu);
+    x = scratch + at.activation;
+  }
+  conv_bn_act(x, scratch, at.work, 0, 0, residual, y, scratch + at.work, at.activation - at.work, dtype,
+              algorithm, n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups, false);
+  if (mean)
+    bn_stats<Cpu>(y, mean, var, scratch + at.stats, at.end - at.stats, dtype, n * s.oh() * s.ow(), o);
+}
+
 }  // namespace
 
 #define RF_WEIGHT \
@@ -171,7 +231,7 @@ void register_conv_bn_act(py::module_& m) {
         "channel, input channel or tap to the next. turned: each kernel is read from its last tap to\n"
         "its first; with along_o and along_c exchanged the convolution gives an input's gradient. wide: the\n"
         "weight is float32, rounded to dtype.");
-  m.def("conv_bn_act_scratch_bytes", &scratch_bytes, py::arg("dtype"), py::arg("algorithm"), RF_SHAPE,
+  m.def("conv_bn_act_scratch_bytes", &conv_scratch_bytes, py::arg("dtype"), py::arg("algorithm"), RF_SHAPE,
         py::arg("threads"), "Bytes of scratch a call wants to run on that many threads.");
   m.def("conv_bn_act", &conv_bn_act, py::arg("x"), py::arg("packed"), py::arg("packed_bytes"),
         py::arg("scale"), py::arg("shift"), py::arg("residual"), py::arg("y"), py::arg("scratch"),
@@ -182,6 +242,17 @@ void register_conv_bn_act(py::module_& m) {
         "apart from all else. packed and scratch are 64-byte aligned, the rest as their elements. Runs\n"
         "on omp_get_max_threads() threads, or as many as the scratch is enough for; the result does not\n"
         "depend on their number. Allocates nothing.");
+  m.def("convolve_once_scratch_bytes", &once_scratch_bytes, py::arg("dtype"), py::arg("algorithm"), RF_SHAPE,
+        py::arg("threads"), py::arg("normalised"), py::arg("with_stats"),
+        "Bytes of scratch that convolve_once needs.");
+  m.def("convolve_once", &convolve_once, py::arg("x"), py::arg("weight"), py::arg("residual"), py::arg("y"),
+        py::arg("scratch"), py::arg("scratch_bytes"), py::arg("dtype"), py::arg("algorithm"), RF_SHAPE,
+        py::arg("along_o"), py::arg("along_c"), py::arg("along_tap"), py::arg("turned"), py::arg("wide"),
+        py::arg("threads"), py::arg("norm_mean"), py::arg("norm_var"), py::arg("norm_weight"),
+        py::arg("norm_bias"), py::arg("eps"), py::arg("relu"), py::arg("mean"), py::arg("var"),
+        "y = conv(a, weight) + residual by one call, the weight packed in the scratch memory and not\n"
+        "kept: a is x or, with norm_mean and norm_var, what bn_act makes of it by these. mean and var, if\n"
+        "not 0, receive y's own. All else as in conv_bn_act_pack, bn_act, conv_bn_act and bn_stats.");
 }
 
 }  // namespace rf

@@ -15,12 +15,11 @@ from torch import Tensor
 from resnet_fused.backends._derived import derived
 from resnet_fused.backends._outputs import empty_channels_last, empty_weight, scratch
 from resnet_fused.backends._sizes import output_size
-from resnet_fused.backends.native import DTYPE_NAMES, loaded
+from resnet_fused.backends.native import DTYPE_NAMES, as_vector, loaded
 
 #: A kernel call with everything bound.
 Call = Callable[[], None]
 
-_ALIGNMENT = 64
 #: Output pixels of a batch from which on a weight's gradient by Winograd's transform holds the 2x
 #: rule. Measured with 24 to 200 channels, its error is at most 0.5 of what is allowed at 98 pixels,
 #: 1.2 at 25, and 3 at one, where the rule allows for the rounding of a single product.
@@ -76,6 +75,17 @@ class Convolution:
         return _bind(self._plan, x, self._packed, scale, shift, residual, y, scratch, act)
 
 
+class Norm(NamedTuple):
+    """act(BN(x)) in a convolution's place of x, by the vectors of its channels."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    act: str | None
+
+
 def convolve_once(
     x: Tensor,
     weight: Tensor,
@@ -86,11 +96,14 @@ def convolve_once(
     *,
     residual: Tensor | None = None,
     turned: bool = False,
-) -> Tensor | None:
+    norm: Norm | None = None,
+    with_stats: bool = False,
+) -> tuple[Tensor, ...] | None:
     """Return the convolution, its weights packed into scratch memory and not kept.
 
     For weights that change with every call, as in training: packing then has to pay, and where it
-    does not, the result is None.
+    does not, the result is None. All is one call of the extension: each more of them took some 40
+    us in a step whose kernels leave nothing of Python in the caches.
 
     Args:
         x: the input, any layout.
@@ -102,6 +115,8 @@ def convolve_once(
         residual: added to the output; any layout.
         turned: read ``weight`` as (C, O, KH, KW) with each kernel turned by half a turn, which
             makes the convolution of an output's gradient the input's.
+        norm: what x goes through first.
+        with_stats: return the output's mean and biased variance, too.
     """
     shape = weight.shape
     if turned:
@@ -109,16 +124,24 @@ def convolve_once(
     algorithm = _worth_packing(x, weight, shape, stride, padding, dilation, groups, turned)
     if algorithm is None:
         return None
-    plan = _plan_for(x.shape, shape, x.dtype, stride, padding, dilation, groups, algorithm)
-    start = -(-plan.packed_bytes // _ALIGNMENT) * _ALIGNMENT
-    work = scratch(start + plan.scratch_bytes)
-    packed = _pack(weight, plan, work[:start], turned)
+    use = (norm is not None, with_stats)
+    plan = _plan_for(x.shape, shape, x.dtype, stride, padding, dilation, groups, algorithm, use)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     y = empty_channels_last(plan.output_shape, x.dtype)
-    _bind(plan, x, packed, None, None, residual, y, work[start:], None)()
-    return y
+    moments = [torch.empty(shape[0], dtype=torch.float32) for _ in range(2)] if with_stats else []
+    *vectors, eps, act = norm or (None,) * 6
+    read = [as_vector(v) for v in vectors]
+    weight, *layout = _as_it_lies(weight, plan, turned)
+    work = scratch(plan.scratch_bytes)
+    loaded().convolve_once(
+        x.data_ptr(), weight.data_ptr(), _address(residual), y.data_ptr(),
+        work.data_ptr(), work.nbytes, plan.dtype, plan.algorithm, *plan.geometry, *layout,
+        plan.threads, *map(_address, read), eps or 0.0, act == "relu",
+        *([t.data_ptr() for t in moments] or (0, 0)),
+    )  # fmt: skip
+    return y, *moments
 
 
 def backward_data(
@@ -155,16 +178,19 @@ def backward_data(
         grad, weight, (1, 1), outer, dilation, groups,
         residual=None if strided else residual, turned=True,
     )  # fmt: skip
-    if own is None or not strided:
-        return own
+    if own is None:
+        return None
+    (made,) = own
+    if not strided:
+        return made
     grad_x = empty_channels_last(x_size, grad.dtype)
     met = grad_x[:, :, :: stride[0], :: stride[1]]
     if residual is None:
         grad_x.zero_()
-        met.copy_(own)
+        met.copy_(made)
     else:
         grad_x.copy_(residual)
-        met.add_(own)
+        met.add_(made)
     return grad_x
 
 
@@ -314,8 +340,10 @@ class _Plan(NamedTuple):
     #: What packing needs to know: output channels, channels per group, kernel, groups.
     layout: tuple[int, ...]
     packed_bytes: int
+    #: Of one call by itself, or, packing and what stands around it counted in, of `convolve_once`.
     scratch_bytes: int
     output_shape: tuple[int, int, int, int]
+    threads: int
 
 
 def _plan_for(
@@ -327,51 +355,70 @@ def _plan_for(
     dilation: Sequence[int],
     groups: int,
     algorithm: str | None = None,
+    once: tuple[bool, bool] | None = None,
 ) -> _Plan:
     n, c, h, w = shape
     geometry = (
         n, h, w, c, weight_shape[0], *weight_shape[2:], *stride, *padding, *dilation, groups,
     )  # fmt: skip
     isa = loaded().cpu_isa()
-    return _plan(isa, DTYPE_NAMES[dtype], geometry, torch.get_num_threads(), algorithm)
+    return _plan(isa, DTYPE_NAMES[dtype], geometry, torch.get_num_threads(), algorithm, once)
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    isa: str, dtype: str, geometry: tuple[int, ...], threads: int, algorithm: str | None
+    isa: str,
+    dtype: str,
+    geometry: tuple[int, ...],
+    threads: int,
+    algorithm: str | None,
+    once: tuple[bool, bool] | None,
 ) -> _Plan:
+    """Return the plan; ``once``: whether the input is normalised, and moments are wanted."""
     extension = loaded()
     n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups = geometry
     algorithm = algorithm or extension.conv_bn_act_algorithms(dtype, *geometry)[0]
     layout = (o, c // groups, kh, kw, groups)
+    call = (dtype, algorithm, *geometry, threads)
     return _Plan(
         dtype,
         algorithm,
         geometry,
         layout,
         extension.conv_bn_act_packed_bytes(dtype, algorithm, *layout),
-        extension.conv_bn_act_scratch_bytes(dtype, algorithm, *geometry, threads),
+        extension.conv_bn_act_scratch_bytes(*call)
+        if once is None
+        else extension.convolve_once_scratch_bytes(*call, *once),
         (n, o, *output_size((h, w), (kh, kw), (sh, sw), (ph, pw), (dh, dw))),
+        threads,
     )
 
 
-def _pack(
-    weight: Tensor, plan: _Plan, packed: Tensor | None = None, turned: bool = False
-) -> Tensor:
-    if packed is None:
-        packed = torch.empty(plan.packed_bytes, dtype=torch.uint8)
+def _pack(weight: Tensor, plan: _Plan) -> Tensor:
+    packed = torch.empty(plan.packed_bytes, dtype=torch.uint8)
+    weight, *along = _as_it_lies(weight, plan)
+    loaded().conv_bn_act_pack(
+        weight.data_ptr(), packed.data_ptr(), packed.nbytes, plan.dtype, plan.algorithm,
+        *plan.layout, *along,
+    )  # fmt: skip
+    return packed
+
+
+def _as_it_lies(
+    weight: Tensor, plan: _Plan, turned: bool = False
+) -> tuple[Tensor, int, int, int, bool, bool]:
+    """Return a weight, its elements along O, C and the taps, ``turned``, and if it is wide."""
     if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
         weight = weight.detach().contiguous()
     along_o, along_c, along_row, along_column = weight.stride()
     along_tap = along_column if weight.shape[3] > 1 else along_row
     if turned:
         along_o, along_c = along_c, along_o
-    loaded().conv_bn_act_pack(
-        weight.data_ptr(), packed.data_ptr(), packed.nbytes, plan.dtype, plan.algorithm,
-        *plan.layout,
-        along_o, along_c, along_tap, turned, DTYPE_NAMES[weight.dtype] != plan.dtype,
-    )  # fmt: skip
-    return packed
+    return weight, along_o, along_c, along_tap, turned, DTYPE_NAMES[weight.dtype] != plan.dtype
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _bind(
@@ -385,7 +432,7 @@ def _bind(
     scratch: Tensor,
     act: str | None,
 ) -> Call:
-    addresses = (0 if t is None else t.data_ptr() for t in (scale, shift, residual))
+    addresses = map(_address, (scale, shift, residual))
     run = functools.partial(
         loaded().conv_bn_act,
         x.data_ptr(), packed.data_ptr(), packed.nbytes, *addresses, y.data_ptr(),

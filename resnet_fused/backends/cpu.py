@@ -17,7 +17,7 @@ from resnet_fused.backends import (
     _training_ops,
     native,
 )
-from resnet_fused.backends._cpu_conv import Call, Convolution, convolve_once
+from resnet_fused.backends._cpu_conv import Call, Convolution, Norm, convolve_once
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends._sizes import pool_of, pool_shape
 
@@ -191,11 +191,13 @@ def conv_bn_stats(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the op; the convolution is torch's own where packing the weights anew would not pay."""
-    y = None
+    geometry = (stride, padding, dilation, groups)
     if declines(x) is None:
-        y = convolve_once(x, weight, stride, padding, dilation, groups)
-    if y is None:
-        y = _torch_conv.forward(x, weight, stride, padding, dilation, groups)
+        made = convolve_once(x, weight, *geometry, with_stats=True)
+        if made is not None:
+            y, mean, var = made
+            return y, mean, var
+    y = _torch_conv.forward(x, weight, *geometry)
     return y, *_training_kernels.bn_stats(y)
 
 
@@ -214,8 +216,16 @@ def bn_act_conv_bn_stats(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the op; the activation lives until the convolution has read it."""
+    geometry = (stride, padding, dilation, groups)
+    if declines(x) is None:
+        norm = Norm(mean, var, bn_weight, bn_bias, eps, act)
+        made = convolve_once(x, weight, *geometry, norm=norm, with_stats=True)
+        if made is not None:
+            y, mean, var = made
+            return y, mean, var
     a, _ = bn_act(x, mean, var, bn_weight, bn_bias, None, eps, act)
-    return conv_bn_stats(a, weight, stride, padding, dilation, groups)
+    y = _torch_conv.forward(a, weight, *geometry)
+    return y, *_training_kernels.bn_stats(y)
 
 
 def conv_backward_data(

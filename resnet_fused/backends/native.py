@@ -18,7 +18,7 @@ CUDA_DTYPE_NAMES = {**DTYPE_NAMES, torch.float16: "float16"}
 #: Bytes that an access of a CUDA kernel has at most, and its address is a multiple of.
 ALIGNMENT = 16
 #: What the functions of the extension take and do, by the number in ``csrc/bindings.cpp``.
-INTERFACE = 11
+INTERFACE = 12
 
 
 @functools.cache
@@ -84,4 +84,6 @@ def as_map(t: Tensor) -> Tensor:
 
 def as_vector(vector: Tensor | None) -> Tensor | None:
     """Return a scale or shift as the kernels read it: float32, contiguous."""
-    return None if vector is None else vector.detach().float().contiguous()
+    if vector is None or (vector.dtype == torch.float32 and vector.is_contiguous()):
+        return vector
+    return vector.detach().float().contiguous()
