@@ -246,7 +246,7 @@ def by_kernel(what: str, geometry: Geometry, t: Tensors) -> Tensor | None:
         return None
     if what == FORWARD:
         made = _cpu_conv.convolve_once(t.x, t.weight, *geometry.steps)
-        return made and made[0]
+        return None if made is None else made[0]
     if what == DATA:
         return _cpu_conv.backward_data(t.grad, t.weight, t.x.shape, *geometry.steps, None)
     return _cpu_conv.backward_weight(t.grad, t.x, geometry.weight, *geometry.steps, True, t.x.dtype)
