@@ -23,10 +23,10 @@ struct MomentsMerge {
 };
 
 // The sum and the squared deviations of n values, from sums of x - shift and of (x - shift)^2.
-RF_HOST_DEVICE void unshifted(double n, double by_n, float shift, float sum_s, float square_s,
+RF_HOST_DEVICE void unshifted(double n, double by_n, float shift, double sum_s, double square_s,
                               double& sum, double& m2) {
-  const double s = sum_s, deviations = square_s - s * s * by_n;
-  sum = n * (double)shift + s;
+  const double deviations = square_s - sum_s * sum_s * by_n;
+  sum = n * (double)shift + sum_s;
   m2 = deviations < 0 ? 0 : deviations;  // below zero by rounding only; NaN stays
 }
 

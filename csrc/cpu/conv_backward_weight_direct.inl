@@ -59,7 +59,8 @@ static void put_sum(const ConvBackwardWeightArgs& args, int64_t o, int64_t tap, 
   Vec::reg sum = Vec::load(from);
   for (int64_t run = 1; run < runs; ++run) sum = Vec::add(sum, Vec::load(from + run * apart));
   To* out = static_cast<To*>(args.grad_weight);
-  if (args.channels_last || taps == 1) return put_gradient<Out>(out + (o * taps + tap) * c + first, sum, lanes);
+  if (args.channels_last || taps == 1)
+    return put_gradient<Out>(out + (o * taps + tap) * c + first, sum, lanes);
   To staged[Vec::W];
   Out::store(staged, sum);
   for (int64_t l = 0; l < lanes; ++l) out[(o * c + first + l) * taps + tap] = staged[l];

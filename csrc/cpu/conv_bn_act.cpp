@@ -118,18 +118,14 @@ size_t conv_scratch_bytes(const std::string& dtype, const std::string& algorithm
   return find(s, algorithm).scratch_bytes(s, threads);
 }
 
-void conv_bn_act(uintptr_t x, uintptr_t packed, size_t packed_size, uintptr_t scale, uintptr_t shift,
-                 uintptr_t residual, uintptr_t y, uintptr_t scratch, size_t scratch_size,
-                 const std::string& dtype, const std::string& algorithm, int64_t n, int64_t h,
-                 int64_t w, int64_t c, int64_t o, int64_t kh, int64_t kw, int64_t sh, int64_t sw,
-                 int64_t ph, int64_t pw, int64_t dh, int64_t dw, int64_t groups, bool relu) {
-  const ConvShape s = checked(
-      {parse_dtype(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups});
-  const cpu::ConvAlgorithm& a = find(s, algorithm);
-  if (n == 0) return;
-  const size_t item = itemsize(s.dtype), vector_bytes = o * sizeof(float);
-  const Block in{"x", x, size_t(n * h * w * c) * item};
-  const Block out{"y", y, size_t(n * s.oh() * s.ow() * o) * item};
+void convolve(const cpu::ConvAlgorithm& a, const ConvShape& s, uintptr_t x, uintptr_t packed,
+              size_t packed_size, uintptr_t scale, uintptr_t shift, uintptr_t residual, uintptr_t y,
+              uintptr_t scratch, size_t scratch_size, bool relu, float* mean = nullptr,
+              float* var = nullptr) {
+  if (s.n == 0) return;
+  const size_t item = itemsize(s.dtype), vector_bytes = s.o * sizeof(float);
+  const Block in{"x", x, size_t(s.n * s.h * s.w * s.c) * item};
+  const Block out{"y", y, size_t(s.n * s.oh() * s.ow() * s.o) * item};
   const Block added{"residual", residual, residual ? out.bytes : 0};
   const Block scales{"scale", scale, scale ? vector_bytes : 0};
   const Block shifts{"shift", shift, shift ? vector_bytes : 0};
@@ -152,7 +148,18 @@ void conv_bn_act(uintptr_t x, uintptr_t packed, size_t packed_size, uintptr_t sc
   py::gil_scoped_release release;
   a.run({s, pointer<const void>(x), pointer<const void>(packed), pointer<const float>(scale),
          pointer<const float>(shift), pointer<const void>(residual), pointer<void>(y),
-         pointer<char>(scratch), threads, relu});
+         pointer<char>(scratch), threads, relu, mean, var});
+}
+
+void conv_bn_act(uintptr_t x, uintptr_t packed, size_t packed_size, uintptr_t scale, uintptr_t shift,
+                 uintptr_t residual, uintptr_t y, uintptr_t scratch, size_t scratch_size,
+                 const std::string& dtype, const std::string& algorithm, int64_t n, int64_t h,
+                 int64_t w, int64_t c, int64_t o, int64_t kh, int64_t kw, int64_t sh, int64_t sw,
+                 int64_t ph, int64_t pw, int64_t dh, int64_t dw, int64_t groups, bool relu) {
+  const ConvShape s = checked(
+      {parse_dtype(dtype), n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups});
+  convolve(find(s, algorithm), s, x, packed, packed_size, scale, shift, residual, y, scratch, scratch_size,
+           relu);
 }
 
 // What convolve_once puts where in its scratch memory: bytes from its beginning.
@@ -192,7 +199,8 @@ void convolve_once(uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t 
   need("threads", threads, 1, 1 << 16);
   if (!norm_mean != !norm_var) fail_together("norm_var", "norm_mean");
   if (!mean != !var) fail_together("var", "mean");
-  const Once at(find(s, algorithm), s, threads, norm_mean, mean);
+  const cpu::ConvAlgorithm& a = find(s, algorithm);
+  const Once at(a, s, threads, norm_mean, mean);
   need_block({"scratch", scratch, scratch_size}, 64);
   if (scratch_size < at.end)
     fail("scratch_bytes: expected at least " + std::to_string(at.end) + ", got " +
@@ -207,9 +215,13 @@ void convolve_once(uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t 
                 scratch + at.norm, at.stats - at.norm, dtype, n * h * w, c, eps, relu);
     x = scratch + at.activation;
   }
-  conv_bn_act(x, scratch, at.work, 0, 0, residual, y, scratch + at.work, at.activation - at.work, dtype,
-              algorithm, n, h, w, c, o, kh, kw, sh, sw, ph, pw, dh, dw, groups, false);
-  if (mean)
+  const bool given = mean && a.gives_moments && !residual && n;
+  if (given)
+    for (const auto& [name, vector] : {std::pair{"mean", mean}, {"var", var}})
+      need_block({name, vector, o * sizeof(float)}, alignof(float));
+  convolve(a, s, x, scratch, at.work, 0, 0, residual, y, scratch + at.work, at.activation - at.work, false,
+           given ? pointer<float>(mean) : nullptr, given ? pointer<float>(var) : nullptr);
+  if (mean && !given)
     bn_stats<Cpu>(y, mean, var, scratch + at.stats, at.end - at.stats, dtype, n * s.oh() * s.ow(), o);
 }
 

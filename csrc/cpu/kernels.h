@@ -17,6 +17,7 @@ struct ConvArgs {
   char* scratch;
   int threads;
   bool relu;
+  float *mean, *var;  // receive the output's moments where nothing is done to it; null: not wanted
 };
 
 // A weight as it lies in memory: the element of output channel o, input channel c (of one group)
@@ -36,6 +37,7 @@ struct ConvAlgorithm {
   void (*pack)(const ConvShape&, const Weight&, void* packed);
   size_t (*scratch_bytes)(const ConvShape&, int threads);
   void (*run)(const ConvArgs&);
+  bool gives_moments = false;  // else they are not looked at
 };
 
 // One call of conv_backward_weight: a convolution in one group.

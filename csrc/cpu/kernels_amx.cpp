@@ -1,4 +1,5 @@
 // The kernels built for AMX, bfloat16, beside those for AVX-512 BF16. RF_AMX: the assembler knows it.
+#include "../common/moments.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) && (defined(RF_AMX) || defined(RF_AMX_BY_HAND))
@@ -18,10 +19,13 @@ namespace rf::cpu::amx {
 namespace {
 #define RF_BF16
 #include "vec_avx512.h"
+#include "../common/bn_math.h"
 #include "conv_tile.inl"
 #include "weight.inl"
 #include "conv_direct.inl"
 #include "amx.h"
+#include "conv_amx_blocks.inl"
+#include "conv_moments.inl"
 #include "conv_amx.inl"
 #include "conv_backward_weight_direct.inl"
 #include "conv_backward_weight_amx.inl"

@@ -30,6 +30,12 @@ struct Vec {
   static float sum(reg v) { return _mm512_reduce_add_ps(v); }
   static __m512d pd(reg v) { return _mm512_castps_pd(v); }
   static reg ps(__m512d v) { return _mm512_castpd_ps(v); }
+  static void add_to(double* p, reg v) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    const __m512d high = _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(pd(v), 1)));
+    _mm512_storeu_pd(p, _mm512_add_pd(_mm512_loadu_pd(p), low));
+    _mm512_storeu_pd(p + 8, _mm512_add_pd(_mm512_loadu_pd(p + 8), high));
+  }
   // W rows of W lanes become its columns: pairs, then fours within 128 bits, then the 128 bits.
   static void transpose(reg (&r)[W]) {
     reg t[W];
@@ -197,8 +203,15 @@ struct Bf16 : Bf16Memory {
     const auto below = [](int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; };
     _mm512_storeu_si512(out, _mm512_maskz_loadu_epi16(below(last) & ~below(first), p));
   }
-  static void store_two(T* p, reg v, reg next) {
-    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(next, v));
+  // 2 W elements, of two registers of them or in memory; those at even places and the others, widened.
+  static __m512i pair(reg v, reg next) { return (__m512i)_mm512_cvtne2ps_pbh(next, v); }
+  static void store(T* p, __m512i v) { _mm512_storeu_si512(p, v); }
+  static void store(T* p, __m512i v, int64_t count) {
+    _mm512_mask_storeu_epi16(p, count >= 2 * W ? ~0u : (1u << count) - 1, v);
+  }
+  static reg even(__m512i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
+  static reg odd(__m512i v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)));
   }
 };
 #endif

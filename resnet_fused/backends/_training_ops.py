@@ -245,7 +245,11 @@ def _as_given(
 ) -> tuple[Tensor, ...]:
     """Return gradients in the dtypes of what they are of, empty where there is none."""
     return tuple(
-        x.new_empty(0) if made is None or t is None else made.to(t.dtype)
+        x.new_empty(0)
+        if made is None or t is None
+        else made
+        if made.dtype == t.dtype  # asking first is a call of torch less
+        else made.to(t.dtype)
         for made, t in zip(found, given, strict=True)
     )
 
