@@ -102,8 +102,8 @@ def convolve_once(
     """Return the convolution, its weights packed into scratch memory and not kept.
 
     For weights that change with every call, as in training: packing then has to pay, and where it
-    does not, the result is None. All is one call of the extension: each more of them took some 40
-    us in a step whose kernels leave nothing of Python in the caches.
+    does not, the result is None. All is one call of the extension, as the kernels of a step leave
+    nothing of Python in the caches.
 
     Args:
         x: the input, any layout.
