@@ -2,7 +2,8 @@
 
 Every call of a native kernel, of torch's convolutions where they run in a kernel's place, and of
 the optimizer is timed on its way, at less than a microsecond a call, of which ResNet-50 makes five
-hundred in a step. torch tells of its other ops only under its profiler, which sends the package's
+hundred in a step. A convolution counts with what its call does around it: packing its weight,
+normalising what it reads, moments of what it writes. torch tells of its other ops only under its profiler, which sends the package's
 ops the long way through the dispatcher: they are counted in steps of their own, from which nothing
 else is taken. What is then left of a step is Python, the package's and autograd's, with what it
 costs that large kernels have pushed it out of the caches.
@@ -33,11 +34,11 @@ from resnet_fused.models import create_model
 
 PROGRAM = "python -m benchmarks.where"
 FORWARD, DATA, WEIGHT = "convolution", "data gradient", "weight gradient"
-PACKING, NORM, POOL, OPTIMIZER = "packing weights", "BatchNorm, add, ReLU", "max pool", "optimizer"
+NORM, POOL, OPTIMIZER = "BatchNorm, add, ReLU", "max pool", "optimizer"
 OTHERS, PYTHON = "torch's other ops", "Python between"
 #: By the beginning of a native function's name, what it does; the first that fits.
 NATIVE = {
-    "conv_bn_act_pack": PACKING, "conv_bn_act": FORWARD, "conv_backward_weight": WEIGHT,
+    "convolve_once": FORWARD, "conv_bn_act": FORWARD, "conv_backward_weight": WEIGHT,
     "bn_": NORM, "add_relu": NORM, "max_pool": POOL,
 }  # fmt: skip
 #: By the end, functions that are not kernels.
