@@ -3,10 +3,10 @@
 Every call of a native kernel, of torch's convolutions where they run in a kernel's place, and of
 the optimizer is timed on its way, at less than a microsecond a call, of which ResNet-50 makes five
 hundred in a step. A convolution counts with what its call does around it: packing its weight,
-normalising what it reads, moments of what it writes. torch tells of its other ops only under its profiler, which sends the package's
-ops the long way through the dispatcher: they are counted in steps of their own, from which nothing
-else is taken. What is then left of a step is Python, the package's and autograd's, with what it
-costs that large kernels have pushed it out of the caches.
+normalising what it reads, moments of what it writes. torch tells of its other ops only under its
+profiler, which sends the package's ops the long way through the dispatcher: they are counted in
+steps of their own, from which nothing else is taken. What is then left of a step is Python, the
+package's and autograd's, with what it costs that large kernels have pushed it out of the caches.
 """
 
 from __future__ import annotations
