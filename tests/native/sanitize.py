@@ -14,7 +14,9 @@ import on_host
 
 TESTS = [f"tests/test_native_bn{name}.py" for name in ("", "_arguments", "_backward", "_bits")]
 TESTS += ["tests/test_native_max_pool.py", "tests/test_native_conv.py"]
-TESTS += ["tests/test_native_conv_backward_weight.py", "tests/test_native_pack.py"]
+TESTS += [
+    f"tests/test_native_{name}.py" for name in ("conv_backward_weight", "convolve_once", "pack")
+]
 TESTS += [
     "tests/backends/test_cuda_on_host.py",
     "tests/backends/test_cuda_bn_pool.py",
