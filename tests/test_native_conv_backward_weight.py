@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_maps import each_run
 
-from resnet_fused.backends import _cpu_conv, cpu, native
+from resnet_fused.backends import _cpu_weight_gradient, cpu, native
 from resnet_fused.testing import gradient_rule
 
 _C = pytest.importorskip("resnet_fused._C")
@@ -149,7 +149,7 @@ def assert_right(case, dtype, *, channels_last=False, threads=1):
     terms = grad[:, 0].numel()
     if case.algorithm == "winograd4":
         # The backend asks for no fewer terms: what the transform rounds is not less with fewer.
-        terms = max(terms, _cpu_conv.FEWEST_TERMS)
+        terms = max(terms, _cpu_weight_gradient.FEWEST_TERMS)
     check = gradient_rule(got, eager(grad, x, case), oracle, terms, dtype)
     assert check.ok, check
 
@@ -281,8 +281,8 @@ def test_the_backend_runs_it_where_it_pays(case, algorithm, channels_last):
     grad, x = draw(case)
     size, *geometry = (list(v) for v in ((case.o, case.c, *case.kernel), *case[7:]))
     same = (*geometry, 1, channels_last, torch.float32)
-    assert _cpu_conv._gradient_algorithm(grad, size, *geometry[::2], 1) == algorithm
-    got = _cpu_conv.backward_weight(grad.contiguous(), x.contiguous(), size, *same)
+    assert _cpu_weight_gradient._gradient_algorithm(grad, size, *geometry[::2], 1) == algorithm
+    got = _cpu_weight_gradient.backward_weight(grad.contiguous(), x.contiguous(), size, *same)
     want = cpu._torch_conv.backward_weight(grad, x, size, *same)
     assert got.stride() == want.stride()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -303,13 +303,13 @@ def test_the_backend_runs_it_where_it_pays(case, algorithm, channels_last):
 def test_the_backend_leaves_the_rest_to_torch(size, stride, dilation, groups):
     x, grad = torch.empty(2, size[1] * groups, 9, 9), torch.empty(2, size[0], 9, 9)
     args = (size, stride, [1, 1], dilation, groups, False, torch.float32)
-    assert _cpu_conv.backward_weight(grad, x, *args) is None
+    assert _cpu_weight_gradient.backward_weight(grad, x, *args) is None
 
 
 def test_the_backend_leaves_few_terms_to_torch():
     grad, x = draw(Case("winograd4", 1, 24, 9, 9, 24))
     geometry = ([24, 24, 3, 3], [1, 1], [1, 1], [1, 1], 1, False, torch.float32)
-    assert _cpu_conv.backward_weight(grad, x, *geometry) is None
+    assert _cpu_weight_gradient.backward_weight(grad, x, *geometry) is None
 
 
 def arguments(**changed):

@@ -1,7 +1,4 @@
-"""Native convolutions: the algorithm, packed weights and scratch memory of one input shape.
-
-And the gradient of a weight.
-"""
+"""Native convolutions: the algorithm, packed weights and scratch memory of one input shape."""
 
 from __future__ import annotations
 
@@ -13,17 +10,12 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends._derived import derived
-from resnet_fused.backends._outputs import empty_channels_last, empty_weight, scratch
+from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends._sizes import output_size
 from resnet_fused.backends.native import DTYPE_NAMES, as_vector, loaded
 
 #: A kernel call with everything bound.
 Call = Callable[[], None]
-
-#: Output pixels of a batch from which on a weight's gradient by Winograd's transform holds the 2x
-#: rule. Measured with 24 to 200 channels, its error is at most 0.5 of what is allowed at 98 pixels,
-#: 1.2 at 25, and 3 at one, where the rule allows for the rounding of a single product.
-FEWEST_TERMS = 96
 
 
 def multiplies_tiles(dtype: torch.dtype) -> bool:
@@ -194,78 +186,7 @@ def backward_data(
     return grad_x
 
 
-def backward_weight(
-    grad: Tensor,
-    x: Tensor,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    channels_last: bool,
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """Return the gradient of a convolution's weight, by Winograd's transform or directly, or None.
-
-    None where it would be slower than torch's oneDNN or less exact, and where the transform's
-    result is not finite: it spreads NaN and infinity over taps that torch keeps clean. Measured on
-    one thread of a Zen 5, in CPU time against torch's oneDNN. Winograd at batch 8: float32, 64
-    channels at 56x56 2.1x, 128 at 28x28 2.1x, 256 at 14x14 2.0x, 512 at 7x7 5.1x; bfloat16 1.6x,
-    1.5x, 1.1x, 1.7x; 24 at 28x28 1.9x, 8 to 64 0.9x, 16 at 32x32 0.5 to 1.3x. Directly at batch
-    16, ResNet-50's 1x1: float32 1.0 to 1.5x, bfloat16 0.9 to 1.8x; strided 3x3 1.3 to 1.6x, 1.1 to
-    1.7x; 16 channels in 3x3 0.5 to 0.8x, 3 in 7x7 0.1x.
-
-    Args:
-        grad: the output's gradient, any layout.
-        x: the convolution's input, any layout.
-        weight_size: (O, C / groups, KH, KW).
-        stride: two integers.
-        padding: two integers.
-        dilation: two integers.
-        groups: how many.
-        channels_last: the layout of the result, else contiguous.
-        dtype: of the result: x's, or float32, to which nothing is rounded.
-    """
-    algorithm = _gradient_algorithm(grad, weight_size, stride, dilation, groups)
-    if algorithm is None:
-        return None
-    o, _, *kernel = weight_size
-    n, c, h, w = x.shape
-    sizes = (
-        DTYPE_NAMES[x.dtype], algorithm,
-        n, h, w, c, o, *kernel, *stride, *padding, *dilation, groups,
-    )  # fmt: skip
-    threads = torch.get_num_threads()
-    work = scratch(loaded().conv_backward_weight_scratch_bytes(*sizes, threads))
-    x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    grad_weight = empty_weight(weight_size, dtype, channels_last=channels_last)
-    finite = loaded().conv_backward_weight(
-        grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr(), work.data_ptr(), work.nbytes,
-        *sizes, channels_last, dtype != x.dtype, threads,
-    )  # fmt: skip
-    return grad_weight if finite else None
-
-
-def _gradient_algorithm(
-    grad: Tensor,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> str | None:
-    """Return how a weight's gradient is summed faster than by torch's oneDNN, or None."""
-    _, c, *kernel = weight_size
-    # A tap's channels fill the kernel's registers.
-    full = groups == 1 and (kernel == [1, 1] or c >= 32)
-    if multiplies_tiles(grad.dtype):
-        return "amx" if full else None
-    terms = grad.numel() // weight_size[0]
-    if terms >= FEWEST_TERMS and _is_winograds(weight_size, stride, dilation, groups):
-        return "winograd4"
-    return "direct" if full else None
-
-
-def _is_winograds(
+def is_winograds(
     weight_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int
 ) -> bool:
     """Return whether Winograd's transform runs the convolution, with channels enough to pay."""
@@ -304,7 +225,7 @@ def _worth_packing(
         return "narrow" if narrow and weight_shape[1] % 2 else "direct"
     if tuple(weight_shape[2:]) == (1, 1) and not any(padding):
         return "direct"
-    if _is_winograds(weight_shape, stride, dilation, groups):
+    if is_winograds(weight_shape, stride, dilation, groups):
         n, _, *sides = x.shape
         oh, ow = output_size(sides, (3, 3), (1, 1), padding)
         tiles = n * -(-oh // 4) * -(-ow // 4)

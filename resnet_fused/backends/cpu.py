@@ -12,6 +12,7 @@ from torch import Tensor
 from resnet_fused.backends import (
     _bn_math,
     _cpu_conv,
+    _cpu_weight_gradient,
     _torch_conv,
     _training_kernels,
     _training_ops,
@@ -257,7 +258,7 @@ def conv_backward_weight(
 ) -> Tensor:
     """Run the op by Winograd's transform, directly, or by torch's own."""
     args = (grad, x, weight_size, stride, padding, dilation, groups, channels_last, dtype)
-    own = _cpu_conv.backward_weight(*args) if declines(grad) is None else None
+    own = _cpu_weight_gradient.backward_weight(*args) if declines(grad) is None else None
     return _torch_conv.backward_weight(*args) if own is None else own
 
 
