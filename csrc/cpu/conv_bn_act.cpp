@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "../common/bn_op_bindings.h"
@@ -205,9 +204,13 @@ void convolve_once(uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t 
   if (scratch_size < at.end)
     fail("scratch_bytes: expected at least " + std::to_string(at.end) + ", got " +
          std::to_string(scratch_size));
-  for (const auto& [name, address] : {std::pair{"x", x}, {"y", y}, {"residual", residual}})
-    if (n && address >= scratch && address < scratch + at.end)
-      fail(std::string("scratch: must not overlap ") + name);
+  const size_t item = itemsize(s.dtype), out = n * s.oh() * s.ow() * o * item;
+  const Block maps[] = {
+      {"x", x, n * h * w * c * item}, {"y", y, out}, {"residual", residual, residual ? out : 0}};
+  for (const Block& map : maps) need_apart({"scratch", scratch, at.end}, map);
+  if (mean)
+    for (const Block& moment : {Block{"mean", mean, o * sizeof(float)}, {"var", var, o * sizeof(float)}})
+      need_block(moment, alignof(float));
   pack(weight, scratch, at.work, dtype, algorithm, o, c / groups, kh, kw, groups, along_o, along_c,
        along_tap, turned, wide);
   if (norm_mean) {
@@ -216,9 +219,6 @@ void convolve_once(uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t 
     x = scratch + at.activation;
   }
   const bool given = mean && a.gives_moments && !residual && n;
-  if (given)
-    for (const auto& [name, vector] : {std::pair{"mean", mean}, {"var", var}})
-      need_block({name, vector, o * sizeof(float)}, alignof(float));
   convolve(a, s, x, scratch, at.work, 0, 0, residual, y, scratch + at.work, at.activation - at.work, false,
            given ? pointer<float>(mean) : nullptr, given ? pointer<float>(var) : nullptr);
   if (mean && !given)

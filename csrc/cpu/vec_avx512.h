@@ -205,7 +205,6 @@ struct Bf16 : Bf16Memory {
   }
   // 2 W elements, of two registers of them or in memory; those at even places and the others, widened.
   static __m512i pair(reg v, reg next) { return (__m512i)_mm512_cvtne2ps_pbh(next, v); }
-  static void store(T* p, __m512i v) { _mm512_storeu_si512(p, v); }
   static void store(T* p, __m512i v, int64_t count) {
     _mm512_mask_storeu_epi16(p, count >= 2 * W ? ~0u : (1u << count) - 1, v);
   }

@@ -12,7 +12,7 @@ from torch import Tensor
 from resnet_fused.backends._derived import derived
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends._sizes import output_size
-from resnet_fused.backends.native import DTYPE_NAMES, as_vector, loaded
+from resnet_fused.backends.native import DTYPE_NAMES, address, as_vector, loaded
 
 #: A kernel call with everything bound.
 Call = Callable[[], None]
@@ -128,9 +128,9 @@ def convolve_once(
     weight, *layout = _as_it_lies(weight, plan, turned)
     work = scratch(plan.scratch_bytes)
     loaded().convolve_once(
-        x.data_ptr(), weight.data_ptr(), _address(residual), y.data_ptr(),
+        x.data_ptr(), weight.data_ptr(), address(residual), y.data_ptr(),
         work.data_ptr(), work.nbytes, plan.dtype, plan.algorithm, *plan.geometry, *layout,
-        plan.threads, *map(_address, read), eps or 0.0, act == "relu",
+        plan.threads, *map(address, read), eps or 0.0, act == "relu",
         *([t.data_ptr() for t in moments] or (0, 0)),
     )  # fmt: skip
     return y, *moments
@@ -338,10 +338,6 @@ def _as_it_lies(
     return weight, along_o, along_c, along_tap, turned, DTYPE_NAMES[weight.dtype] != plan.dtype
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _bind(
     plan: _Plan,
     x: Tensor,
@@ -353,10 +349,10 @@ def _bind(
     scratch: Tensor,
     act: str | None,
 ) -> Call:
-    addresses = map(_address, (scale, shift, residual))
     run = functools.partial(
         loaded().conv_bn_act,
-        x.data_ptr(), packed.data_ptr(), packed.nbytes, *addresses, y.data_ptr(),
+        x.data_ptr(), packed.data_ptr(), packed.nbytes,
+        *map(address, (scale, shift, residual)), y.data_ptr(),
         scratch.data_ptr(), scratch.nbytes, plan.dtype, plan.algorithm, *plan.geometry,
         act == "relu",
     )  # fmt: skip

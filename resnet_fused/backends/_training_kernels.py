@@ -18,7 +18,7 @@ from resnet_fused.backends import native
 from resnet_fused.backends._outputs import empty_channels_last
 from resnet_fused.backends._sizes import pool_shape
 from resnet_fused.backends._training_maps import Maps, new_vector
-from resnet_fused.backends.native import as_vector
+from resnet_fused.backends.native import address, as_vector
 
 
 def scale_shift(
@@ -27,7 +27,7 @@ def scale_shift(
     """Return :func:`_bn_math.scale_shift` by one kernel, the arithmetic of :func:`bn_act`."""
     kept = [as_vector(t) for t in (mean, var, weight, bias)]
     made = [new_vector(len(mean), mean.device) for _ in range(2)]
-    native.run(mean.device, "bn_scale_shift", *map(_address, [*kept, *made]), len(mean), eps)
+    native.run(mean.device, "bn_scale_shift", *map(address, [*kept, *made]), len(mean), eps)
     return made[0], made[1]
 
 
@@ -44,13 +44,9 @@ def gradient_vectors(
     kept = [as_vector(t) for t in (mean, var, weight, sum_g, sum_gx)]
     made = [new_vector(len(mean), mean.device) for _ in range(3)]
     native.run(
-        mean.device, "bn_gradient_vectors", *map(_address, [*kept, *made]), len(mean), eps, count
+        mean.device, "bn_gradient_vectors", *map(address, [*kept, *made]), len(mean), eps, count
     )
     return made[0], made[1], made[2]
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def bn_stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +170,7 @@ def bn_act_backward(
     kernel = "bn_act_backward"
     maps.run(
         kernel, maps.map("grad", grad), maps.map("x", x), *maps.affine(mean, var, weight, bias),
-        *maps.relu_result(y), *map(_address, made), *maps.scratch(kernel), *maps.sizes, eps, relu,
+        *maps.relu_result(y), *map(address, made), *maps.scratch(kernel), *maps.sizes, eps, relu,
     )  # fmt: skip
     return made
 
@@ -217,7 +213,7 @@ def bn_act_backward_reduce(
     maps.run(
         kernel, maps.map("grad", grad), maps.map("x", x), maps.map("x2", x2),
         maps.vector("scale", scale), maps.vector("shift", shift), *maps.relu_result(y),
-        maps.vector("mean", mean), maps.vector("mean2", mean2), *out, _address(masked),
+        maps.vector("mean", mean), maps.vector("mean2", mean2), *out, address(masked),
         *maps.scratch(kernel), *maps.sizes, relu,
     )  # fmt: skip
     return tuple(sums)
@@ -352,7 +348,7 @@ def bn_act_max_pool_backward(
     n, c, h, w = x.shape
     maps.run(
         "bn_act_max_pool_backward", pooled.map("grad", grad), index.data_ptr(), maps.map("x", x),
-        *maps.affine(mean, var, weight, bias), *map(_address, made),
+        *maps.affine(mean, var, weight, bias), *map(address, made),
         *maps.scratch("bn_act_max_pool_backward"), maps.sizes[0],
         n, h, w, c, kernel, stride, padding, eps, relu,
     )  # fmt: skip

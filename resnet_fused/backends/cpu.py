@@ -192,12 +192,21 @@ def conv_bn_stats(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the op; the convolution is torch's own where packing the weights anew would not pay."""
-    geometry = (stride, padding, dilation, groups)
+    return _with_moments(x, weight, (stride, padding, dilation, groups), None)
+
+
+def _with_moments(
+    x: Tensor, weight: Tensor, geometry: Sequence[Any], norm: Norm | None
+) -> tuple[Tensor, Tensor, Tensor]:
     if declines(x) is None:
-        made = convolve_once(x, weight, *geometry, with_stats=True)
+        made = convolve_once(x, weight, *geometry, norm=norm, with_stats=True)
         if made is not None:
             y, mean, var = made
             return y, mean, var
+    if norm is not None:
+        x, _ = bn_act(
+            x, norm.mean, norm.var, norm.weight, norm.bias, None, norm.eps, norm.act
+        )  # fmt: skip
     y = _torch_conv.forward(x, weight, *geometry)
     return y, *_training_kernels.bn_stats(y)
 
@@ -217,16 +226,8 @@ def bn_act_conv_bn_stats(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the op; the activation lives until the convolution has read it."""
-    geometry = (stride, padding, dilation, groups)
-    if declines(x) is None:
-        norm = Norm(mean, var, bn_weight, bn_bias, eps, act)
-        made = convolve_once(x, weight, *geometry, norm=norm, with_stats=True)
-        if made is not None:
-            y, mean, var = made
-            return y, mean, var
-    a, _ = bn_act(x, mean, var, bn_weight, bn_bias, None, eps, act)
-    y = _torch_conv.forward(a, weight, *geometry)
-    return y, *_training_kernels.bn_stats(y)
+    norm = Norm(mean, var, bn_weight, bn_bias, eps, act)
+    return _with_moments(x, weight, (stride, padding, dilation, groups), norm)
 
 
 def conv_backward_data(
@@ -306,7 +307,7 @@ def bind_head(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, scratch
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     run = functools.partial(
         native.loaded().head, x.data_ptr(), weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), scratch.data_ptr(), scratch.nbytes,
+        native.address(bias), y.data_ptr(), scratch.data_ptr(), scratch.nbytes,
         DTYPE_NAMES[x.dtype], n, h * w, c, len(weight),
     )  # fmt: skip
     run.keeps = (weight, bias)  # type: ignore[attr-defined]

@@ -76,6 +76,11 @@ def run(device: torch.device, kernel: str, *args: Any) -> None:
             getattr(kernels, kernel)(*args, *queue)
 
 
+def address(t: Tensor | None) -> int:
+    """Return where a tensor's values lie, 0 for None."""
+    return 0 if t is None else t.data_ptr()
+
+
 def as_map(t: Tensor) -> Tensor:
     """Return a map as kernels read it in whole accesses: dense, channels_last, aligned."""
     t = t.detach().contiguous(memory_format=torch.channels_last)
