@@ -79,11 +79,14 @@ def test_moments_are_those_of_the_output(dtype, shape):
 
 
 def assert_moments(y, mean, var):
-    """Each is rounded once, and its sums a few times where they are as large as the deviations."""
+    """Each is rounded once, and its sums a few times where they are as large as the deviations.
+
+    Where all values of a channel are one, its variance is what float64 rounds of its mean, squared.
+    """
     exact = y.double()
     center, square = exact.mean((0, 2, 3)), exact.var((0, 2, 3), unbiased=False)
     assert ((mean - center).abs() <= 4e-7 * (center.abs() + square.sqrt())).all()
-    assert ((var - square).abs() <= 1e-5 * square).all()
+    assert ((var - square).abs() <= 1e-5 * square + (1e-14 * center).square()).all()
 
 
 @settings(max_examples=40)
