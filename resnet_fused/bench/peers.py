@@ -120,7 +120,9 @@ PEERS = {
     "openvino": Peer(openvino, (*_ONNX, "openvino"), (torch.float32, torch.bfloat16), ("cpu",)),
     "inductor-default": Peer(inductor(), (), _FLOATS, _ANYWHERE),
     # Without CUDA graphs of its own: either all contenders are captured or none.
-    "inductor-max-autotune": Peer(inductor("max-autotune-no-cudagraphs"), (), _FLOATS, _ANYWHERE),
+    "inductor-max-autotune": Peer(
+        inductor("max-autotune-no-cudagraphs", freezing=True), (), _FLOATS, _ANYWHERE
+    ),
     "eager-nchw": Peer(eager_nchw, (), _FLOATS, _ANYWHERE),
     "cudnn": Peer(cudnn_peer, (), _FLOATS, ("cuda",)),
     "jax": Peer(jax_peer, ("jax",), (torch.float32, torch.bfloat16), ("cpu",), "jax"),
