@@ -1,7 +1,7 @@
 # make bench   the main job: ResNet-34, -50 and -152, reference against fused and frozen
 # make test    lint, format and type checks, then the tests
 # make gpu-test       correctness on an NVIDIA GPU; fails where there is none
-# make gpu-sanitize   our GPU kernels under compute-sanitizer: memcheck, racecheck, initcheck
+# make gpu-sanitize   our GPU kernels under compute-sanitizer's tools, or one: make gpu-memcheck
 # make sanitize  the native kernels' tests under AddressSanitizer and UBSan; builds them anew
 # VENV=0       use the current interpreter as it is and install nothing (torch 2.10 or later there)
 
@@ -78,22 +78,32 @@ gpu-test: gpu $(HEADERS) build
 	$(PY) -m pytest tests/backends/triton/test_triton_gpu.py tests/gpu $(ARGS)
 
 SANITIZER = $(shell PATH="$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer)
+sanitizer: gpu
+	@test -n "$(SANITIZER)" || { echo 'nothing was tested: compute-sanitizer is neither on PATH nor' \
+	    'in $$CUDA_HOME/bin; it comes with the CUDA toolkit' >&2; exit 1; }
 
 # Every path of the Triton kernels, the CUDA kernels of BatchNorm and the Hopper 1x1 convolution, and
 # the contract of the ops on both; each tensor in an allocation of its own, or what is past its end
 # is another's. Left out are graphs, as torch cannot record any without its caching allocator, tensors
-# of more than 2^31 elements and whole ResNets, which would take hours, and others' kernels.
+# of more than 2^31 elements and whole ResNets, which would take hours, and others' kernels. The three
+# tools run side by side; what finds races and reads of nothing takes float16 to be bfloat16's twin.
 SANITIZED = tests/backends/triton/test_triton_gpu.py tests/gpu/test_gpu_bn.py \
     tests/gpu/test_gpu_hopper_gemm.py tests/ops/test_contract.py tests/ops/test_training_ops.py
 NOT_SANITIZED = graph or beyond_32_bits or of_a_resnet or cudnn
-gpu-sanitize: gpu build
-	@test -n "$(SANITIZER)" || { echo 'nothing was tested: compute-sanitizer is neither on PATH nor' \
-	    'in $$CUDA_HOME/bin; it comes with the CUDA toolkit' >&2; exit 1; }
-	for tool in memcheck racecheck initcheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
-	        $(PY) -m pytest $(SANITIZED) -k '(gpu or triton or cuda) and not ($(NOT_SANITIZED))' $(ARGS) \
-	        || exit 1; \
-	done
+TWIN = or (float16 and not bfloat16)
+NOT_BY_memcheck =
+NOT_BY_racecheck = $(TWIN)
+# torch's batch_norm, of the 1x1's reference, was found to read what its cuDNN had just written.
+NOT_BY_initcheck = $(TWIN) or hopper
+TOOLS = gpu-memcheck gpu-racecheck gpu-initcheck
+.PHONY: sanitizer $(TOOLS)
+gpu-sanitize: gpu build sanitizer
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target --keep-going $(TOOLS)
+
+$(TOOLS): gpu-%: gpu build sanitizer
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $* --error-exitcode 1 \
+	    $(PY) -m pytest $$($(PY) -c 'import xdist' 2>/dev/null && echo --numprocesses 5) \
+	    $(SANITIZED) -k '(gpu or triton or cuda) and not ($(NOT_SANITIZED) $(NOT_BY_$*))' $(ARGS)
 
 sanitize: $(READY)
 	@$(PY) tests/native/sanitize.py $(ARGS)
