@@ -104,8 +104,9 @@ struct Amx {
     if (args.mean) moments.add(t.block, o, t.first, t.count, value);
   }
 
-  // A tile of pixels and the panels [first, last). Only the residual is asked of the memory: asking for
-  // where results go, or for the next tile's pixels, took longer than the waiting.
+  // A tile of pixels and the panels [first, last). Asked of the memory are its residual, and, where that is
+  // not written over, where the next tile's results go. Asking for the next tile's pixels, too, took longer
+  // than the waiting.
   template <int MT, int NV>
   static __attribute__((noinline)) void multiply(const Plan& p, const ConvArgs& args, const int64_t* offsets,
                                                  const Pixels& t, int64_t first, int64_t last,
@@ -122,6 +123,8 @@ struct Amx {
       g.b = reinterpret_cast<const char*>(static_cast<const T*>(args.packed) + j * p.panel);
       if (args.residual)
         for (int64_t i = 0; i < t.count; ++i) ask(static_cast<const T*>(args.residual) + t.y[i] + o);
+      if (args.residual != args.y)
+        for (int64_t i = 0; i < t.count; ++i) ask_l2(static_cast<T*>(args.y) + t.y[i] + o + Blocks::ROWS * args.s.o);
       multiply_tiles<MT, NV>(g);
       if (j > first) end(o - NV * W);
       store_tiles<MT, NV>(sums);
@@ -178,7 +181,8 @@ struct Amx {
         };
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t o = 0; o < s.o; ++o) moments.merge(p.blocks, o, count, args.mean, args.var);
+        for (int64_t o = 0; o < s.o; o += 2 * W)
+          moments.merge(p.blocks, o, s.o - o, count, args.mean, args.var);
       }
     }
   }

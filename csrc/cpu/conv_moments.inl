@@ -50,21 +50,27 @@ class Moments {
     Vec::add_to(squares + W, square_odd);
   }
 
-  // The mean and the biased variance of a channel; count(block) is how many values a block has of it.
+  // The means and the biased variances of the channels of a panel, of which there are `channels` from its
+  // first on; count(block) is how many values a block has of each.
   template <class F>
-  void merge(int64_t blocks, int64_t channel, const F& count, float* mean, float* var) const {
-    const int64_t pair = channel % (2 * W), at = channel - pair + pair / 2 + pair % 2 * W;
-    double sum = 0, m2 = 0, all = 0;
+  void merge(int64_t blocks, int64_t channel, int64_t channels, const F& count, float* mean,
+             float* var) const {
+    double sum[2 * W] = {}, m2[2 * W] = {}, all = 0;
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t i = block * channels_ + at;
+      const int64_t at = block * channels_ + channel;
       const double n = (double)count(block);
       const MomentsMerge merge(all, n);
-      double of_block, m2_of_block;
-      unshifted(n, merge.by_n, shift_[i], sum_[i], square_[i], of_block, m2_of_block);
-      merge.add(sum, m2, of_block, m2_of_block);
+      for (int i = 0; i < 2 * W; ++i) {
+        double of_block, m2_of_block;
+        unshifted(n, merge.by_n, shift_[at + i], sum_[at + i], square_[at + i], of_block, m2_of_block);
+        merge.add(sum[i], m2[i], of_block, m2_of_block);
+      }
       all += n;
     }
-    mean[channel] = (float)(sum / all);
-    var[channel] = (float)(m2 / all);
+    for (int64_t i = 0; i < min64(2 * W, channels); ++i) {
+      const int64_t at = i / 2 + i % 2 * W;
+      mean[channel + i] = (float)(sum[at] / all);
+      var[channel + i] = (float)(m2[at] / all);
+    }
   }
 };

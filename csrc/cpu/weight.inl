@@ -2,6 +2,7 @@
 // registers take what is below the normal range for zero, as the products that read them do.
 
 static inline void ask(const void* p) { __builtin_prefetch(p); }
+static inline void ask_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 template <class E>
 static typename E::T element(const Weight& weight, int64_t at) {
