@@ -62,10 +62,34 @@ struct Amx {
            Moments<E>::bytes(p.blocks, p.panels * 2 * W);
   }
 
+  // How a panel of a tile ends, known when it is compiled: the fewer instructions there are, the more of them
+  // run beside the products of the next panel.
+  template <int NV_, bool STRAIGHT_, bool FULL_, bool RESIDUAL_ = false, bool RELU_ = false>
+  struct End {
+    static constexpr int NV = NV_;
+    static constexpr bool STRAIGHT = STRAIGHT_;  // pixels and what they give lie in a row
+    static constexpr bool FULL = FULL_;          // all channels of the panel are there
+    static constexpr bool RESIDUAL = RESIDUAL_, RELU = RELU_;
+  };
+
+  // f(row of the sums, where it goes) for every pixel.
+  template <bool STRAIGHT, class F>
+  static inline __attribute__((always_inline)) void each_row(const Pixels& t, int64_t pitch, const F& f) {
+    const int64_t count = t.count;
+    if (STRAIGHT) {
+      int64_t at = t.y[0];
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < count; ++i, at += pitch) f(i, at);
+    } else {
+      for (int64_t i = 0; i < count; ++i) f(t.row[i], t.y[i]);
+    }
+  }
+
   // act(sums * scale + shift + residual), rounded.
-  template <int NV>
+  template <class As>
   static __attribute__((noinline)) void finish(const ConvArgs& args, const Pixels& t, const float* sums,
                                                int64_t o) {
+    constexpr int NV = As::NV;
     const int64_t channels = args.s.o - o;
     const auto m0 = E::first(channels), m1 = E::first(channels - W);
     const reg one = E::set1(1.0f);
@@ -73,41 +97,59 @@ struct Amx {
     const reg scale1 = args.scale && NV > 1 ? Vec::load(args.scale + o + W, m1) : one;
     const reg shift0 = args.shift ? Vec::load(args.shift + o, m0) : E::zero();
     const reg shift1 = args.shift && NV > 1 ? Vec::load(args.shift + o + W, m1) : E::zero();
-    const T* residual = static_cast<const T*>(args.residual);
-    for (int64_t i = 0; i < t.count; ++i) {
-      const int64_t at = t.y[i] + o;
-      const float* sum = sums + t.row[i] * NV * W;
+    const T* residual = static_cast<const T*>(args.residual) + o;
+    T* y = static_cast<T*>(args.y) + o;
+    each_row<As::STRAIGHT>(t, args.s.o, [&](int64_t row, int64_t at) __attribute__((always_inline)) {
+      const float* sum = sums + row * NV * W;
       reg v0 = E::fma(Vec::load(sum), scale0, shift0), v1 = E::zero();
       if (NV > 1) v1 = E::fma(Vec::load(sum + W), scale1, shift1);
-      if (residual) {
-        v0 = E::add(v0, E::load(residual + at, m0));
-        if (NV > 1) v1 = E::add(v1, E::load(residual + at + W, m1));
+      if (As::RESIDUAL) {
+        const T* r = residual + at;
+        v0 = E::add(v0, As::FULL ? E::load(r) : E::load(r, m0));
+        if (NV > 1) v1 = E::add(v1, As::FULL ? E::load(r + W) : E::load(r + W, m1));
       }
-      if (args.relu) {
+      if (As::RELU) {
         v0 = E::relu(v0);
         v1 = E::relu(v1);
       }
-      E::store(static_cast<T*>(args.y) + at, E::pair(v0, v1), channels);
-    }
+      E::store(y + at, E::pair(v0, v1), As::FULL ? 2 * W : channels);
+    });
   }
 
   // Sums as they are, rounded, and with mean and var their moments.
-  template <int NV>
+  template <class As>
   static __attribute__((noinline)) void finish_raw(const ConvArgs& args, const Pixels& t, const float* sums,
                                                    int64_t o, Moments<E>& moments) {
-    const auto value = [&](int64_t i) __attribute__((always_inline)) {
-      const float* sum = sums + t.row[i] * NV * W;
+    constexpr int NV = As::NV;
+    const auto value_at = [&](int64_t row) __attribute__((always_inline)) {
+      const float* sum = sums + row * NV * W;
       return E::pair(Vec::load(sum), NV > 1 ? Vec::load(sum + W) : Vec::zero());
     };
+    const auto value = [&](int64_t i) __attribute__((always_inline)) {
+      return value_at(As::STRAIGHT ? i : t.row[i]);
+    };
     T* y = static_cast<T*>(args.y) + o;
-    for (int64_t i = 0; i < t.count; ++i) E::store(y + t.y[i], value(i), args.s.o - o);
+    each_row<As::STRAIGHT>(t, args.s.o, [&](int64_t row, int64_t at) __attribute__((always_inline)) {
+      E::store(y + at, value_at(row), As::FULL ? 2 * W : args.s.o - o);
+    });
     if (args.mean) moments.add(t.block, o, t.first, t.count, value);
+  }
+
+  using Finish = void (*)(const ConvArgs&, const Pixels&, const float*, int64_t);
+
+  template <int NV, bool STRAIGHT, bool FULL>
+  static Finish finish_of(const ConvArgs& args) {
+    const auto added = args.relu ? finish<End<NV, STRAIGHT, FULL, true, true>>
+                                 : finish<End<NV, STRAIGHT, FULL, true, false>>;
+    const auto alone = args.relu ? finish<End<NV, STRAIGHT, FULL, false, true>>
+                                 : finish<End<NV, STRAIGHT, FULL, false, false>>;
+    return args.residual ? added : alone;
   }
 
   // A tile of pixels and the panels [first, last). Asked of the memory are its residual, and, where that is
   // not written over, where the next tile's results go. Asking for the next tile's pixels, too, took longer
   // than the waiting.
-  template <int MT, int NV>
+  template <int MT, int NV, bool STRAIGHT>
   static __attribute__((noinline)) void multiply(const Plan& p, const ConvArgs& args, const int64_t* offsets,
                                                  const Pixels& t, int64_t first, int64_t last,
                                                  Moments<E>& moments) {
@@ -115,21 +157,34 @@ struct Amx {
     TileProduct g{reinterpret_cast<const char*>(t.a0), reinterpret_cast<const char*>(t.a1),
                   p.pixel * (int64_t)sizeof(T), offsets, nullptr, p.taps * p.steps};
     const bool raw = !args.scale && !args.shift && !args.residual && !args.relu;
+    const Finish whole = finish_of<NV, STRAIGHT, NV == 2>(args), some = finish_of<NV, STRAIGHT, false>(args);
     const auto end = [&](int64_t o) {
-      raw ? finish_raw<NV>(args, t, sums, o, moments) : finish<NV>(args, t, sums, o);
+      const bool full = NV == 2 && args.s.o - o >= 2 * W;
+      if (!raw) return (full ? whole : some)(args, t, sums, o);
+      full ? finish_raw<End<NV, STRAIGHT, NV == 2>>(args, t, sums, o, moments)
+           : finish_raw<End<NV, STRAIGHT, false>>(args, t, sums, o, moments);
     };
+    const T* residual = static_cast<const T*>(args.residual);
+    const T* next = static_cast<const T*>(args.y) + Blocks::ROWS * args.s.o;
     for (int64_t j = first; j < last; ++j) {
       const int64_t o = j * NV * W;
       g.b = reinterpret_cast<const char*>(static_cast<const T*>(args.packed) + j * p.panel);
-      if (args.residual)
-        for (int64_t i = 0; i < t.count; ++i) ask(static_cast<const T*>(args.residual) + t.y[i] + o);
-      if (args.residual != args.y)
-        for (int64_t i = 0; i < t.count; ++i) ask_l2(static_cast<T*>(args.y) + t.y[i] + o + Blocks::ROWS * args.s.o);
+      if (residual)
+        each_row<STRAIGHT>(t, args.s.o, [&](int64_t, int64_t at) { ask(residual + at + o); });
+      if (residual != args.y)
+        each_row<STRAIGHT>(t, args.s.o, [&](int64_t, int64_t at) { ask_l2(next + at + o); });
       multiply_tiles<MT, NV>(g);
       if (j > first) end(o - NV * W);
       store_tiles<MT, NV>(sums);
     }
     end((last - 1) * NV * W);
+  }
+
+  template <bool STRAIGHT>
+  static auto multiplication(const Plan& p, const Pixels& t) {
+    const auto narrow = t.both() ? multiply<2, 1, false> : multiply<1, 1, false>;
+    const auto wide = t.both() ? multiply<2, 2, STRAIGHT> : multiply<1, 2, STRAIGHT>;
+    return p.nv > 1 ? wide : narrow;
   }
 
   static void find_offsets(const Plan& p, int64_t* offsets) {
@@ -168,9 +223,8 @@ struct Amx {
         const int64_t first = chunk * p.chunk, last = min64(p.panels, first + p.chunk);
         Blocks::each_tile(p, args, block, buffer, [&](Pixels& t) {
           t.block = i;
-          const auto narrow = t.both() ? multiply<2, 1> : multiply<1, 1>;
-          const auto wide = t.both() ? multiply<2, 2> : multiply<1, 2>;
-          (p.nv > 1 ? wide : narrow)(p, args, offsets, t, first, last, moments);
+          const auto multiplied = p.copy ? multiplication<false>(p, t) : multiplication<true>(p, t);
+          multiplied(p, args, offsets, t, first, last, moments);
         });
       }
       Tiles::end();
