@@ -97,7 +97,7 @@ struct Amx {
     const reg scale1 = args.scale && NV > 1 ? Vec::load(args.scale + o + W, m1) : one;
     const reg shift0 = args.shift ? Vec::load(args.shift + o, m0) : E::zero();
     const reg shift1 = args.shift && NV > 1 ? Vec::load(args.shift + o + W, m1) : E::zero();
-    const T* residual = static_cast<const T*>(args.residual) + o;
+    const T* residual = As::RESIDUAL ? static_cast<const T*>(args.residual) + o : nullptr;
     T* y = static_cast<T*>(args.y) + o;
     each_row<As::STRAIGHT>(t, args.s.o, [&](int64_t row, int64_t at) __attribute__((always_inline)) {
       const float* sum = sums + row * NV * W;
