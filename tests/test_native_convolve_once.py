@@ -89,7 +89,7 @@ def assert_moments(y, mean, var):
     assert ((var - square).abs() <= 1e-5 * square + (1e-14 * center).square()).all()
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     st.builds(
         Shape,
