@@ -62,15 +62,9 @@ struct Amx {
            Moments<E>::bytes(p.blocks, p.panels * 2 * W);
   }
 
-  // How a panel of a tile ends, known when it is compiled: the fewer instructions there are, the more of them
-  // run beside the products of the next panel.
-  template <int NV_, bool STRAIGHT_, bool FULL_, bool RESIDUAL_ = false, bool RELU_ = false>
-  struct End {
-    static constexpr int NV = NV_;
-    static constexpr bool STRAIGHT = STRAIGHT_;  // pixels and what they give lie in a row
-    static constexpr bool FULL = FULL_;          // all channels of the panel are there
-    static constexpr bool RESIDUAL = RESIDUAL_, RELU = RELU_;
-  };
+  // How a panel of a tile ends is known when it is compiled: the fewer instructions there are, the more of
+  // them run beside the products of the next panel. STRAIGHT: pixels and what they give lie in a row; FULL:
+  // all channels of the panel are there.
 
   // f(row of the sums, where it goes) for every pixel.
   template <bool STRAIGHT, class F>
@@ -86,10 +80,9 @@ struct Amx {
   }
 
   // act(sums * scale + shift + residual), rounded.
-  template <class As>
+  template <int NV, bool STRAIGHT, bool FULL, bool RESIDUAL, bool RELU>
   static __attribute__((noinline)) void finish(const ConvArgs& args, const Pixels& t, const float* sums,
                                                int64_t o) {
-    constexpr int NV = As::NV;
     const int64_t channels = args.s.o - o;
     const auto m0 = E::first(channels), m1 = E::first(channels - W);
     const reg one = E::set1(1.0f);
@@ -97,52 +90,51 @@ struct Amx {
     const reg scale1 = args.scale && NV > 1 ? Vec::load(args.scale + o + W, m1) : one;
     const reg shift0 = args.shift ? Vec::load(args.shift + o, m0) : E::zero();
     const reg shift1 = args.shift && NV > 1 ? Vec::load(args.shift + o + W, m1) : E::zero();
-    const T* residual = As::RESIDUAL ? static_cast<const T*>(args.residual) + o : nullptr;
+    const T* residual = RESIDUAL ? static_cast<const T*>(args.residual) + o : nullptr;
     T* y = static_cast<T*>(args.y) + o;
-    each_row<As::STRAIGHT>(t, args.s.o, [&](int64_t row, int64_t at) __attribute__((always_inline)) {
+    each_row<STRAIGHT>(t, args.s.o, [&](int64_t row, int64_t at) __attribute__((always_inline)) {
       const float* sum = sums + row * NV * W;
       reg v0 = E::fma(Vec::load(sum), scale0, shift0), v1 = E::zero();
       if (NV > 1) v1 = E::fma(Vec::load(sum + W), scale1, shift1);
-      if (As::RESIDUAL) {
+      if (RESIDUAL) {
         const T* r = residual + at;
-        v0 = E::add(v0, As::FULL ? E::load(r) : E::load(r, m0));
-        if (NV > 1) v1 = E::add(v1, As::FULL ? E::load(r + W) : E::load(r + W, m1));
+        v0 = E::add(v0, FULL ? E::load(r) : E::load(r, m0));
+        if (NV > 1) v1 = E::add(v1, FULL ? E::load(r + W) : E::load(r + W, m1));
       }
-      if (As::RELU) {
+      if (RELU) {
         v0 = E::relu(v0);
         v1 = E::relu(v1);
       }
-      E::store(y + at, E::pair(v0, v1), As::FULL ? 2 * W : channels);
+      E::store(y + at, E::pair(v0, v1), FULL ? NV * W : channels);
     });
   }
 
   // Sums as they are, rounded, and with mean and var their moments.
-  template <class As>
+  template <int NV, bool STRAIGHT, bool FULL>
   static __attribute__((noinline)) void finish_raw(const ConvArgs& args, const Pixels& t, const float* sums,
                                                    int64_t o, Moments<E>& moments) {
-    constexpr int NV = As::NV;
-    const auto value_at = [&](int64_t row) __attribute__((always_inline)) {
+    const auto value = [&](int64_t row) __attribute__((always_inline)) {
       const float* sum = sums + row * NV * W;
       return E::pair(Vec::load(sum), NV > 1 ? Vec::load(sum + W) : Vec::zero());
     };
-    const auto value = [&](int64_t i) __attribute__((always_inline)) {
-      return value_at(As::STRAIGHT ? i : t.row[i]);
-    };
     T* y = static_cast<T*>(args.y) + o;
-    each_row<As::STRAIGHT>(t, args.s.o, [&](int64_t row, int64_t at) __attribute__((always_inline)) {
-      E::store(y + at, value_at(row), As::FULL ? 2 * W : args.s.o - o);
+    each_row<STRAIGHT>(t, args.s.o, [&](int64_t row, int64_t at) __attribute__((always_inline)) {
+      E::store(y + at, value(row), FULL ? NV * W : args.s.o - o);
     });
-    if (args.mean) moments.add(t.block, o, t.first, t.count, value);
+    if (!args.mean) return;
+    moments.add(t.block, o, t.first, t.count, [&](int64_t i) __attribute__((always_inline)) {
+      return value(STRAIGHT ? i : t.row[i]);
+    });
   }
 
   using Finish = void (*)(const ConvArgs&, const Pixels&, const float*, int64_t);
 
   template <int NV, bool STRAIGHT, bool FULL>
   static Finish finish_of(const ConvArgs& args) {
-    const auto added = args.relu ? finish<End<NV, STRAIGHT, FULL, true, true>>
-                                 : finish<End<NV, STRAIGHT, FULL, true, false>>;
-    const auto alone = args.relu ? finish<End<NV, STRAIGHT, FULL, false, true>>
-                                 : finish<End<NV, STRAIGHT, FULL, false, false>>;
+    const auto added =
+        args.relu ? finish<NV, STRAIGHT, FULL, true, true> : finish<NV, STRAIGHT, FULL, true, false>;
+    const auto alone =
+        args.relu ? finish<NV, STRAIGHT, FULL, false, true> : finish<NV, STRAIGHT, FULL, false, false>;
     return args.residual ? added : alone;
   }
 
@@ -157,12 +149,11 @@ struct Amx {
     TileProduct g{reinterpret_cast<const char*>(t.a0), reinterpret_cast<const char*>(t.a1),
                   p.pixel * (int64_t)sizeof(T), offsets, nullptr, p.taps * p.steps};
     const bool raw = !args.scale && !args.shift && !args.residual && !args.relu;
-    const Finish whole = finish_of<NV, STRAIGHT, NV == 2>(args), some = finish_of<NV, STRAIGHT, false>(args);
+    const Finish whole = finish_of<NV, STRAIGHT, true>(args), some = finish_of<NV, STRAIGHT, false>(args);
     const auto end = [&](int64_t o) {
-      const bool full = NV == 2 && args.s.o - o >= 2 * W;
+      const bool full = args.s.o - o >= NV * W;
       if (!raw) return (full ? whole : some)(args, t, sums, o);
-      full ? finish_raw<End<NV, STRAIGHT, NV == 2>>(args, t, sums, o, moments)
-           : finish_raw<End<NV, STRAIGHT, false>>(args, t, sums, o, moments);
+      (full ? finish_raw<NV, STRAIGHT, true> : finish_raw<NV, STRAIGHT, false>)(args, t, sums, o, moments);
     };
     const T* residual = static_cast<const T*>(args.residual);
     const T* next = static_cast<const T*>(args.y) + Blocks::ROWS * args.s.o;
@@ -182,7 +173,7 @@ struct Amx {
 
   template <bool STRAIGHT>
   static auto multiplication(const Plan& p, const Pixels& t) {
-    const auto narrow = t.both() ? multiply<2, 1, false> : multiply<1, 1, false>;
+    const auto narrow = t.both() ? multiply<2, 1, STRAIGHT> : multiply<1, 1, STRAIGHT>;
     const auto wide = t.both() ? multiply<2, 2, STRAIGHT> : multiply<1, 2, STRAIGHT>;
     return p.nv > 1 ? wide : narrow;
   }

@@ -204,9 +204,7 @@ def _with_moments(
             y, mean, var = made
             return y, mean, var
     if norm is not None:
-        x, _ = bn_act(
-            x, norm.mean, norm.var, norm.weight, norm.bias, None, norm.eps, norm.act
-        )  # fmt: skip
+        x, _ = bn_act(x, norm.mean, norm.var, norm.weight, norm.bias, None, norm.eps, norm.act)
     y = _torch_conv.forward(x, weight, *geometry)
     return y, *_training_kernels.bn_stats(y)
 
