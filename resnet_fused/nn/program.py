@@ -13,7 +13,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from resnet_fused.backends._sizes import output_shape
-from resnet_fused.nn import train
+from resnet_fused.nn import block, train
 from resnet_fused.nn.bn import is_batch_norm, is_sharded, scale_shift, uses_batch_statistics
 from resnet_fused.nn.match import Group, Matches
 from resnet_fused.nn.trace import Trace, has_hooks
@@ -113,6 +113,8 @@ class Program:
     eval_only: bool
     #: Convolutions in reach that were left alone, with the reason.
     skipped: tuple[tuple[str, str], ...]
+    #: Whether the steps are those of a block: see :func:`block.is_block`.
+    is_block: bool
 
     @property
     def fused(self) -> list[FusedCall]:
@@ -155,6 +157,10 @@ class Program:
 
     def run(self, bound: list[nn.Module], args: tuple[Any, ...]) -> Any:
         """Run the steps on positional arguments, with the modules that :meth:`bind` gave."""
+        if self.is_block:
+            y = block.run(self.steps, bound, self.slots, *args)
+            if y is not None:
+                return y
         results: list[Any] = [*args, *[None] * (self.slots - len(args))]
         for step in self.steps:
             if step.kind == "output":
@@ -207,6 +213,7 @@ class _Builder:
             children=tuple(self._child(name) for name in self.places),
             eval_only=self.trace.eval_only,
             skipped=tuple(self.matches.skipped.items()),
+            is_block=self.trace.inputs == 1 and block.is_block(steps),
         )
 
     def _child(self, name: str) -> Child:

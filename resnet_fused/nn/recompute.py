@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -109,14 +110,14 @@ def block_end(op: str, *args: Any) -> tuple[Tensor, Tensor]:
         op: bn_act or dual_bn_act, as often as needed with the same result.
         args: its arguments; the 4-dimensional ones are kept, or block outputs themselves.
     """
+    if _node.saver is not None:
+        return _node.saver.end(op, args)
     if not _applies() or not args[0].numel():
         return _direct.record(op, *args)
     hooks = _around()
     if _before(args, hooks) == LONGEST:
         return _direct.record(op, *args)
-    # Saved apart from what the op saves itself, as hooks may give each thing back only once.
-    again = functools.partial(_direct.call, op)
-    output = Output(again, [_save(a, hooks) if isinstance(a, Tensor) else a for a in args], hooks)
+    output = _output(op, args, hooks)
     given = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
 
     def pack(t: Tensor) -> Any:
@@ -129,6 +130,58 @@ def block_end(op: str, *args: Any) -> tuple[Tensor, Tensor]:
     given.clear()  # torch keeps `pack` with what it packed
     _outputs[y] = (weakref.ref(output), y._version)
     return y, bits
+
+
+class _Saver:
+    """What one node saves that is a whole block: its input and output as how to compute them."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.hooks = _around()
+        self._known = _find(x, self.hooks)
+        self._maps: list[tuple[Tensor, Output]] = [(x, self._known)] if self._known else []
+        #: Its own, which torch keeps with `pack`.
+        self.output: Output | None = None
+
+    def end(self, op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """Return the results of the block's end, as :func:`block_end` does."""
+        if _before(args, self.hooks) == LONGEST:
+            return _direct.record(op, *args)
+        self.output = _output(op, args, self.hooks)
+        y, bits = _direct.record(op, *args)
+        self._maps.append((y, self.output))
+        return y, bits
+
+    def pack(self, t: Tensor) -> Any:
+        """Return what autograd is to keep in a tensor's place."""
+        found = (output for tensor, output in self._maps if _same(t, tensor))
+        return next(found, None) or Kept(t, self.hooks)
+
+    def done(self, y: Tensor) -> None:
+        """Let go of tensors, of which torch would keep all that `pack` knows."""
+        self._maps.clear()
+        if self.output is not None:
+            _outputs[y] = (weakref.ref(self.output), y._version)
+
+
+class _Node(threading.local):
+    saver: _Saver | None = None
+
+
+_node = _Node()
+
+
+def as_one_node(x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    """Return ``run()``, a block of ``x`` as one node of autograd, which keeps neither map."""
+    if not _applies():
+        return run()
+    _node.saver = saver = _Saver(x)
+    try:
+        with saved_tensors_hooks(saver.pack, _unpack):
+            y = run()
+    finally:
+        _node.saver = None
+    saver.done(y)
+    return y
 
 
 @contextlib.contextmanager
@@ -171,6 +224,12 @@ def _applies() -> bool:
 def _around() -> Hooks | None:
     """Return the hooks that are around."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _output(op: str, args: Sequence[Any], hooks: Hooks | None) -> Output:
+    # Saved apart from what the op saves itself, as hooks may give each thing back only once.
+    again = functools.partial(_direct.call, op)
+    return Output(again, [_save(a, hooks) if isinstance(a, Tensor) else a for a in args], hooks)
 
 
 def _save(tensor: Tensor, hooks: Hooks | None) -> Kept | Output:

@@ -62,6 +62,14 @@ def value(result: Tensor | Pending) -> Tensor:
     return y
 
 
+class Map(NamedTuple):
+    """What of a map decides who computes with it; a tensor is as good."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 def run(
     conv: nn.Module,
     bn: nn.Module,
@@ -78,8 +86,24 @@ def run(
     has readers after this one.
 
     Returns:
-        None where this call is torch's: see :func:`_applies`; where the residual is not of the
-        convolution's shape and dtype; and where the batch is empty.
+        None where :func:`taken` says that this call is torch's.
+
+    Raises:
+        ValueError: a channel has one value only, as torch raises.
+    """
+    made = taken(conv, bn, _raw(x), None if residual is None else _raw(residual))
+    if made is None:
+        return None
+    return run_taken(conv, bn, x, residual, act, memory, made, read_again=read_again)
+
+
+def taken(
+    conv: nn.Module, bn: nn.Module, x: Tensor | Map, residual: Tensor | Map | None
+) -> Map | None:
+    """Return what :func:`run` would give, or None where this call is torch's.
+
+    It is where :func:`_applies` says so; where nothing of ours is faster; where the residual is not
+    of the convolution's shape and dtype; and where the batch is empty.
 
     Raises:
         ValueError: a channel has one value only, as torch raises.
@@ -87,21 +111,16 @@ def run(
     if not _applies(conv, bn, x):
         return None
     assert isinstance(conv, nn.Conv2d)
-    assert isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm)
-    raw = _raw(x)
-    geometry = (conv.stride, padding_of(conv), conv.dilation)
-    shape = output_shape(raw.shape, conv.weight.shape, *geometry)
-    dtype, group = result_dtype(raw), sharing_group(bn)
+    shape = output_shape(x.shape, conv.weight.shape, conv.stride, padding_of(conv), conv.dilation)
+    dtype, group = result_dtype(x), sharing_group(bn)
     # SyncBatchNorm pays always, in fewer collectives than torch's, and on the CPU at all.
     # Without math.prod: torch.compile, behind a run of activation checkpointing, does not trace it.
     n, _, oh, ow = shape
     macs = n * oh * ow * conv.weight.numel() if group is None else math.inf
-    if not trains(raw.device, dtype, macs):
+    if not trains(x.device, dtype, macs):
         return None
-    if residual is not None:
-        tensor = _raw(residual)
-        if tensor.shape != shape or tensor.dtype != dtype:
-            return None
+    if residual is not None and (residual.shape != shape or residual.dtype != dtype):
+        return None
     count = _bn.values_per_channel(shape)
     if group is None and count < 2:
         if count == 0:
@@ -110,18 +129,34 @@ def run(
             "Expected more than 1 value per channel when training, "
             f"got input size {torch.Size(shape)}"
         )
+    return Map(shape, dtype, x.device)
+
+
+def run_taken(
+    conv: Any,
+    bn: Any,
+    x: Tensor | Pending,
+    residual: Tensor | Pending | None,
+    act: str | None,
+    memory: str,
+    made: Map,
+    *,
+    read_again: bool,
+) -> Ran:
+    """Do what :func:`run` does, where :func:`taken` returned ``made``."""
+    raw = _raw(x)
     # Where autocast would cast the activation, it has to be there.
-    pending = isinstance(x, Pending) and dtype == raw.dtype
+    pending = isinstance(x, Pending) and made.dtype == raw.dtype
     read = x if pending else value(x)
-    read_again = read_again and not isinstance(x, Pending) and dtype == raw.dtype
-    y, mean, var, read = _convolve(
-        conv.weight, read, (*geometry, conv.groups), memory, read_again=read_again
-    )
+    read_again = read_again and not isinstance(x, Pending) and made.dtype == raw.dtype
+    geometry = (conv.stride, padding_of(conv), conv.dilation, conv.groups)
+    y, mean, var, read = _convolve(conv.weight, read, geometry, memory, read_again=read_again)
     if conv.bias is not None:
         # The bias leaves no trace in BatchNorm's result but where it is not finite, as in torch.
         trace = 0 * conv.bias.detach()
         mean, var = mean + trace, var + trace
         y = _Biased.apply(y, conv.bias)
+    count, group = _bn.values_per_channel(made.shape), sharing_group(bn)
     if group is not None:
         mean, var = _shared.join(mean, var, count, group)
     batch_mean = mean if conv.bias is None else mean + conv.bias.detach()
@@ -130,7 +165,7 @@ def run(
     return Ran(result if residual is None else _finish(result, residual, memory), read)
 
 
-def _applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
+def _applies(conv: nn.Module, bn: nn.Module, x: Tensor | Map) -> bool:
     """Return whether the ops of training compute what the two modules would, called now.
 
     They do for torch's own BatchNorm2d and SyncBatchNorm where that would normalise by the batch's
@@ -144,7 +179,7 @@ def _applies(conv: nn.Module, bn: nn.Module, x: Tensor | Pending) -> bool:
         return False  # torch says what is wrong, before any statistic moves
     if torch.compiler.is_compiling() and sharing_group(bn) is not None:
         return False
-    return _raw(x).dim() == 4
+    return len(x.shape) == 4
 
 
 def is_torchs(conv: nn.Module | None, bn: nn.Module | None) -> bool:
@@ -193,8 +228,8 @@ def _convolve(
         *vectors, eps, act = x
         op = "bn_act_conv_bn_stats"
         return *_direct.record(op, *vectors, weight, eps, act, *geometry), x
-    op, recorded = "conv_bn_stats", x.requires_grad and torch.is_grad_enabled()
-    hands_on = read_again and recorded and not torch.compiler.is_compiling()
+    op = "conv_bn_stats"
+    hands_on = read_again and _direct.records(x) and not torch.compiler.is_compiling()
     with recompute.reading(x) if memory == "low" else contextlib.nullcontext():
         if not hands_on:
             return *_direct.record(op, x, weight, *geometry), x
@@ -299,7 +334,7 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, ...]:
     return (0, 0) if isinstance(conv.padding, str) else conv.padding
 
 
-def result_dtype(x: Tensor) -> torch.dtype:
+def result_dtype(x: Tensor | Map) -> torch.dtype:
     """Return the dtype of a convolution of ``x``, under autocast or not."""
     device = x.device.type
     if device not in AUTOCAST_DEVICES or x.dtype == torch.float64:

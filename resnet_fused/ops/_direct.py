@@ -6,8 +6,10 @@ The dispatcher and torch.library's layer of autograd take 60 to 90 us a call in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +23,56 @@ RECORD: dict[str, Callable[..., Any]] = {}
 PLAIN: dict[str, Callable[..., Any]] = {}
 #: Like RECORD, with the first argument handed on as a last result.
 HANDING_ON: dict[str, Callable[..., Any]] = {}
+#: By the name of an op of a forward, what :class:`resnet_fused.ops._tape.Tape` makes of it.
+TAPED: dict[str, Taped] = {}
 
 #: What an argument is of where nobody else has a say in it; a SymInt, say, is of none of them.
 _PLAIN = frozenset(
     {Tensor, nn.Parameter, torch.Size, torch.dtype, type(None), bool, int, float, str, tuple, list}
 )
+
+
+class Taped(NamedTuple):
+    """An op of a forward without autograd and autocast, and its callables of an :class:`Op`."""
+
+    run: Callable[..., Any]
+    setup_context: Callable[..., None]
+    backward: Callable[..., Any]
+
+
+class Recorder(Protocol):
+    """What records a thread's ops in autograd's place."""
+
+    def record(self, name: str, args: tuple[Any, ...], *, hands_on: bool = False) -> Any:
+        """Run an op and record it."""
+
+    def needs(self, x: Tensor) -> bool:
+        """Return whether a gradient of ``x`` is wanted."""
+
+
+class _Active(threading.local):
+    recorder: Recorder | None = None
+
+
+_active = _Active()
+
+
+@contextlib.contextmanager
+def recording_on(recorder: Recorder) -> Iterator[None]:
+    """Have this thread's ops recorded by ``recorder``, and not by autograd."""
+    assert _active.recorder is None
+    _active.recorder = recorder
+    try:
+        yield
+    finally:
+        _active.recorder = None
+
+
+def records(x: Tensor) -> bool:
+    """Return whether what is computed of ``x`` now will have a backward."""
+    if _active.recorder is not None:
+        return _active.recorder.needs(x)
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def call(name: str, *args: Any) -> Any:
@@ -40,6 +87,8 @@ def call(name: str, *args: Any) -> Any:
 
 def record(name: str, *args: Any) -> Any:
     """Return ``torch.ops.resnet_fused.<name>(*args)``, in a forward."""
+    if _active.recorder is not None:
+        return _active.recorder.record(name, args)
     if torch.compiler.is_compiling() or watched(args):
         return getattr(torch.ops.resnet_fused, name)(*args)
     return (RECORD if torch.is_grad_enabled() else PLAIN)[name](*args)
@@ -52,6 +101,8 @@ def record_handing_on(name: str, x: Tensor, *args: Any) -> Any:
     themselves they would have autograd add two maps in a pass of its own. Not for torch.compile, to
     which an op's result is never its argument.
     """
+    if _active.recorder is not None:
+        return _active.recorder.record(name, (x, *args), hands_on=True)
     return HANDING_ON[name](x, *args)
 
 

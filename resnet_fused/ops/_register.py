@@ -47,6 +47,7 @@ def register(op: Op) -> None:
         callables = (op.setup_context, op.backward)
         _direct.RECORD[op.name] = _under_autocast(op, _direct.recorded(checked, *callables))
         _direct.PLAIN[op.name] = _under_autocast(op, checked)
+        _direct.TAPED[op.name] = _direct.Taped(checked, *callables)
         if op.hands_on:
             again = functools.partial(_direct.record, op.name)
             recorded = _direct.recorded(again, *callables, hands_on=True)
