@@ -19,7 +19,7 @@ import build_plan
 
 #: Of what the functions are called and take. With another, `native.INTERFACE` and the number in
 #: csrc/bindings.cpp are one more.
-SIGNATURES = {12: "6c52a4f57c98fd99"}
+SIGNATURES = {13: "6c52a4f57c98fd99"}
 
 STUB = """
 #include <Python.h>
