@@ -81,7 +81,8 @@ def _check_name(name: str, source: str) -> str:
 def requested() -> str:
     """Return the backend asked for: :class:`use_backend`, else RESNET_FUSED_BACKEND, else auto."""
     # What use_backend sets was checked there.
-    return _check_name(_requested.name(), "RESNET_FUSED_BACKEND")
+    name = _requested.name()
+    return name if name == AUTO else _check_name(name, "RESNET_FUSED_BACKEND")
 
 
 class use_backend:

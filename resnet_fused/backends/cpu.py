@@ -117,7 +117,7 @@ def declines(x: Tensor) -> str | None:
 
 
 def _declines_type(x: Tensor) -> str | None:
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"runs on the CPU, x is on {x.device}"
     if x.dtype not in DTYPE_NAMES:
         return f"takes float32 and bfloat16, x is {x.dtype}"

@@ -41,7 +41,8 @@ class Kept:
     def __init__(self, tensor: Tensor, hooks: Hooks | None) -> None:
         self._hooks = hooks
         # Detached, it keeps no graph alive; the version counter stays the tensor's own.
-        self._packed: Any = tensor.detach() if hooks is None else hooks[0](tensor.detach())
+        tensor = tensor.detach() if tensor.requires_grad else tensor
+        self._packed: Any = tensor if hooks is None else hooks[0](tensor)
         self._version = tensor._version
 
     def value(self) -> Tensor:
@@ -110,14 +111,14 @@ def block_end(op: str, *args: Any) -> tuple[Tensor, Tensor]:
         op: bn_act or dual_bn_act, as often as needed with the same result.
         args: its arguments; the 4-dimensional ones are kept, or block outputs themselves.
     """
-    if _node.saver is not None:
-        return _node.saver.end(op, args)
+    if _current.saver is not None:
+        return _current.saver.end(op, args)
     if not _applies() or not args[0].numel():
         return _direct.record(op, *args)
     hooks = _around()
-    if _before(args, hooks) == LONGEST:
+    output = _output(op, args, hooks, lambda t: _find(t, hooks))
+    if output is None:
         return _direct.record(op, *args)
-    output = _output(op, args, hooks)
     given = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
 
     def pack(t: Tensor) -> Any:
@@ -138,48 +139,74 @@ class _Saver:
     def __init__(self, x: Tensor) -> None:
         self.hooks = _around()
         self._known = _find(x, self.hooks)
-        self._maps: list[tuple[Tensor, Output]] = [(x, self._known)] if self._known else []
-        #: Its own, which torch keeps with `pack`.
-        self.output: Output | None = None
+        self._output: Output | None = None
+        self._x: Tensor | None = x
+        self._y: Tensor | None = None
 
     def end(self, op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """Return the results of the block's end, as :func:`block_end` does."""
-        if _before(args, self.hooks) == LONGEST:
-            return _direct.record(op, *args)
-        self.output = _output(op, args, self.hooks)
-        y, bits = _direct.record(op, *args)
-        self._maps.append((y, self.output))
-        return y, bits
+        self._output = _output(op, args, self.hooks, self._origin)
+        self._y, bits = _direct.record(op, *args)
+        return self._y, bits
+
+    def _origin(self, t: Tensor) -> Output | None:
+        return self._known if self._x is not None and _same(t, self._x) else None
 
     def pack(self, t: Tensor) -> Any:
         """Return what autograd is to keep in a tensor's place."""
-        found = (output for tensor, output in self._maps if _same(t, tensor))
-        return next(found, None) or Kept(t, self.hooks)
+        for tensor, output in ((self._x, self._known), (self._y, self._output)):
+            if tensor is not None and output is not None and _same(t, tensor):
+                return output
+        return Kept(t, self.hooks)
+
+    def exchange(self, node: Any) -> None:
+        """Do the same to what ``node`` has saved already, which calls no hook for all the rest."""
+        saved = node._raw_saved_tensors
+        if self._known is not None and node.place_of_x is not None:
+            known = self._known
+            saved[node.place_of_x].register_hooks(lambda t: known, _unpack)
+        if self._output is not None:
+            output = self._output
+            if node.place_of_y is None:  # the bits, which own it
+                saved[-1].register_hooks(lambda t: _Owner(t, output), _unpack)
+            else:
+                saved[node.place_of_y].register_hooks(lambda t: output, _unpack)
 
     def done(self, y: Tensor) -> None:
         """Let go of tensors, of which torch would keep all that `pack` knows."""
-        self._maps.clear()
-        if self.output is not None:
-            _outputs[y] = (weakref.ref(self.output), y._version)
+        self._x = self._y = None
+        if self._output is not None:
+            _outputs[y] = (weakref.ref(self._output), y._version)
 
 
-class _Node(threading.local):
+class _Owner(Kept):
+    """A tensor that keeps an output alive with it."""
+
+    def __init__(self, tensor: Tensor, output: Output) -> None:
+        super().__init__(tensor, None)
+        self._output = output
+
+
+class _Current(threading.local):
     saver: _Saver | None = None
 
 
-_node = _Node()
+_current = _Current()
 
 
 def as_one_node(x: Tensor, run: Callable[[], Tensor]) -> Tensor:
-    """Return ``run()``, a block of ``x`` as one node of autograd, which keeps neither map."""
+    """Return ``run()``, a block of ``x`` as one node of `ops._tape`, which keeps neither map."""
     if not _applies():
         return run()
-    _node.saver = saver = _Saver(x)
+    _current.saver = saver = _Saver(x)
+    around = saved_tensors_hooks(saver.pack, _unpack) if saver.hooks else contextlib.nullcontext()
     try:
-        with saved_tensors_hooks(saver.pack, _unpack):
+        with around:
             y = run()
     finally:
-        _node.saver = None
+        _current.saver = None
+    if not saver.hooks:
+        saver.exchange(y.grad_fn)
     saver.done(y)
     return y
 
@@ -202,8 +229,11 @@ def reading(x: Tensor) -> Iterator[None]:
 
 
 def rename(x: Tensor, again: Tensor) -> None:
-    """Let ``again``, which is x to those who read it, be computed as x is, a block's output."""
-    if x in _outputs:
+    """Let ``again``, which is x to those who read it, be computed as x is, a block's output.
+
+    What a node of several ops hands on stays in it.
+    """
+    if _current.saver is None and x in _outputs:
         _outputs[again] = _outputs[x]
 
 
@@ -226,16 +256,24 @@ def _around() -> Hooks | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def _output(op: str, args: Sequence[Any], hooks: Hooks | None) -> Output:
+def _output(
+    op: str,
+    args: Sequence[Any],
+    hooks: Hooks | None,
+    origin: Callable[[Tensor], Output | None],
+) -> Output | None:
+    """Return how the op's result is computed, or None if it is at the end of too long a row."""
+    saved: list[Any] = [origin(a) if isinstance(a, Tensor) and a.dim() == 4 else None for a in args]
+    if max((output.length for output in saved if output), default=0) == LONGEST:
+        return None
+    for i, a in enumerate(args):
+        if saved[i] is None:
+            saved[i] = _kept(a, hooks) if isinstance(a, Tensor) else a
     # Saved apart from what the op saves itself, as hooks may give each thing back only once.
-    again = functools.partial(_direct.call, op)
-    return Output(again, [_save(a, hooks) if isinstance(a, Tensor) else a for a in args], hooks)
+    return Output(functools.partial(_direct.call, op), saved, hooks)
 
 
-def _save(tensor: Tensor, hooks: Hooks | None) -> Kept | Output:
-    output = _find(tensor, hooks)
-    if output is not None:
-        return output
+def _kept(tensor: Tensor, hooks: Hooks | None) -> Kept:
     # A parameter's memory may be let go between forward and backward, as FSDP does.
     return Kept(tensor.detach().clone() if isinstance(tensor, nn.Parameter) else tensor, hooks)
 
@@ -246,18 +284,12 @@ def _find(x: Tensor, hooks: Hooks | None) -> Output | None:
     Under other hooks it is none: activation checkpointing, for one, runs what it surrounds again
     with an input whose origin is not known then.
     """
-    entry = _outputs.get(x) if x.dim() == 4 else None  # a look takes 2 us, vectors are many
+    entry = _outputs.get(x)
     if entry is None:
         return None
     reference, version = entry
     output: Output | None = reference()
     return output if output and version == x._version and output.hooks == hooks else None
-
-
-def _before(args: Sequence[Any], hooks: Hooks | None) -> int:
-    """Return how many outputs have to be computed for the arguments, if none is."""
-    found = [_find(a, hooks) for a in args if isinstance(a, Tensor)]
-    return max((output.length for output in found if output), default=0)
 
 
 def _same(t: Tensor, tensor: Tensor) -> bool:

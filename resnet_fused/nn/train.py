@@ -336,6 +336,8 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, ...]:
 
 def result_dtype(x: Tensor | Map) -> torch.dtype:
     """Return the dtype of a convolution of ``x``, under autocast or not."""
+    if isinstance(x, Map):
+        return x.dtype  # a convolution's own
     device = x.device.type
     if device not in AUTOCAST_DEVICES or x.dtype == torch.float64:
         return x.dtype

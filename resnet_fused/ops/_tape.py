@@ -14,18 +14,23 @@ from torch import Tensor
 
 from resnet_fused.ops import _direct
 
+#: The slot of what needs no gradient.
+NOBODY = -1
+#: The place of None, behind all that backward will need.
+NOTHING = -1
+
 
 class Part:
     """What one op saved; stands in the place of autograd's ``ctx``."""
 
-    def __init__(self, needs_input_grad: tuple[bool, ...], backward: Callable[..., Any]) -> None:
+    def __init__(self, needs_input_grad: Sequence[bool], backward: Callable[..., Any]) -> None:
         self.needs_input_grad, self.backward = needs_input_grad, backward
         self.saved_tensors: Sequence[Tensor | None] = ()
         #: Places of what was saved among the node's saved tensors.
-        self.saved: list[int | None] = []
-        #: Slots of its arguments that need a gradient, and of its results.
-        self.inputs: list[int | None] = []
-        self.outputs: list[int] = []
+        self.saved: Sequence[int] = ()
+        #: Slots of the gradients of its arguments and of its results.
+        self.inputs: Sequence[int] = ()
+        self.outputs: Sequence[int] = ()
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Hold tensors for the tape to take."""
@@ -42,7 +47,7 @@ class Part:
         # Another object, as two threads may run backward through one graph.
         part = Part.__new__(Part)
         part.__dict__.update(self.__dict__)
-        part.saved_tensors = [None if place is None else saved[place] for place in self.saved]
+        part.saved_tensors = [saved[place] for place in self.saved]
         return self.backward(part, *given)
 
 
@@ -54,7 +59,7 @@ class Tape:
         #: What backward will need, each tensor once.
         self.saved: list[Tensor] = []
         self._places: dict[int, int] = {}
-        #: Slots of the tensors that need a gradient, by their ids.
+        #: Slots of those that need a gradient, by their ids.
         self._slots: dict[int, int] = {}
         #: No other tensor takes the id of one that is here.
         self._alive: list[Any] = [inputs]
@@ -67,9 +72,9 @@ class Tape:
         """Return whether a gradient of ``x`` is wanted."""
         return id(x) in self._slots
 
-    def slot(self, x: Tensor) -> int | None:
-        """Return where the gradient of ``x`` goes, None if nobody wants one."""
-        return self._slots.get(id(x))
+    def slot(self, x: Tensor) -> int:
+        """Return where the gradient of ``x`` goes."""
+        return self._slots.get(id(x), NOBODY)
 
     def record(self, name: str, args: tuple[Any, ...], *, hands_on: bool = False) -> Any:
         """Run an op; remember how to differentiate it if one of its arguments needs it."""
@@ -79,27 +84,33 @@ class Tape:
         result = op.run(*args)
         if hands_on:
             result = (*result, args[0].detach())
-        inputs = [self._slots.get(id(a)) for a in args]
-        if any(slot is not None for slot in inputs):
+        slots = self._slots
+        inputs = [slots.get(id(a), NOBODY) for a in args]
+        if max(inputs) > NOBODY:
             self._alive += (args, result)
-            part = Part(tuple(slot is not None for slot in inputs), op.backward)
+            part = Part([slot > NOBODY for slot in inputs], op.backward)
             op.setup_context(part, args, result)
-            part.saved = [self._place(t) for t in part.saved_tensors]
+            part.saved = [self._keep(t) for t in part.saved_tensors]
             part.saved_tensors = ()
-            part.inputs = inputs
-            part.outputs = list(range(self._next, self._next + len(result)))
+            part.inputs, part.outputs = inputs, range(self._next, self._next + len(result))
             self._next += len(result)
             # Of what an op gives only the first result, and x handed on, have gradients.
-            for i in (0, len(result) - 1) if hands_on else (0,):
-                self._slots[id(result[i])] = part.outputs[i]
+            slots[id(result[0])] = part.outputs[0]
+            if hands_on:
+                slots[id(result[-1])] = part.outputs[-1]
             self.parts.append(part)
         return result
 
-    def _place(self, t: Tensor | None) -> int | None:
+    def place(self, t: Tensor) -> int | None:
+        """Return where ``t`` is among what backward will need, None if it will not."""
+        return self._places.get(id(t))
+
+    def _keep(self, t: Tensor | None) -> int:
         if t is None:
-            return None
-        place = self._places.setdefault(id(t), len(self.saved))
-        if place == len(self.saved):
+            return NOTHING
+        place = self._places.get(id(t))
+        if place is None:
+            place = self._places[id(t)] = len(self.saved)
             self.saved.append(t)
         return place
 
@@ -116,18 +127,20 @@ class Node(torch.autograd.Function):
         ctx.save_for_backward(*tape.saved)
         ctx.set_materialize_grads(False)
         ctx.parts, ctx.result, ctx.count = tape.parts, tape.slot(y), len(inputs)
+        #: Where the first input and the result are among the saved tensors, if they are.
+        ctx.place_of_x, ctx.place_of_y = tape.place(inputs[0]), tape.place(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """Walk the tape from its end."""
-        saved = ctx.saved_tensors
+        saved = [*ctx.saved_tensors, None]
         grads: dict[int, Tensor] = {} if grad is None else {ctx.result: grad}
         for part in reversed(ctx.parts):
             given = [grads.pop(slot, None) for slot in part.outputs]
             if all(g is None for g in given):
                 continue
             for slot, found in zip(part.inputs, part.gradients(saved, given), strict=True):
-                if slot is not None and found is not None:
+                if slot != NOBODY and found is not None:
                     grads[slot] = grads[slot] + found if slot in grads else found
         return None, *(grads.get(slot) for slot in range(ctx.count))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from torch.utils.dlpack import from_dlpack
 
 from resnet_fused.backends import _outputs, native
