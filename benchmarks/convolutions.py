@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _cpu_conv, _cpu_weight_gradient, _torch_conv, cpu
+from resnet_fused.backends import _cpu_once, _cpu_weight_gradient, _torch_conv, cpu
 from resnet_fused.backends._sizes import output_size
 from resnet_fused.bench import measure, timing
 from resnet_fused.bench.contenders import REFERENCE
@@ -245,10 +245,10 @@ def by_kernel(what: str, geometry: Geometry, t: Tensors) -> Tensor | None:
     if cpu.declines(t.x):
         return None
     if what == FORWARD:
-        made = _cpu_conv.convolve_once(t.x, t.weight, *geometry.steps)
+        made = _cpu_once.convolve_once(t.x, t.weight, *geometry.steps)
         return None if made is None else made[0]
     if what == DATA:
-        return _cpu_conv.backward_data(t.grad, t.weight, t.x.shape, *geometry.steps, None)
+        return _cpu_once.backward_data(t.grad, t.weight, t.x.shape, *geometry.steps, None)
     return _cpu_weight_gradient.backward_weight(
         t.grad, t.x, geometry.weight, *geometry.steps, True, t.x.dtype
     )

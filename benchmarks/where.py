@@ -25,7 +25,7 @@ import typer
 from torch.autograd.profiler_util import FunctionEvent
 
 from benchmarks import asked, training
-from resnet_fused.backends import _cpu_conv, _torch_conv, cpu, native
+from resnet_fused.backends import _cpu_block, _cpu_once, _torch_conv, cpu, native
 from resnet_fused.bench import conditions, options, terminal
 from resnet_fused.bench.contenders import FUSED
 from resnet_fused.bench.options import PRECISIONS, Settings, UsageError
@@ -121,7 +121,8 @@ def steps(step: Callable[[], None], count: int) -> list[Step]:
 def _watched(ledger: Ledger) -> Iterator[None]:
     kernels, own, torchs = native.loaded(), "native", "torch's"
     changed: list[tuple[Any, str, Callable[..., Any]]] = [
-        (_cpu_conv, "backward_data", ledger.data_gradient(_cpu_conv.backward_data))
+        (owner, name, ledger.data_gradient(getattr(owner, name)))
+        for owner, name in ((_cpu_once, "backward_data"), (_cpu_block.BlockPlan, "data_gradient"))
     ]
     for owner, whose, named in (
         (kernels, own, {name: what for name in dir(kernels) if (what := kind_of(name))}),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_fused.backends import _cpu_conv, _training_kernels, native
+from resnet_fused.backends import _cpu_once, _training_kernels, native
 from resnet_fused.testing import gradient_rule
 
 _C = pytest.importorskip("resnet_fused._C")
@@ -65,7 +65,7 @@ def draw(shape, dtype, *, mean=0.5):
 
 
 def convolve(x, weight, shape, **more):
-    made = _cpu_conv.convolve_once(x, weight, *shape.geometry, **more)
+    made = _cpu_once.convolve_once(x, weight, *shape.geometry, **more)
     if made is None:
         pytest.skip("torch's own convolution is taken")
     return made
@@ -104,7 +104,7 @@ def assert_moments(y, mean, var):
     st.floats(-300, 300),
 )
 def test_moments_of_drawn_shapes(shape, dtype, mean):
-    made = _cpu_conv.convolve_once(*draw(shape, dtype, mean=mean), *shape.geometry, with_stats=True)
+    made = _cpu_once.convolve_once(*draw(shape, dtype, mean=mean), *shape.geometry, with_stats=True)
     if made is not None:
         assert_moments(*made)
 
@@ -127,7 +127,7 @@ def test_the_threads_change_no_bit(dtype):
 def test_what_is_normalised_first_is_bn_act(dtype, shape, act):
     x, weight = draw(shape, dtype)
     vectors = [v.float() for v in torch.rand(4, shape.c, dtype=torch.float64) + 0.2]
-    norm = _cpu_conv.Norm(*vectors, 1e-5, act)
+    norm = _cpu_once.Norm(*vectors, 1e-5, act)
     made = convolve(x, weight, shape, norm=norm, with_stats=True)
     a = _training_kernels.bn_act(x, *vectors, 1e-5, relu=act == "relu")
     apart = convolve(a, weight, shape, with_stats=True)

@@ -276,6 +276,12 @@ def _least_to_train(name: str, probe: torch.Tensor) -> _Least:
     return _Least(outside, min(outside, graph))
 
 
+def is_all_native() -> bool:
+    """Return whether each op of training on the CPU goes to the native kernels that take it."""
+    name = requested()
+    return name == "cpu" or (name == AUTO and not _tuned.measured_on(torch.device("cpu")))
+
+
 def explain(op: str, *args: Any) -> Explanation:
     """Say which backend runs ``op`` on ``args``, and for each other one why it does not.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from resnet_fused.backends._cpu_conv import is_winograds, multiplies_tiles
+from resnet_fused.backends._cpu_conv import multiplies_tiles
+from resnet_fused.backends._cpu_once import is_winograds
 from resnet_fused.backends._outputs import empty_weight, scratch
 from resnet_fused.backends.native import DTYPE_NAMES, loaded
 
@@ -49,24 +51,59 @@ def backward_weight(
         channels_last: the layout of the result, else contiguous.
         dtype: of the result: x's, or float32, to which nothing is rounded.
     """
-    algorithm = _gradient_algorithm(grad, weight_size, stride, dilation, groups)
-    if algorithm is None:
+    geometry = (stride, padding, dilation, groups)
+    kind = Kind.of(grad, x, weight_size, *geometry, channels_last, dtype)
+    if kind is None:
         return None
-    o, _, *kernel = weight_size
-    n, c, h, w = x.shape
-    sizes = (
-        DTYPE_NAMES[x.dtype], algorithm,
-        n, h, w, c, o, *kernel, *stride, *padding, *dilation, groups,
-    )  # fmt: skip
-    threads = torch.get_num_threads()
-    work = scratch(loaded().conv_backward_weight_scratch_bytes(*sizes, threads))
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
-    grad_weight = empty_weight(weight_size, dtype, channels_last=channels_last)
-    finite = loaded().conv_backward_weight(
-        grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr(), work.data_ptr(), work.nbytes,
-        *sizes, channels_last, dtype != x.dtype, threads,
-    )  # fmt: skip
-    return grad_weight if finite else None
+    return kind.run(grad, x)
+
+
+class Kind(NamedTuple):
+    """One kind of call of the extension's ``conv_backward_weight``: all but the addresses."""
+
+    weight_size: Sequence[int]
+    dtype: torch.dtype
+    channels_last: bool
+    arguments: tuple[Any, ...]
+    scratch_bytes: int
+
+    @staticmethod
+    def of(
+        grad: Tensor,
+        x: Tensor,
+        weight_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        channels_last: bool,
+        dtype: torch.dtype,
+    ) -> Kind | None:
+        """Return the call, or None where torch's own is faster or more exact."""
+        algorithm = _gradient_algorithm(grad, weight_size, stride, dilation, groups)
+        if algorithm is None:
+            return None
+        o, _, *kernel = weight_size
+        n, c, h, w = x.shape
+        sizes = (
+            DTYPE_NAMES[x.dtype], algorithm,
+            n, h, w, c, o, *kernel, *stride, *padding, *dilation, groups,
+        )  # fmt: skip
+        threads = torch.get_num_threads()
+        nbytes = loaded().conv_backward_weight_scratch_bytes(*sizes, threads)
+        arguments = (*sizes, channels_last, dtype != x.dtype, threads)
+        return Kind(weight_size, dtype, channels_last, arguments, nbytes)
+
+    def run(self, grad: Tensor, x: Tensor) -> Tensor | None:
+        """Return the gradient by dense channels_last maps, None where it may not be finite."""
+        work = scratch(self.scratch_bytes)
+        made = empty_weight(self.weight_size, self.dtype, channels_last=self.channels_last)
+        finite = loaded().conv_backward_weight(
+            grad.data_ptr(), x.data_ptr(), made.data_ptr(), work.data_ptr(), work.nbytes,
+            *self.arguments,
+        )  # fmt: skip
+        return made if finite else None
 
 
 def _gradient_algorithm(

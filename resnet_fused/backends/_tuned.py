@@ -63,6 +63,12 @@ def lookup(op: str, args: Sequence[Any]) -> Entry | None:
     return table.get(signature(op, args)) if table else None
 
 
+def measured_on(device: torch.device) -> bool:
+    """Return whether any choice is in force on a device."""
+    table = _tables.get(device)
+    return bool(_first_look(device) if table is None else table)
+
+
 def remember(device: torch.device, choices: dict[Signature, Choice]) -> None:
     """Put choices that were measured here in force for this process."""
     table = _first_look(device)

@@ -12,13 +12,15 @@ from torch import Tensor
 from resnet_fused.backends import (
     _bn_math,
     _cpu_conv,
+    _cpu_once,
     _cpu_weight_gradient,
     _torch_conv,
     _training_kernels,
     _training_ops,
     native,
 )
-from resnet_fused.backends._cpu_conv import Call, Convolution, Norm, convolve_once
+from resnet_fused.backends._cpu_conv import Call, Convolution
+from resnet_fused.backends._cpu_once import Norm, convolve_once
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends._sizes import pool_of, pool_shape
 
@@ -117,7 +119,7 @@ def declines(x: Tensor) -> str | None:
 
 
 def _declines_type(x: Tensor) -> str | None:
-    if not x.is_cpu:
+    if x.device.type != "cpu":
         return f"runs on the CPU, x is on {x.device}"
     if x.dtype not in DTYPE_NAMES:
         return f"takes float32 and bfloat16, x is {x.dtype}"
@@ -240,7 +242,7 @@ def conv_backward_data(
 ) -> Tensor:
     """Run the op: a convolution of grad with turned kernels, or torch's own."""
     args = (grad, weight, x_size, stride, padding, dilation, groups, residual)
-    own = _cpu_conv.backward_data(*args) if declines(grad) is None else None
+    own = _cpu_once.backward_data(*args) if declines(grad) is None else None
     return _torch_conv.backward_data(*args) if own is None else own
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.nn import recompute, train
+from resnet_fused.nn import identity, recompute, train
 from resnet_fused.nn.bn import sharing_group
 from resnet_fused.ops import _direct
 from resnet_fused.ops._tape import Node
@@ -30,7 +30,18 @@ def is_block(steps: Sequence[Step]) -> bool:
     return fused and calls[-1].target.adds and getattr(end.args, "index", None) == calls[-1].out
 
 
-def run(steps: Sequence[Step], bound: list[nn.Module], slots: int, x: Any) -> Tensor | None:
+def has_identity(steps: Sequence[Step]) -> bool:
+    """Return whether a block's convolutions follow each other, with ReLUs, and x is added."""
+    *calls, _ = steps
+    reads = [tuple(slot.index for slot in step.args) for step in calls]
+    chain = [(0,), *((step.out,) for step in calls[:-2]), (calls[-2].out, 0)]
+    ends = all(step.target.act == "relu" for step in calls)
+    return reads == chain and ends and all(step.target.defers for step in calls[:-1])
+
+
+def run(
+    steps: Sequence[Step], bound: list[nn.Module], slots: int, x: Any, *, identity_shortcut: bool
+) -> Tensor | None:
     """Run a block's steps, or return None where each of its ops has to be a node of its own."""
     if not _may(x):
         return None
@@ -39,11 +50,28 @@ def run(steps: Sequence[Step], bound: list[nn.Module], slots: int, x: Any) -> Te
     if made is None:
         return None
     inputs = [x, *_parameters(calls, bound)]
-    if not any(t.requires_grad for t in inputs):
+    if _direct.watched(inputs) or not any(t.requires_grad for t in inputs):
         return None
+    node = identity.node(calls, bound, x) if identity_shortcut else None
+    if node is None:
+        node = _taped(calls, bound, slots, made, inputs)
+    with _past_autocast():
+        low = calls[-1].target.memory == "low"
+        y: Tensor = recompute.as_one_node(x, node) if low else node()
+    return y
+
+
+def _taped(
+    calls: Sequence[Step],
+    bound: list[nn.Module],
+    slots: int,
+    made: Sequence[train.Map],
+    inputs: Sequence[Tensor],
+) -> Callable[[], Tensor]:
+    """Return what runs the calls as a node whose ops go on a tape."""
 
     def compute() -> Tensor:
-        results: list[Any] = [x, *[None] * (slots - 1)]
+        results: list[Any] = [inputs[0], *[None] * (slots - 1)]
         for step, result in zip(calls, made, strict=True):
             call: FusedCall = step.target
             place = step.args[0].index
@@ -57,18 +85,14 @@ def run(steps: Sequence[Step], bound: list[nn.Module], slots: int, x: Any) -> Te
         y: Tensor = results[calls[-1].out]
         return y
 
-    node = functools.partial(Node.apply, compute, *inputs)
-    with _past_autocast():
-        low = calls[-1].target.memory == "low"
-        y: Tensor = recompute.as_one_node(x, node) if low else node()
-    return y
+    return functools.partial(Node.apply, compute, *inputs)
 
 
 def _may(x: Any) -> bool:
     """Return whether a block of ``x`` may be one node: nobody wants to see its ops."""
     if type(x) is not Tensor or not x.is_cpu or not torch.is_grad_enabled():
         return False
-    if torch.compiler.is_compiling() or _direct.watched((x,)):
+    if torch.compiler.is_compiling():
         return False
     return train.result_dtype(x) == x.dtype  # else autocast casts, as nodes of its own
 

@@ -113,8 +113,9 @@ class Program:
     eval_only: bool
     #: Convolutions in reach that were left alone, with the reason.
     skipped: tuple[tuple[str, str], ...]
-    #: Whether the steps are those of a block: see :func:`block.is_block`.
+    #: Whether the steps are those of a block, and of which kind: see :mod:`block`.
     is_block: bool
+    has_identity: bool
 
     @property
     def fused(self) -> list[FusedCall]:
@@ -158,7 +159,8 @@ class Program:
     def run(self, bound: list[nn.Module], args: tuple[Any, ...]) -> Any:
         """Run the steps on positional arguments, with the modules that :meth:`bind` gave."""
         if self.is_block:
-            y = block.run(self.steps, bound, self.slots, *args)
+            identity = self.has_identity
+            y = block.run(self.steps, bound, self.slots, *args, identity_shortcut=identity)
             if y is not None:
                 return y
         results: list[Any] = [*args, *[None] * (self.slots - len(args))]
@@ -213,7 +215,8 @@ class _Builder:
             children=tuple(self._child(name) for name in self.places),
             eval_only=self.trace.eval_only,
             skipped=tuple(self.matches.skipped.items()),
-            is_block=self.trace.inputs == 1 and block.is_block(steps),
+            is_block=(is_block := self.trace.inputs == 1 and block.is_block(steps)),
+            has_identity=is_block and block.has_identity(steps),
         )
 
     def _child(self, name: str) -> Child:

@@ -104,21 +104,25 @@ class Output:
 _outputs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def block_end(op: str, *args: Any) -> tuple[Tensor, Tensor]:
+def block_end(
+    op: str, *args: Any, run: Callable[[], tuple[Tensor, Tensor]] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the op's results, the first of which nobody keeps but by how to compute it.
 
     Args:
         op: bn_act or dual_bn_act, as often as needed with the same result.
         args: its arguments; the 4-dimensional ones are kept, or block outputs themselves.
+        run: what computes the results now, by default the op.
     """
+    run = run or functools.partial(_direct.record, op, *args)
     if _current.saver is not None:
-        return _current.saver.end(op, args)
+        return _current.saver.end(op, args, run)
     if not _applies() or not args[0].numel():
-        return _direct.record(op, *args)
+        return run()
     hooks = _around()
     output = _output(op, args, hooks, lambda t: _find(t, hooks))
     if output is None:
-        return _direct.record(op, *args)
+        return run()
     given = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
 
     def pack(t: Tensor) -> Any:
@@ -127,7 +131,7 @@ def block_end(op: str, *args: Any) -> tuple[Tensor, Tensor]:
         return output if is_result else Kept(t, hooks)
 
     with saved_tensors_hooks(pack, _unpack):
-        y, bits = _direct.record(op, *args)
+        y, bits = run()
     given.clear()  # torch keeps `pack` with what it packed
     _outputs[y] = (weakref.ref(output), y._version)
     return y, bits
@@ -143,10 +147,12 @@ class _Saver:
         self._x: Tensor | None = x
         self._y: Tensor | None = None
 
-    def end(self, op: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def end(
+        self, op: str, args: tuple[Any, ...], run: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         """Return the results of the block's end, as :func:`block_end` does."""
         self._output = _output(op, args, self.hooks, self._origin)
-        self._y, bits = _direct.record(op, *args)
+        self._y, bits = run()
         return self._y, bits
 
     def _origin(self, t: Tensor) -> Output | None:

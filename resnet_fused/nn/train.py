@@ -160,7 +160,7 @@ def run_taken(
     if group is not None:
         mean, var = _shared.join(mean, var, count, group)
     batch_mean = mean if conv.bias is None else mean + conv.bias.detach()
-    _update(bn, batch_mean, var, count, _shared.shared(mean))
+    update(bn, batch_mean, var, count, _shared.shared(mean))
     result = Pending(y, mean, var, bn.weight, bn.bias, bn.eps, act)
     return Ran(result if residual is None else _finish(result, residual, memory), read)
 
@@ -317,7 +317,7 @@ def _pair(value: Any) -> tuple[int, ...]:
     return value if isinstance(value, tuple) else (value, value)
 
 
-def _update(bn: Any, mean: Tensor, var: Tensor, count: int, batch: _shared.Shared | None) -> None:
+def update(bn: Any, mean: Tensor, var: Tensor, count: int, batch: _shared.Shared | None) -> None:
     """Move the running statistics as ``BatchNorm2d.forward`` does."""
     if bn.training and bn.track_running_stats and bn.running_mean is not None:
         if batch is not None:

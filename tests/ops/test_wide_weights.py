@@ -6,7 +6,7 @@ from devices import device_of, moved
 from torch import Tensor, nn
 
 import resnet_fused as rf
-from resnet_fused.backends import ORDER, _cpu_conv, cpu
+from resnet_fused.backends import ORDER, _cpu_once, cpu
 from resnet_fused.models import create_model
 from resnet_fused.ops import TRAINING
 
@@ -123,7 +123,7 @@ LAST = torch.channels_last
 def test_convolutions_are_the_kernels_own_where_packing_pays(
     case, dtype, layout, algorithm, monkeypatch
 ):
-    monkeypatch.setattr(_cpu_conv, "multiplies_tiles", lambda dtype: False)
+    monkeypatch.setattr(_cpu_once, "multiplies_tiles", lambda dtype: False)
     assert worth_packing(case, dtype, layout) == algorithm
 
 
@@ -132,7 +132,7 @@ def worth_packing(case, dtype, layout, turned=False):
     x = torch.empty(n, c, h, w, dtype=dtype)
     weight = torch.empty(o, c, k, k).to(memory_format=layout)
     geometry = ((s, s), (k // 2, k // 2), (*d, *d) or (1, 1), 1)
-    return _cpu_conv._worth_packing(x, weight, weight.shape, *geometry, turned)
+    return _cpu_once._worth_packing(x, weight, weight.shape, *geometry, turned)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def worth_packing(case, dtype, layout, turned=False):
     ids=str,
 )
 def test_on_amx_where_that_pays(case, layout, turned, pays, monkeypatch):
-    monkeypatch.setattr(_cpu_conv, "multiplies_tiles", lambda dtype: True)
+    monkeypatch.setattr(_cpu_once, "multiplies_tiles", lambda dtype: True)
     found = worth_packing(case, torch.bfloat16, layout, turned)
     assert found == ("amx" if pays else None)
 
