@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import resnet_fused as rf
-from resnet_fused.backends import cpu
+from resnet_fused.backends import _cpu_block, cpu, native
 from resnet_fused.models import create_model
-from resnet_fused.nn import block
-from resnet_fused.ops._tape import Node
+from resnet_fused.nn import block, identity
 
 pytestmark = pytest.mark.skipif(
     cpu.available() is not None, reason="nothing of ours trains on this CPU"
@@ -60,7 +59,27 @@ def nodes(y: Tensor) -> list[object]:
 
 
 def is_one(node: object) -> bool:
-    return type(node).__name__ == f"{Node.__name__}Backward"
+    return type(node).__name__ in ("NodeBackward", "_IdentityBackward")
+
+
+def bottleneck(memory: str = "default") -> nn.Module:
+    """Return a block with an identity shortcut, all of whose kernels are native."""
+    return network("resnet50", memory).layer1[1]
+
+
+def batch(dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(4, 256, 14, 14, generator=torch.Generator().manual_seed(2)).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def is_planned(y: Tensor) -> bool:
+    return type(y.grad_fn).__name__ == "_IdentityBackward"
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """Return what makes blocks nodes of several ops again."""
+    return lambda: monkeypatch.setattr(identity, "node", lambda *args: None)
 
 
 def step(model: nn.Module, x: Tensor, *, bf16: bool = False) -> list[Tensor]:
@@ -86,6 +105,128 @@ def test_it_gives_the_same_bits(name, memory, bf16, apart):
 def test_a_block_is_one_node():
     y = stage()(torch.randn(2, 64, 8, 8, requires_grad=True))
     assert [is_one(node) for node in nodes(y)] == [True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory", ["default", "low"])
+def test_a_plan_gives_the_same_bits(memory, dtype, taped):
+    if reason := cpu.declines(torch.empty(0, dtype=dtype)):
+        pytest.skip(reason)
+    model = bottleneck(memory)
+    other, x = copy.deepcopy(model), batch(dtype)
+    z = x.detach().clone().requires_grad_()
+    y = model(x)
+    assert is_planned(y)
+    taped()
+    expected = other(z)
+    assert is_one(expected.grad_fn)
+    assert not is_planned(expected)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    y.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(y, expected)
+    assert torch.equal(x.grad, z.grad)
+    for got, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(got.grad, wanted.grad)
+    for got, wanted in zip(model.buffers(), other.buffers(), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["nchw", "frozen", "no grad of x", "no affine", "gamma in bf16", "weight apart", "shared"],
+)
+def test_what_has_no_plan_is_right(what, apart):
+    model, x = bottleneck(), batch()
+    if what == "nchw":
+        x = x.detach().contiguous().requires_grad_()
+    elif what == "frozen":
+        model.bn2.bias.requires_grad_(False)
+    elif what == "no grad of x":
+        x = x.detach()
+    elif what == "no affine":
+        model.bn1 = nn.BatchNorm2d(64, affine=False)
+    elif what == "gamma in bf16":
+        model.bn3.weight = nn.Parameter(model.bn3.weight.detach().to(torch.bfloat16))
+        model, x = model.to(torch.bfloat16), batch(torch.bfloat16)
+    elif what == "weight apart":
+        model.conv1.weight = nn.Parameter(torch.randn(64, 512, 1, 1)[:, ::2])
+    else:
+        model.bn2 = model.bn1
+    if what == "gamma in bf16" and cpu.declines(x):
+        pytest.skip("no bfloat16 on this processor")
+    other, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    assert is_planned(model(x)) == (what == "shared")
+    model.load_state_dict(before)
+    once = step(model, x)
+    apart()
+    for got, expected in zip(once, step(other, x), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "conv3.weight", "bn2.weight", "bn3.bias"])
+def test_parameters_that_do_not_fit_are_refused(name):
+    model = bottleneck()
+    owner, _, kind = name.rpartition(".")
+    own = getattr(model.get_submodule(owner), kind)
+    wrong = torch.ones(len(own), 8, 1, 1) if own.dim() == 4 else torch.ones(len(own) // 2)
+    setattr(model.get_submodule(owner), kind, nn.Parameter(wrong))
+    with pytest.raises((ValueError, RuntimeError)):
+        model(batch())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite(value, taped):
+    """Winograd's transform would spread it over taps that torch keeps clean."""
+    model, x = bottleneck(), batch()
+    other, z = copy.deepcopy(model), x.detach().clone().requires_grad_()
+    grad = torch.randn(4, 256, 14, 14)
+    grad[0, 3, 0, 0] = value
+    y = model(x)
+    assert is_planned(y)
+    y.backward(grad)
+    taped()
+    other(z).backward(grad)
+    torch.testing.assert_close(x.grad, z.grad, rtol=0, atol=0, equal_nan=True)
+    for got, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_plan_is_made_again_for_other_threads_and_instructions(monkeypatch):
+    monkeypatch.setattr(_cpu_block, "_plans", {})
+    model, x = bottleneck(), batch()
+    isa, threads = native.loaded().cpu_isa(), torch.get_num_threads()
+    try:
+        model(x)
+        torch.set_num_threads(1)
+        model(x)
+        native.loaded().set_cpu_isa("avx2")
+        model(x)
+        model(x)
+    finally:
+        native.loaded().set_cpu_isa(isa)
+        torch.set_num_threads(threads)
+    assert len(_cpu_block._plans) == 1 + (threads > 1) + (isa != "avx2")
+    monkeypatch.setattr(_cpu_block, "_MOST", 1)
+    model(torch.cat([x.detach(), x.detach()]).requires_grad_())
+    assert len(_cpu_block._plans) == 1
+
+
+def test_a_plan_only_where_every_op_is_the_cpus(monkeypatch):
+    model, x = bottleneck(), batch()
+    with rf.use_backend("auto"):
+        assert is_planned(model(x))
+        monkeypatch.setattr(block.identity, "is_all_native", lambda: False)
+        assert not is_planned(model(x))
+    with rf.use_backend("reference"):
+        assert not is_planned(model(x))
+
+
+def test_a_plan_refuses_double_backward():
+    model, x = bottleneck(), batch()
+    (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("what", ["hook", "bias", "grad", "weight"])
