@@ -72,6 +72,8 @@ def _is_wanted(t: Tensor) -> bool:
 
 
 class _Identity(torch.autograd.Function):
+    """The block; it saves its input, and of each convolution what :class:`Saved` says."""
+
     @staticmethod
     def forward(
         ctx: Any, plan: BlockPlan, norms: Sequence[Any], memory: str, x: Tensor, *inputs: Tensor
@@ -104,7 +106,7 @@ class _Identity(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of all parameters."""
-        nothing = (None,) * 3
+        nothing = (None,) * 3  # for what is no tensor
         if grad is None:
             return *nothing, None, *(None,) * (ctx.layers * _EACH)
         x, *flat, kept = ctx.saved_tensors
@@ -114,11 +116,11 @@ class _Identity(torch.autograd.Function):
             grad_x, grads = ctx.plan.backward(grad.resolve_neg(), x, saved, kept)
         found = (grad_x, *(g for layer in grads for g in layer))
         if torch.is_grad_enabled():
-            found = _Once.apply(x, *found)
+            found = _NotTwice.apply(x, *found)
         return *nothing, *found
 
 
-class _Once(torch.autograd.Function):
+class _NotTwice(torch.autograd.Function):
     """Gradients that refuse to be differentiated."""
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Several ops as one node of autograd: what they say of their gradients, walked without it.
 
-A node of autograd costs some 40 us in forward and as much in backward beside what its op does, on
-caches that a large kernel has just filled twice that. A block of ResNet-50 has four.
+A block of ResNet-50 is four ops. Each, as a node, is a good deal of Python around a kernel or two,
+and between large kernels Python finds nothing of its own in the caches.
 """
 
 from __future__ import annotations
