@@ -137,11 +137,14 @@ def _pack(weight: Tensor, plan: Plan) -> Tensor:
     return packed
 
 
+def is_dense(weight: Tensor) -> bool:
+    """Return whether kernels read a weight as it lies: contiguous or channels_last."""
+    return weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def dense(weight: Tensor) -> Tensor:
-    """Return a weight as kernels read it: contiguous or channels_last."""
-    if weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last):
-        return weight
-    return weight.detach().contiguous()
+    """Return a weight as kernels read it."""
+    return weight if is_dense(weight) else weight.detach().contiguous()
 
 
 def layout_of(weight: Tensor, plan: Plan, turned: bool) -> tuple[int, int, int, bool, bool]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resnet_fused.backends import _cpu_block, cpu, is_all_native
 from resnet_fused.backends._cpu_block import BlockPlan, Convolution, Saved
+from resnet_fused.backends._cpu_conv import is_dense
 from resnet_fused.nn import recompute, train
 from resnet_fused.ops import _bn
 
@@ -53,9 +54,9 @@ def _convolution(conv: Any, bn: Any) -> Convolution:
 
 def _fits(weight: Tensor, gamma: Tensor | None, beta: Tensor | None, channels: int) -> bool:
     """Return whether kernels read parameters as they lie there, and all gradients are wanted."""
-    if weight.dim() != 4 or weight.shape[1] != channels or not _is_wanted(weight):
+    if weight.dim() != 4 or weight.shape[1] != channels or not is_dense(weight):
         return False
-    if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
+    if not _is_wanted(weight):
         return False
     return all(
         v is not None
