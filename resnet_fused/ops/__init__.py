@@ -15,6 +15,7 @@ from resnet_fused.ops import (
     bn_act_max_pool_backward,
     bn_apply,
     bn_update_stats,
+    channel_covariance,
     conv_backward_data,
     conv_backward_weight,
     conv_bn_act,
@@ -25,6 +26,10 @@ from resnet_fused.ops import (
     dual_bn_act_backward_apply,
     dual_bn_act_backward_reduce,
     max_pool_backward,
+    pointwise_bn_act,
+    pointwise_bn_act_backward,
+    pointwise_bn_gradients,
+    pointwise_bn_stats,
 )
 from resnet_fused.ops._op import Op
 from resnet_fused.ops._register import register
@@ -50,7 +55,10 @@ TRAINING: dict[str, Op] = {
         bn_act_conv_bn_stats.OP,
         bn_act.OP,
         dual_bn_act.OP,
+        pointwise_bn_act.OP,
         bn_act_max_pool.OP,
+        channel_covariance.OP,
+        pointwise_bn_stats.OP,
         bn_update_stats.OP,
         bn_act_backward.OP,
         bn_act_backward_reduce.OP,
@@ -64,6 +72,8 @@ TRAINING: dict[str, Op] = {
         bn_act_conv_backward.OP,
         bn_act_conv_backward_data.OP,
         bn_act_conv_backward_weight.OP,
+        pointwise_bn_act_backward.OP,
+        pointwise_bn_gradients.OP,
     )
 }
 

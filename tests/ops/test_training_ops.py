@@ -52,7 +52,7 @@ def samples(op: str, dtype: torch.dtype, backend: str = "reference") -> list[tup
 def rounded_to(op: str, args: tuple) -> torch.dtype | None:
     """What an op rounds to on its way to a result that is of another dtype."""
     sides = ("bn_act_conv_backward_data", "bn_act_conv_backward_weight", "bn_act_conv_backward")
-    ops = (*sides, "conv_backward_weight")
+    ops = (*sides, "conv_backward_weight", "pointwise_bn_act_backward")
     return args[0].dtype if op in ops else None
 
 

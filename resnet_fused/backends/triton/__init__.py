@@ -20,9 +20,18 @@ from torch import Tensor
 from resnet_fused.backends import _requested
 from resnet_fused.backends._bn_math import bn_update_stats as bn_update_stats
 from resnet_fused.backends.triton import pair_tiles, training_conv
-from resnet_fused.backends.triton.stem import Stem
 
 # Ops of training, run as they stand there.
+from resnet_fused.backends.triton.covariance import channel_covariance as channel_covariance
+from resnet_fused.backends.triton.covariance import pointwise_bn_act as pointwise_bn_act
+from resnet_fused.backends.triton.covariance import (
+    pointwise_bn_act_backward as pointwise_bn_act_backward,
+)
+from resnet_fused.backends.triton.covariance import (
+    pointwise_bn_gradients as pointwise_bn_gradients,
+)
+from resnet_fused.backends.triton.covariance import pointwise_bn_stats as pointwise_bn_stats
+from resnet_fused.backends.triton.stem import Stem
 from resnet_fused.backends.triton.training import bn_act as bn_act
 from resnet_fused.backends.triton.training import bn_act_backward as bn_act_backward
 from resnet_fused.backends.triton.training import bn_act_backward_apply as bn_act_backward_apply
@@ -112,6 +121,7 @@ ONLY_MEASURED = (
     "dual_bn_act_backward_reduce", "dual_bn_act_backward_apply", "max_pool_backward",
     "bn_act_max_pool_backward", "conv_backward_data", "conv_backward_weight",
     "bn_act_conv_backward", "bn_act_conv_backward_data", "bn_act_conv_backward_weight",
+    "pointwise_bn_act", "pointwise_bn_act_backward",
 )  # fmt: skip
 
 

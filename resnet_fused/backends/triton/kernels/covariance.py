@@ -1,0 +1,238 @@
+"""A map's channel covariance, and a 1x1 convolution's BatchNorm by it: `pointwise_bn_act`."""
+
+import triton
+import triton.language as tl
+
+from resnet_fused.backends.triton.kernels.normalise import inverse_deviation, vector
+from resnet_fused.backends.triton.kernels.shared import multiply, rounded
+
+
+@triton.jit(do_not_specialize=["m", "steps"])
+def covariance_kernel(
+    x_ptr, parts_ptr, m, steps, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of Σ x xᵀ over ``steps`` blocks of the m pixels, of those on or right of the diagonal.
+
+    A part of ``parts_ptr`` is (CHANNELS + 1, CHANNELS): the sums of products, and in its last row
+    those of x.
+    """
+    TILES: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    part, tile = tl.program_id(1), tl.program_id(0)
+    tile_m, tile_n = tile // TILES, tile % TILES
+    if tile_m <= tile_n:
+        if WIDE:
+            part = part.to(tl.int64)
+        rows = tile_m * BLOCK_C + tl.arange(0, BLOCK_C)
+        columns = tile_n * BLOCK_C + tl.arange(0, BLOCK_C)
+        row_in, column_in = rows < CHANNELS, columns < CHANNELS
+        ks = tl.arange(0, BLOCK_K)
+        acc = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
+        sums = tl.zeros((BLOCK_C,), dtype=tl.float32)
+        for step in range(steps):
+            pixels = (part * steps + step) * BLOCK_K + ks
+            pixel_in, offsets = (pixels < m)[:, None], pixels[:, None] * CHANNELS
+            a = tl.load(x_ptr + offsets + rows[None, :], mask=pixel_in & row_in[None, :], other=0.0)
+            b = tl.load(
+                x_ptr + offsets + columns[None, :], mask=pixel_in & column_in[None, :], other=0.0
+            )
+            acc = multiply(a.T, b, acc, PRECISION)
+            sums += tl.sum(b.to(tl.float32), 0)
+        out = parts_ptr + part * ((CHANNELS + 1) * CHANNELS)
+        offsets = rows[:, None] * CHANNELS + columns[None, :]
+        tl.store(out + offsets, acc, mask=row_in[:, None] & column_in[None, :])
+        if tile_m == tile_n:
+            tl.store(out + CHANNELS * CHANNELS + columns, sums, mask=column_in)
+
+
+@triton.jit(do_not_specialize=["m", "parts"])
+def merge_covariance_kernel(
+    parts_ptr, mean_ptr, cov_ptr, m, parts, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """BLOCK x BLOCK of the covariance, from all parts in order, BLOCK_P of them at a time.
+
+    In double precision, as little may be left of Σ x xᵀ once the product of the means is taken out.
+    """
+    block_m, block_n = tl.program_id(0), tl.program_id(1)
+    rows, columns = block_m * BLOCK + tl.arange(0, BLOCK), block_n * BLOCK + tl.arange(0, BLOCK)
+    row_in, column_in = rows < CHANNELS, columns < CHANNELS
+    inside = row_in[:, None] & column_in[None, :]
+    offsets = rows[:, None] * CHANNELS + columns[None, :]
+    if block_m * BLOCK // TILE > block_n * BLOCK // TILE:  # only its mirror image was computed
+        offsets = columns[None, :] * CHANNELS + rows[:, None]
+    PART: tl.constexpr = (CHANNELS + 1) * CHANNELS
+    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float64)
+    row_sums = tl.zeros((BLOCK,), dtype=tl.float64)
+    column_sums = tl.zeros((BLOCK,), dtype=tl.float64)
+    for first in range(0, parts, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        part_in, starts = part < parts, part.to(tl.int64) * PART
+        wanted = part_in[:, None, None] & inside[None, :, :]
+        source = parts_ptr + starts[:, None, None] + offsets[None, :, :]
+        total += tl.sum(tl.load(source, mask=wanted, other=0.0).to(tl.float64), 0)
+        sums = parts_ptr + CHANNELS * CHANNELS + starts[:, None]
+        row_sums += _sum(sums + rows[None, :], part_in[:, None] & row_in[None, :])
+        column_sums += _sum(sums + columns[None, :], part_in[:, None] & column_in[None, :])
+    row_means, column_means = row_sums / m, column_sums / m
+    cov = total / m - row_means[:, None] * column_means[None, :]
+    offsets = rows[:, None] * CHANNELS + columns[None, :]
+    tl.store(cov_ptr + offsets, cov.to(tl.float32), mask=inside)
+    if block_m == 0:
+        tl.store(mean_ptr + columns, column_means.to(tl.float32), mask=column_in)
+
+
+@triton.jit
+def _sum(ptr, inside):
+    """Return the sums of columns in double precision."""
+    return tl.sum(tl.load(ptr, mask=inside, other=0.0).to(tl.float64), 0)
+
+
+@triton.jit
+def _block(w_ptr, rows, columns, row_in, column_in, WIDTH: tl.constexpr):
+    """Return a block of a matrix of so many columns in float32, zero outside of it."""
+    offsets = rows[:, None] * WIDTH + columns[None, :]
+    inside = row_in[:, None] & column_in[None, :]
+    return tl.load(w_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _with_covariance(
+    w_ptr, cov_ptr, rows, row_in, columns, column_in, CHANNELS: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return rows of W times columns of the covariance, as exact as float32."""
+    acc = tl.zeros((BLOCK_O, BLOCK_C), dtype=tl.float32)
+    for first in range(0, CHANNELS, BLOCK_K):
+        ks = first + tl.arange(0, BLOCK_K)
+        k_in = ks < CHANNELS
+        a = _block(w_ptr, rows, ks, row_in, k_in, CHANNELS)
+        b = _block(cov_ptr, ks, columns, k_in, column_in, CHANNELS)
+        acc = tl.dot(a, b, acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit(do_not_specialize=["eps"])
+def pointwise_stats_kernel(
+    w_ptr, x_mean_ptr, cov_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, eps,
+    OUT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Mean, variance, scale and shift of BLOCK_O output channels of W x."""
+    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    row_in = rows < OUT
+    mean = tl.zeros((BLOCK_O,), dtype=tl.float32)
+    var = tl.zeros((BLOCK_O,), dtype=tl.float32)
+    for first in range(0, CHANNELS, BLOCK_C):
+        columns = first + tl.arange(0, BLOCK_C)
+        column_in = columns < CHANNELS
+        w = _block(w_ptr, rows, columns, row_in, column_in, CHANNELS)
+        mean += tl.sum(w * vector(x_mean_ptr, columns, column_in)[None, :], 1)
+        spread = _with_covariance(
+            w_ptr, cov_ptr, rows, row_in, columns, column_in, CHANNELS, BLOCK_O, BLOCK_C, BLOCK_K
+        )
+        var += tl.sum(spread * w, 1)
+    var = tl.maximum(var, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+    if weight_ptr is not None:
+        scale *= vector(weight_ptr, rows, row_in)
+    if bias_ptr is not None:
+        shift = tl.fma(-mean, scale, vector(bias_ptr, rows, row_in))
+    else:
+        shift = -mean * scale
+    tl.store(mean_ptr + rows, mean, mask=row_in)
+    tl.store(var_ptr + rows, var, mask=row_in)
+    tl.store(scale_ptr + rows, scale, mask=row_in)
+    tl.store(shift_ptr + rows, shift, mask=row_in)
+
+
+@triton.jit(do_not_specialize=["eps", "count"])
+def pointwise_gradients_kernel(
+    w_ptr, product_ptr, sum_g_ptr, mean_ptr, var_ptr, x_mean_ptr, cov_ptr, weight_ptr,
+    grad_w_ptr, grad_weight_ptr, of_g_ptr, slope_ptr, eps, count,
+    OUT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_O rows of the weight's gradient and of what turns g, see `pointwise_bn_gradients`.
+
+    ``slope_ptr`` receives what W is to be multiplied by, between its two turns in what turns x.
+    """
+    rows = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    row_in = rows < OUT
+    sum_g = vector(sum_g_ptr, rows, row_in)
+    sum_gz = -vector(mean_ptr, rows, row_in) * sum_g
+    for first in range(0, CHANNELS, BLOCK_C):
+        columns = first + tl.arange(0, BLOCK_C)
+        column_in = columns < CHANNELS
+        w = _block(w_ptr, rows, columns, row_in, column_in, CHANNELS)
+        product = _block(product_ptr, rows, columns, row_in, column_in, CHANNELS)
+        sum_gz += tl.sum(product * w, 1)
+    rstd = inverse_deviation(var_ptr, eps, rows, row_in)
+    scale, slope = rstd, rstd * rstd * sum_gz
+    if weight_ptr is not None:
+        scale *= vector(weight_ptr, rows, row_in)
+    tl.store(grad_weight_ptr + rows, rstd * sum_gz, mask=row_in)
+    tl.store(slope_ptr + rows, -scale * slope / count, mask=row_in)
+    for first in range(0, CHANNELS, BLOCK_C):
+        columns = first + tl.arange(0, BLOCK_C)
+        column_in = columns < CHANNELS
+        w = _block(w_ptr, rows, columns, row_in, column_in, CHANNELS)
+        product = _block(product_ptr, rows, columns, row_in, column_in, CHANNELS)
+        spread = _with_covariance(
+            w_ptr, cov_ptr, rows, row_in, columns, column_in, CHANNELS, BLOCK_O, BLOCK_C, BLOCK_K
+        )
+        means = sum_g[:, None] * vector(x_mean_ptr, columns, column_in)[None, :]
+        grad_w = scale[:, None] * (product - means - slope[:, None] * spread)
+        offsets = rows[:, None] * CHANNELS + columns[None, :]
+        inside = row_in[:, None] & column_in[None, :]
+        tl.store(grad_w_ptr + offsets, rounded(grad_w, grad_w_ptr.dtype.element_ty), mask=inside)
+        of_g = rounded(scale[:, None] * w, of_g_ptr.dtype.element_ty)
+        tl.store(of_g_ptr + offsets, of_g, mask=inside)
+
+
+@triton.jit
+def pointwise_turn_kernel(
+    w_ptr, slope_ptr, of_x_ptr, OUT: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_C x BLOCK_C of what turns x, Wᵀ slope W."""
+    rows = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    row_in, column_in = rows < CHANNELS, columns < CHANNELS
+    acc = tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32)
+    for first in range(0, OUT, BLOCK_O):
+        outputs = first + tl.arange(0, BLOCK_O)
+        output_in = outputs < OUT
+        a = _block(w_ptr, outputs, rows, output_in, row_in, CHANNELS)
+        b = _block(w_ptr, outputs, columns, output_in, column_in, CHANNELS)
+        b *= vector(slope_ptr, outputs, output_in)[:, None]
+        acc = tl.dot(a.T, b, acc, input_precision="tf32x3")
+    offsets = rows[:, None] * CHANNELS + columns[None, :]
+    value = rounded(acc, of_x_ptr.dtype.element_ty)
+    tl.store(of_x_ptr + offsets, value, mask=row_in[:, None] & column_in[None, :])
+
+
+@triton.jit(do_not_specialize=["count"])
+def pointwise_shift_kernel(
+    of_g_ptr, of_x_ptr, sum_g_ptr, x_mean_ptr, shift_ptr, count,
+    OUT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_C channels of the shift that takes the mean out of what the two turns, rounded, give."""
+    columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column_in = columns < CHANNELS
+    shift = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    for first in range(0, OUT, BLOCK_O):
+        rows = first + tl.arange(0, BLOCK_O)
+        row_in = rows < OUT
+        mean = vector(sum_g_ptr, rows, row_in) / count
+        shift -= tl.sum(
+            _block(of_g_ptr, rows, columns, row_in, column_in, CHANNELS) * mean[:, None], 0
+        )
+    for first in range(0, CHANNELS, BLOCK_O):
+        rows = first + tl.arange(0, BLOCK_O)
+        row_in = rows < CHANNELS
+        mean = vector(x_mean_ptr, rows, row_in)
+        shift -= tl.sum(
+            _block(of_x_ptr, rows, columns, row_in, column_in, CHANNELS) * mean[:, None], 0
+        )
+    tl.store(shift_ptr + columns, shift, mask=column_in)
