@@ -33,6 +33,8 @@ ORDER: dict[str, ModuleType] = {
     "cudnn": cudnn,
 }
 REFERENCE = "reference"
+#: The candidate of an op that stands for several where these were faster, forward and backward.
+APART = "apart"
 
 
 class Backend(NamedTuple):
@@ -183,6 +185,17 @@ def measured(op: str, *args: Any) -> str | None:
     """
     found = _measured(op, args)
     return found and found[0]
+
+
+def faster_together(op: str, *args: Any) -> bool:
+    """Return whether ``op`` was measured to be faster, forward and backward, than what it replaces.
+
+    Only where "auto" was asked for.
+    """
+    if requested() != AUTO:
+        return False
+    entry = _tuned.lookup(op, args)
+    return entry is not None and entry.choice.candidate != APART
 
 
 def choose(op: str, *args: Any) -> Callable[..., torch.Tensor] | None:

@@ -68,6 +68,27 @@ def backward_weight(
     return laid_out(_cast(grad_weight, dtype, channels_last=channels_last), channels_last)
 
 
+def is_product(
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Return whether a convolution is a matrix product over its pixels."""
+    return (*weight_size[2:], *stride, groups) == (1,) * 5 and not any(padding)
+
+
+def product(grad: Tensor, x: Tensor, channels_last: bool, dtype: torch.dtype) -> Tensor:
+    """Return the weight's gradient of what :func:`is_product`, on a GPU.
+
+    Not rounded to the dtype of the maps, as that of a convolution is before it is cast.
+    """
+    rows = [t.permute(0, 2, 3, 1).flatten(0, 2) for t in (grad, x)]
+    made = torch.mm(rows[0].t(), rows[1], out_dtype=dtype)  # type: ignore[call-overload]
+    return laid_out(made[..., None, None], channels_last)
+
+
 def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``weight`` in ``dtype``, in its own layout."""
     return _cast(weight, dtype, channels_last=not weight.is_contiguous())

@@ -257,6 +257,8 @@ def conv_backward_weight(
 ) -> Tensor:
     """Run the op; the gradient is torch's own, but for the stem's."""
     geometry = (stride, padding, dilation, groups)
+    if dtype != grad.dtype and _torch_conv.is_product(weight_size, *geometry):
+        return _torch_conv.product(grad, x, channels_last, dtype)
     if x.numel() == 0 or _cuda_stem.declines_convolution(x, weight_size, *geometry):
         return _torch_conv.backward_weight(grad, x, weight_size, *geometry, channels_last, dtype)
     return _cuda_stem.backward_weight(grad, x, weight_size, channels_last).to(dtype)

@@ -21,6 +21,7 @@ from resnet_fused.functional.training import (
     bn_update_stats,
     conv_bn_stats,
     dual_bn_act,
+    pointwise_bn_act,
 )
 from resnet_fused.ops import OPS
 
@@ -29,8 +30,8 @@ PUBLIC = {
     function.__name__: function
     for function in (
         conv_bn_act, conv_bn_act_conv_bn_act, conv_bn_act_max_pool, bn_apply, add_relu,
-        avg_pool_linear, conv_bn_stats, bn_act_conv_bn_stats, bn_act, dual_bn_act, bn_act_max_pool,
-        bn_update_stats,
+        avg_pool_linear, conv_bn_stats, bn_act_conv_bn_stats, bn_act, dual_bn_act, pointwise_bn_act,
+        bn_act_max_pool, bn_update_stats,
     )
 }  # fmt: skip
 

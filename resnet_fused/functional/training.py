@@ -233,6 +233,60 @@ def dual_bn_act(
     return y
 
 
+def pointwise_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    act: str | None = None,
+) -> Tensor:
+    r"""1x1 convolution, BatchNorm by the batch's statistics, residual add and activation.
+
+    .. math:: y = \mathrm{act}\left(\gamma \frac{W x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
+              + r\right), \quad \mu = W m, \quad \sigma^2 = \mathrm{diag}(W C W^\top)
+
+    with the mean m and the covariance C of x's channels: the convolution's output is never there,
+    neither in forward nor in backward. For a bottleneck's end (arXiv 1512.03385, figure 5) that is
+    half of what it would save. A covariance costs C / O of the convolution's FLOPs in forward and
+    as much in backward, so that it pays where there are many more pixels than channels.
+
+    Equivalent to::
+
+        z = F.conv2d(x, weight)
+        y = F.batch_norm(z, None, None, bn_weight, bn_bias, training=True, eps=eps) + residual
+        y = torch.relu(y)
+
+    Args:
+        x: (N, C, H, W), float32, bfloat16, float16 or float64; channels_last is fastest.
+        weight: (O, C, 1, 1), x's dtype.
+        bn_weight: γ, (O,), x's dtype or float32; None for 1.
+        bn_bias: β, likewise; None for 0.
+        residual: (N, O, H, W), x's dtype; added before the activation.
+        eps: ε, at least 0.
+        act: None or "relu". NaN passes through.
+
+    Returns:
+        (N, O, H, W) in x's dtype, channels_last, rounded once. Means and covariances are float32
+        (float64 for float64): of a channel whose mean is r deviations from zero, the variance is
+        right to float32, times r².
+
+    Differentiable in all tensors. Saved for backward: x, weight, bn_weight, the moments of x and of
+    what the convolution would give, and with "relu" y. A gradient that follows y closely, of which
+    BatchNorm lets little through, has the rounding of what it cancels: of bfloat16, 2^-9 of g's
+    own size. Under autocast x, weight and residual are cast.
+
+    Raises:
+        ValueError: shapes, devices, eps or act do not fit; nothing has run.
+        TypeError: a dtype is not accepted.
+        RuntimeError: a backend asked for by name does not run this call.
+    """
+    op = torch.ops.resnet_fused.pointwise_bn_act
+    return op(x, weight, bn_weight, bn_bias, residual, eps, act)[0]
+
+
 def bn_act_max_pool(
     x: Tensor,
     mean: Tensor,

@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from resnet_fused.backends import trains
 from resnet_fused.backends._sizes import output_shape
-from resnet_fused.nn import recompute
+from resnet_fused.nn import pointwise, recompute
 from resnet_fused.nn.bn import BATCH_NORMS, sharing_group, uses_batch_statistics
 from resnet_fused.ops import _bn, _direct, _shared
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
@@ -145,6 +145,12 @@ def run_taken(
 ) -> Ran:
     """Do what :func:`run` does, where :func:`taken` returned ``made``."""
     raw = _raw(x)
+    count = _bn.values_per_channel(made.shape)
+    if memory != "low" and pointwise.takes(conv, bn, raw, residual, made.dtype, act):
+        end = (value(x), conv.weight, bn.weight, bn.bias, residual, bn.eps, act)
+        y, mean, var, *_ = _direct.record(pointwise.OP, *end)
+        update(bn, mean, var, count, None)
+        return Ran(y, x)
     # Where autocast would cast the activation, it has to be there.
     pending = isinstance(x, Pending) and made.dtype == raw.dtype
     read = x if pending else value(x)
@@ -156,7 +162,7 @@ def run_taken(
         trace = 0 * conv.bias.detach()
         mean, var = mean + trace, var + trace
         y = _Biased.apply(y, conv.bias)
-    count, group = _bn.values_per_channel(made.shape), sharing_group(bn)
+    group = sharing_group(bn)
     if group is not None:
         mean, var = _shared.join(mean, var, count, group)
     batch_mean = mean if conv.bias is None else mean + conv.bias.detach()

@@ -81,7 +81,9 @@ def reference(
     act: str | None,
     wanted: Sequence[bool],
 ) -> Result:
-    """Compute the op in plain torch, by the convolution's output made again, in wide arithmetic.
+    """Compute the op in plain torch: the convolution's output made again, and its gradient.
+
+    Both are rounded to x's dtype, as they are where they are maps.
 
     Returns:
         The gradients of x, weight, bn_weight and bn_bias, and of the residual: that in front of
@@ -93,10 +95,11 @@ def reference(
     rows, w = g.to(wide).permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1).to(wide)
     inputs = x.to(wide).permute(0, 2, 3, 1).flatten(0, 2)
     rstd = torch.rsqrt(var + eps)
-    normal = (inputs @ w.t() - mean) * rstd
+    normal = ((inputs @ w.t()).to(x.dtype).to(wide) - mean) * rstd
     sum_g, sum_gn = rows.sum(0), (rows * normal).sum(0)
     scale = rstd if bn_weight is None else rstd * bn_weight
     grad_z = scale * (rows - (sum_g + normal * sum_gn) / max(len(rows), 1))
+    grad_z = grad_z.to(x.dtype).to(wide)
     n, c, height, width = x.shape
     grad_x = (grad_z @ w).view(n, height, width, c).permute(0, 3, 1, 2)
     nothing = x.new_empty(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from resnet_fused.engine.capture import capture, fill
 from resnet_fused.engine.merge import STEM_IN_TWO, heads, pairs, stems
 from resnet_fused.flops import meta_copy
 from resnet_fused.freeze import FrozenModule
+from resnet_fused.nn import pointwise
 from resnet_fused.nn.bn import BATCH_NORMS
 from resnet_fused.nn.fused import program_of
 from resnet_fused.ops import OPS, bn_act_max_pool
@@ -81,13 +82,14 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
             ours.requires_grad_(theirs.requires_grad)
         if dtype is not None:
             x, dtype, wide = _autocast(twin, x, dtype), None, _stays_wide(model, example_input)
-    recorder = _Recorder(dtype, example_input.device.type, wide=wide)
+    recorder, more = (
+        _Recorder(dtype, example_input.device.type, wide=wide) for _ in range(2)
+    )
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(twin.training), recorder:
-            results = tree_leaves(twin(x))
-            recorded = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
-            if recorded:
-                torch.autograd.backward(recorded, [torch.ones_like(t) for t in recorded])
+        _step(twin, x, recorder)
+        if twin.training:  # block ends as one op, too
+            with pointwise.on_meta():
+                _step(twin, x, more)
     except _FAILURES as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
@@ -98,14 +100,24 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
         raise ValueError(
             f"tune: {type(model).__name__} makes no fused call here; fusion_report says why"
         )
-    return list(recorder.calls.values())
+    return list({**more.calls, **recorder.calls}.values())
+
+
+def _step(model: nn.Module, x: Tensor, recorder: _Recorder) -> None:
+    """Run a forward, and a backward of what is differentiable."""
+    with torch.inference_mode(False), torch.set_grad_enabled(model.training), recorder:
+        results = tree_leaves(model(x))
+        recorded = [t for t in results if isinstance(t, Tensor) and t.requires_grad]
+        if recorded:
+            torch.autograd.backward(recorded, [torch.ones_like(t) for t in recorded])
 
 
 def with_parts(calls: Sequence[Call]) -> list[Call]:
     """Return the calls of a step in the order to tune them: what one may be run as is before it.
 
     An op that is a chain of smaller ones, as BatchNorm and a convolution are, is timed against
-    these, each by the fastest that runs it.
+    these, each by the fastest that runs it. The last are block ends as one op: they are timed with
+    their backward, and against the ops that they replace.
     """
     known = {signature(call.op, call.args) for call in calls}
     whole = {id(call): OPS[call.op].decomposition for call in calls}
@@ -119,7 +131,11 @@ def with_parts(calls: Sequence[Call]) -> list[Call]:
         for key, part in recorder.calls.items():
             if key not in known:
                 parts.setdefault(key, replace(part, count=0)).count += call.count
-    return [*parts.values(), *sorted(calls, key=lambda call: whole[id(call)] is not None)]
+
+    def place(call: Call) -> tuple[bool, bool]:
+        return whole[id(call)] is not None, call.op == pointwise.OP
+
+    return [*parts.values(), *sorted(calls, key=place)]
 
 
 def harvest_merged(model: nn.Module, example_input: Tensor, device: torch.device) -> list[Call]:
@@ -267,6 +283,7 @@ def draw(call: Call, device: torch.device) -> tuple[Any, ...]:
     """Return the arguments of a call with random normal tensors of the same strides on a device.
 
     Of variances, their absolute values; bits are random too, and places those of a random map.
+    Where a covariance is among them, it and what depends on it belong together.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -284,11 +301,29 @@ def draw(call: Call, device: torch.device) -> tuple[Any, ...]:
             flat.abs_()
         return flat.as_strided(value.shape, value.stride())
 
-    args = dict(zip(argument_names(call.op), call.args, strict=True))
-    return tuple(
-        _places(call, drawn("x", call.args[0])) if name == "index" else drawn(name, value)
-        for name, value in args.items()
-    )
+    args = {
+        name: _places(call, drawn("x", call.args[0])) if name == "index" else drawn(name, value)
+        for name, value in zip(argument_names(call.op), call.args, strict=True)
+    }
+    if "x_cov" in args:
+        args.update(_moments(args))
+    return tuple(args.values())
+
+
+def _moments(args: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the moments of x, and of a 1x1 convolution's output, that belong together.
+
+    Of x itself where it is there, else of any; those of the output only where they are arguments.
+    """
+    weight, x = args["weight"], args.get("x")
+    if x is None:
+        cov = args["x_cov"] @ args["x_cov"].t() / len(args["x_cov"])
+        found = {"x_mean": args["x_mean"], "x_cov": cov}
+    else:
+        found = dict(zip(("x_mean", "x_cov"), OPS["channel_covariance"].reference(x), strict=True))
+    stats = OPS["pointwise_bn_stats"].reference(weight, *found.values(), None, None, 0.0)
+    found.update(zip(("mean", "var"), stats, strict=False))
+    return {name: moment for name, moment in found.items() if name in args}
 
 
 def _places(call: Call, grad: Tensor) -> Tensor:

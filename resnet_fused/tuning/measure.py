@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import REFERENCE, candidates
+from resnet_fused.backends import APART, REFERENCE, candidates
 from resnet_fused.ops import OPS, TRAINING, _bn
 from resnet_fused.testing import factors_dtype, to_float64, two_x_rule
+from resnet_fused.tuning import block_end
 from resnet_fused.tuning.calls import argument_names
 
 #: Backend and candidate.
@@ -58,12 +59,24 @@ def measure(op: str, args: Sequence[Any], clock: Clock) -> Outcome:
 
     An op that is a chain of smaller ones has these, each as it runs now, in place of plain torch.
     """
+    answers = _Answers(op, args)
+    if op == block_end.OP:
+        fault = answers.fault(OPS[op].decomposition or OPS[op].reference)
+        return _measure_block_end(args, clock, fault)
     runs: dict[Name, Callable[..., Tensor]] = dict(candidates(op, *args))
     runs[REFERENCE, "default"] = OPS[op].decomposition or OPS[op].reference
-    answers = _Answers(op, args)
     wrong = {name: fault for name, run in runs.items() if (fault := answers.fault(run))}
     right = {n: functools.partial(run, *args) for n, run in runs.items() if n not in wrong}
     seconds, failed = fastest(right, clock)
+    return Outcome(seconds, {**wrong, **failed}, len(runs))
+
+
+def _measure_block_end(args: Sequence[Any], clock: Clock, fault: str | None) -> Outcome:
+    """Time a block's end, forward and backward, as the one op, if it is right, and as others."""
+    name = (REFERENCE, "default")
+    runs = {name: block_end.together(*args), (REFERENCE, APART): block_end.apart(*args)}
+    wrong = {} if fault is None else {name: fault}
+    seconds, failed = fastest({n: run for n, run in runs.items() if n not in wrong}, clock)
     return Outcome(seconds, {**wrong, **failed}, len(runs))
 
 

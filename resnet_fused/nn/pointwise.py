@@ -1,0 +1,65 @@
+"""A block's end whose convolution is 1x1, as one op that never has the convolution's output."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused.backends import faster_together
+from resnet_fused.nn.bn import sharing_group
+
+OP = "pointwise_bn_act"
+
+
+class _OnMeta(threading.local):
+    taken = False
+
+
+_on_meta = _OnMeta()
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Have this thread's meta tensors take the op wherever it fits, for `tune` to see its calls."""
+    _on_meta.taken = True
+    try:
+        yield
+    finally:
+        _on_meta.taken = False
+
+
+def takes(
+    conv: Any, bn: Any, x: Tensor, residual: object, dtype: torch.dtype, act: str | None
+) -> bool:
+    """Return whether convolution, BatchNorm, add and act of what is like ``x`` are the one op.
+
+    In 16 bits alone, where a covariance in float32 is as exact as the maps are; and where `tune`
+    measured forward and backward to be faster so.
+
+    Args:
+        conv: a convolution.
+        bn: its BatchNorm, in training.
+        x: its input, or what that is made of.
+        residual: what is added.
+        dtype: of the convolution's result.
+        act: behind the sum.
+    """
+    weight = conv.weight
+    if type(residual) is not Tensor or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if tuple(weight.shape[2:]) != (1, 1) or conv.groups != 1 or conv.bias is not None:
+        return False
+    if {*conv.stride, 1} != {1} or sharing_group(bn) is not None or torch.compiler.is_compiling():
+        return False
+    if {*(conv.padding if conv.padding != "valid" else ()), 0} != {0}:
+        return False
+    if x.is_meta:
+        return _on_meta.taken
+    # As autocast will have it, without the cast.
+    shape_of = torch.empty(weight.shape, dtype=dtype, device="meta")
+    return faster_together(OP, x, shape_of, bn.weight, bn.bias, residual, bn.eps, act)
