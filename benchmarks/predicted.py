@@ -30,7 +30,10 @@ COLUMNS = (
     "model", "batch", "layer by layer", "stem in one kernel", "and 3x3 with its 1x1",
     "arithmetic alone", "Triton's tiles", "MB an image",
 )  # fmt: skip
-STEPS = ("model", "batch", "MB an image: eager", "fused", "img/s: eager", "fused", "fused / eager")
+STEPS = (
+    "model", "batch", "MB an image: eager", "fused", "ends as one op", "img/s: eager", "fused",
+    "ends as one op", "fused / eager", "ends as one op / eager",
+)  # fmt: skip
 #: Candidates that are no Triton config, by op: cuDNN's two ways and plain torch, or plain torch.
 OTHERS = {"conv_bn_act": 3}
 #: Seconds to compile a config: 0.51 is the mean of 380 for ResNet-50 at batch 256 on sm_90 (Triton
@@ -98,11 +101,15 @@ def _row(name: str, batch: int, device: Device) -> list[str]:
 
 
 def _row_of_training(name: str, batch: int, device: Device) -> list[str]:
-    steps = [traffic.training_step(name, batch, DTYPE, fused=fused) for fused in (False, True)]
+    steps = [
+        traffic.training_step(name, batch, DTYPE, fused=fused, ends=ends)
+        for fused, ends in ((False, False), (True, False), (True, True))
+    ]
     megabytes = [sum(work.nbytes for work in step) / batch / 1e6 for step in steps]
-    eager, fused = (batch / sum(w.seconds(device, DTYPE) for w in step) for step in steps)
-    speeds = (_rounded(eager), _rounded(fused), f"{fused / eager:.2f}x")
-    return [name, str(batch), *(f"{moved:.0f}" for moved in megabytes), *speeds]
+    speeds = [batch / sum(w.seconds(device, DTYPE) for w in step) for step in steps]
+    over = [f"{speed / speeds[0]:.2f}x" for speed in speeds[1:]]
+    moved = [f"{each:.0f}" for each in megabytes]
+    return [name, str(batch), *moved, *map(_rounded, speeds), *over]
 
 
 def _seconds_of_tiles(name: str, batch: int, device: Device, report: Report) -> float:

@@ -7,6 +7,7 @@ two ops is not counted on.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 import resnet_fused as rf
 from resnet_fused.models import create_model
+from resnet_fused.nn import pointwise
 from resnet_fused.ops import OPS
 from resnet_fused.roofline import Device
 
@@ -45,17 +47,21 @@ class Work(NamedTuple):
         return max(self.nbytes / device.bandwidth, self.flops / device.flops[dtype])
 
 
-def training_step(name: str, batch: int, dtype: torch.dtype, *, fused: bool) -> list[Work]:
+def training_step(
+    name: str, batch: int, dtype: torch.dtype, *, fused: bool, ends: bool = False
+) -> list[Work]:
     """Return the ops of forward and backward of a model on 224x224 images, in channels_last.
 
-    Fused, they are those of the package, each as its own definition counts it.
+    Fused, they are those of the package, each as its own definition counts it; with ``ends``, block
+    ends whose convolution is 1x1 are one op.
     """
     with torch.device("meta"):
         model: nn.Module = create_model(name).to(dtype).train()
         x = torch.empty(batch, 3, 224, 224, dtype=dtype)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = x.contiguous(memory_format=torch.channels_last)
-    with rf.use_backend("reference"), _Count() as counted:
+    taken = pointwise.on_meta() if ends else contextlib.nullcontext()
+    with rf.use_backend("reference"), taken, _Count() as counted:
         (rf.fuse(model) if fused else model)(x).sum().backward()
     return counted.found
 

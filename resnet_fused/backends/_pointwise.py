@@ -25,8 +25,9 @@ def pointwise_bn_act(
 ) -> tuple[Tensor, ...]:
     """Run the op as the convolution of inference behind what finds its scale and shift."""
     x_mean, x_cov = call("channel_covariance", x)
-    mean, var, *affine = call("pointwise_bn_stats", weight, x_mean, x_cov, bn_weight, bn_bias, eps)
-    y = call("conv_bn_act", x, weight, *affine, residual, *GEOMETRY, act)
+    read = weight.to(x.dtype)
+    mean, var, *affine = call("pointwise_bn_stats", read, x_mean, x_cov, bn_weight, bn_bias, eps)
+    y = call("conv_bn_act", x, read, *affine, residual, *GEOMETRY, act)
     return y, mean, var, x_mean, x_cov
 
 
@@ -54,8 +55,8 @@ def pointwise_bn_act_backward(
     g = grad if y is None else masked
     product = call("conv_backward_weight", g, x, weight.shape, *GEOMETRY, False, mean.dtype)
     grad_weight, grad_bn_weight, of_g, of_x, shift = call(
-        "pointwise_bn_gradients", weight, product, sum_g, mean, var, x_mean, x_cov, bn_weight, eps,
-        max(x.numel() // x.shape[1], 1),
+        "pointwise_bn_gradients", weight.to(x.dtype), product, sum_g, mean, var, x_mean, x_cov,
+        bn_weight, eps, max(x.numel() // x.shape[1], 1), weight.dtype,
     )  # fmt: skip
     grad_x = nothing
     if wanted[0]:

@@ -85,7 +85,7 @@ def product(grad: Tensor, x: Tensor, channels_last: bool, dtype: torch.dtype) ->
     Not rounded to the dtype of the maps, as that of a convolution is before it is cast.
     """
     rows = [t.permute(0, 2, 3, 1).flatten(0, 2) for t in (grad, x)]
-    made = torch.mm(rows[0].t(), rows[1], out_dtype=dtype)  # type: ignore[call-overload]
+    made = torch.mm(rows[0].t(), rows[1], out_dtype=dtype)
     return laid_out(made[..., None, None], channels_last)
 
 

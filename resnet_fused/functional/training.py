@@ -261,7 +261,7 @@ def pointwise_bn_act(
 
     Args:
         x: (N, C, H, W), float32, bfloat16, float16 or float64; channels_last is fastest.
-        weight: (O, C, 1, 1), x's dtype.
+        weight: (O, C, 1, 1), x's dtype, or float32, then rounded to x's as it is read.
         bn_weight: γ, (O,), x's dtype or float32; None for 1.
         bn_bias: β, likewise; None for 0.
         residual: (N, O, H, W), x's dtype; added before the activation.
@@ -276,7 +276,7 @@ def pointwise_bn_act(
     Differentiable in all tensors. Saved for backward: x, weight, bn_weight, the moments of x and of
     what the convolution would give, and with "relu" y. A gradient that follows y closely, of which
     BatchNorm lets little through, has the rounding of what it cancels: of bfloat16, 2^-9 of g's
-    own size. Under autocast x, weight and residual are cast.
+    own size. Under autocast x, weight and residual are cast, on the CPU not weight.
 
     Raises:
         ValueError: shapes, devices, eps or act do not fit; nothing has run.

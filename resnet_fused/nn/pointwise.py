@@ -60,6 +60,6 @@ def takes(
         return False
     if x.is_meta:
         return _on_meta.taken
-    # As autocast will have it, without the cast.
-    shape_of = torch.empty(weight.shape, dtype=dtype, device="meta")
-    return faster_together(OP, x, shape_of, bn.weight, bn.bias, residual, bn.eps, act)
+    if weight.dtype != dtype and not x.is_cpu:  # as autocast will have it, without the cast
+        weight = torch.empty(weight.shape, dtype=dtype, device="meta")
+    return faster_together(OP, x, weight, bn.weight, bn.bias, residual, bn.eps, act)

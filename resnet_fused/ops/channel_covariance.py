@@ -46,7 +46,7 @@ def flops(x_shape: Sequence[int], *args: Any, out_shape: Sequence[Any], **kwargs
 
 
 def nbytes(x: Tensor) -> int:
-    """x read once, mean and covariance written once."""
+    """The map read once, mean and covariance written once."""
     c = x.shape[1]
     return x.nbytes + (c + c * c) * _checks.accumulate_dtype(x.dtype).itemsize
 
@@ -59,7 +59,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
         x = torch.randn((n, c, h, w), generator=generator, dtype=torch.float64)
         mixed = torch.einsum("nchw,cd->ndhw", x, torch.randn((c, c), generator=generator).to(x))
         x = mixed.relu() if i % 2 else mixed + 1
-        layout = torch.contiguous_format if i == 0 else torch.channels_last
+        layout = torch.channels_last if i == 0 else torch.contiguous_format
         yield (x.to(device, dtype).contiguous(memory_format=layout),)
 
 

@@ -38,7 +38,7 @@ def check(
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
     shape = check_convolution(NAME, x, weight, *GEOMETRY)
     pointwise_bn_stats.check_weight(NAME, weight)
-    _checks.check_same(NAME, "weight", weight, x)
+    _checks.check_weight(NAME, weight, x)
     pointwise_bn_stats.check_affine(NAME, bn_weight, bn_bias, weight)
     _checks.check_residual(NAME, residual, shape, x)
     _bn.check_eps(NAME, eps)
@@ -60,7 +60,7 @@ def reference(
         y, the mean and biased variance of the convolution's output, and mean and covariance of x.
     """
     x_mean, x_cov = channel_covariance.reference(x)
-    z = F.conv2d(x.to(x_mean.dtype), weight.to(x_mean.dtype))
+    z = F.conv2d(x.to(x_mean.dtype), weight.to(x.dtype).to(x_mean.dtype))
     mean, var = _bn.statistics(z)
     scale, shift = _bn_math.scale_shift(mean, var, bn_weight, bn_bias, eps)
     y = z * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
@@ -148,7 +148,7 @@ def nbytes(
     eps: float,
     act: str | None,
 ) -> int:
-    """x read twice, for its covariance first, all else once; the results written once."""
+    """All arguments read once, x twice, for its covariance first; the results written once."""
     given = (x, weight, bn_weight, bn_bias, residual)
     read = x.nbytes + sum(t.nbytes for t in given if t is not None)
     (n, c, h, w), o = x.shape, len(weight)
@@ -165,8 +165,9 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
 
     shapes = ((2, 16, 7, 5, 40), (3, 7, 6, 6, 5), (4, 64, 6, 9, 136), (2, 8, 5, 5, 3))
     for i, (n, c, h, w, o) in enumerate(shapes):
-        x, weight = draw(n, c, h, w).relu(), draw(o, c, 1, 1) / c**0.5
-        kind = dtype if i == 1 else _checks.accumulate_dtype(dtype)
+        x, wide = draw(n, c, h, w).relu(), _checks.accumulate_dtype(dtype)
+        weight = draw(o, c, 1, 1, to=wide if i == 2 else dtype) / c**0.5
+        kind = dtype if i == 1 else wide
         affine = [None if i == 3 else draw(o, to=kind) for _ in range(2)]
         residual = draw(n, o, h, w) if i != 1 else None
         for act in _checks.ACTIVATIONS:
@@ -186,6 +187,7 @@ OP = Op(
     setup_context=setup_context,
     backward=backward,
     autocast=("x", "weight", "residual"),
+    wide=("weight",),
     flops=flops,
     nbytes=nbytes,
     samples=samples,

@@ -50,7 +50,7 @@ def check(
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
     shape = check_convolution(NAME, x, weight, *GEOMETRY)
     pointwise_bn_stats.check_weight(NAME, weight)
-    _checks.check_same(NAME, "weight", weight, x)
+    _checks.check_weight(NAME, weight, x)
     _checks.check_feature_map(NAME, grad, "grad")
     if tuple(grad.shape) != shape:
         raise ValueError(f"{NAME}: grad must have shape {shape}, got {tuple(grad.shape)}")
@@ -92,7 +92,7 @@ def reference(
     """
     wide = mean.dtype
     g = grad if y is None else torch.where(_bn.passed(y), grad, torch.zeros_like(grad))
-    rows, w = g.to(wide).permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1).to(wide)
+    rows, w = g.to(wide).permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1).to(x.dtype).to(wide)
     inputs = x.to(wide).permute(0, 2, 3, 1).flatten(0, 2)
     rstd = torch.rsqrt(var + eps)
     normal = ((inputs @ w.t()).to(x.dtype).to(wide) - mean) * rstd
@@ -175,7 +175,7 @@ def nbytes(
     wide = mean.dtype
     total += conv_backward_weight.nbytes(grad, x, weight.shape, *GEOMETRY, False, wide)
     product = weight.to(wide)
-    small = (weight, product, mean, mean, var, x_mean, x_cov, bn_weight, eps, 1)
+    small = (weight, product, mean, mean, var, x_mean, x_cov, bn_weight, eps, 1, weight.dtype)
     total += pointwise_bn_gradients.nbytes(*small)
     if wanted[0]:
         total += 2 * x.nbytes + x_cov.numel() * x.itemsize  # read, and its turned self written
@@ -209,6 +209,7 @@ OP = Op(
     setup_context=None,
     backward=None,
     autocast=(),
+    wide=("weight",),
     flops=flops,
     nbytes=nbytes,
     samples=samples,

@@ -36,6 +36,7 @@ def check(
     bn_weight: Tensor | None,
     eps: float,
     count: int,
+    dtype: torch.dtype,
 ) -> None:
     """Raise ValueError or TypeError naming the argument that does not fit the others."""
     pointwise_bn_stats.check_weight(NAME, weight)
@@ -50,6 +51,7 @@ def check(
     for name, vector in (("sum_g", sum_g), ("mean", mean), ("var", var)):
         _checks.check_channels(NAME, name, vector, len(weight), product)
     _bn.check_eps(NAME, eps)
+    _checks.check_result_dtype(NAME, dtype, weight)
     if count < 1:
         raise ValueError(f"{NAME}: count must be at least 1, got {count}")
 
@@ -65,11 +67,12 @@ def reference(
     bn_weight: Tensor | None,
     eps: float,
     count: int,
+    dtype: torch.dtype,
 ) -> Result:
     """Compute the op in plain torch.
 
     Returns:
-        The gradients of weight, in its dtype, and of bn_weight; then for x's gradient by
+        The gradients of weight, in ``dtype``, and of bn_weight; then for x's gradient by
         convolutions of 1x1: what turns g, (O, C, 1, 1), what turns x, (C, C, 1, 1), both in
         weight's dtype, and the shift, (C,), by which what they give, as they are rounded, has no
         mean.
@@ -85,7 +88,7 @@ def reference(
     of_x = (w.t() @ ((scale * slope / -count)[:, None] * w)).to(weight.dtype)
     shift = -(of_g.to(w.dtype).t() @ (sum_g / count)) - of_x.to(w.dtype) @ x_mean
     return (
-        grad_w.to(weight.dtype).view(weight.shape),
+        grad_w.to(dtype).view(weight.shape),
         rstd * sum_gz,
         of_g.view(weight.shape),
         of_x[..., None, None],
@@ -104,12 +107,13 @@ def fake(
     bn_weight: Tensor | None,
     eps: float,
     count: int,
+    dtype: torch.dtype,
 ) -> Result:
     """Return empty results."""
-    check(weight, product, sum_g, mean, var, x_mean, x_cov, bn_weight, eps, count)
+    check(weight, product, sum_g, mean, var, x_mean, x_cov, bn_weight, eps, count, dtype)
     o, c, _, _ = weight.shape
     return (
-        weight.new_empty(o, c, 1, 1),
+        weight.new_empty(o, c, 1, 1, dtype=dtype),
         mean.new_empty(o),
         weight.new_empty(o, c, 1, 1),
         weight.new_empty(c, c, 1, 1),
@@ -134,31 +138,32 @@ def nbytes(
     bn_weight: Tensor | None,
     eps: float,
     count: int,
+    dtype: torch.dtype,
 ) -> int:
     """All arguments read once, the results written once."""
     given = (weight, product, sum_g, mean, var, x_mean, x_cov, bn_weight)
     o, c = weight.shape[:2]
-    written = (2 * o + c) * c * weight.itemsize + (o + c) * mean.itemsize
+    written = (o + c) * c * weight.itemsize + o * c * dtype.itemsize + (o + c) * mean.itemsize
     return written + sum(t.nbytes for t in given if t is not None)
 
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield for the convolutions of pointwise_bn_stats, each with gradients that fit it."""
     generator = torch.Generator().manual_seed(2)
-    for weight, x_mean, x_cov, bn_weight, bn_bias, eps in pointwise_bn_stats.samples(device, dtype):
-        mean, var, *_ = pointwise_bn_stats.reference(
-            weight, x_mean, x_cov, bn_weight, bn_bias, eps
-        )
+    for i, args in enumerate(pointwise_bn_stats.samples(device, dtype)):
+        weight, x_mean, x_cov, bn_weight, _, eps = args
+        mean, var, *_ = pointwise_bn_stats.reference(*args)
         drawn = torch.randn((2, *weight.shape), generator=generator, dtype=torch.float64)
         product, vectors = drawn.to(mean)
-        yield weight, product, vectors[:, 0, 0, 0], mean, var, x_mean, x_cov, bn_weight, eps, 50
+        moments = (vectors[:, 0, 0, 0], mean, var, x_mean, x_cov)
+        yield weight, product, *moments, bn_weight, eps, 50, mean.dtype if i % 2 else dtype
 
 
 OP = Op(
     name=NAME,
     schema=(
         "(Tensor weight, Tensor product, Tensor sum_g, Tensor mean, Tensor var, Tensor x_mean, "
-        "Tensor x_cov, Tensor? bn_weight, float eps, SymInt count) "
+        "Tensor x_cov, Tensor? bn_weight, float eps, SymInt count, ScalarType dtype) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     check=check,

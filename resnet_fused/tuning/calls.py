@@ -82,9 +82,7 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
             ours.requires_grad_(theirs.requires_grad)
         if dtype is not None:
             x, dtype, wide = _autocast(twin, x, dtype), None, _stays_wide(model, example_input)
-    recorder, more = (
-        _Recorder(dtype, example_input.device.type, wide=wide) for _ in range(2)
-    )
+    recorder, more = (_Recorder(dtype, example_input.device.type, wide=wide) for _ in range(2))
     try:
         _step(twin, x, recorder)
         if twin.training:  # block ends as one op, too

@@ -104,6 +104,24 @@ def test_without_residual_and_activation():
     assert given[2].grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_wide_weight_is_rounded_as_it_is_read(dtype):
+    """And has a gradient of its own width, not rounded on its way."""
+    given = inputs(dtype)
+    weight = given[1].float() + 1e-5
+    results = []
+    for w in (weight, weight.to(dtype)):
+        w = w.clone().requires_grad_()
+        y = rf.functional.pointwise_bn_act(given[0], w, *given[2:], act="relu")
+        y.backward(torch.ones_like(y))
+        assert (w.grad.dtype, w.grad.shape) == (w.dtype, w.shape)
+        results.append((y, w.grad))
+    (y, wide), (same, narrow) = results
+    assert torch.equal(y, same)
+    assert torch.equal(wide.to(dtype), narrow)
+    assert not torch.equal(wide, narrow.float())
+
+
 def test_the_convolution_s_output_is_not_saved():
     """Of the largest maps of a bottleneck's end, its result alone."""
     given = [t.requires_grad_() for t in inputs(torch.bfloat16, pixels=32, c=32, o=128)]
@@ -142,8 +160,8 @@ MOMENTS = (torch.ones(3), torch.eye(3))
 BAD = {
     "3x3": ("pointwise_bn_act", (X, torch.randn(5, 3, 3, 3), None, None, None, 0.1, None),
             "weight must be (O, C, 1, 1)"),
-    "dtype": ("pointwise_bn_act", (X.half(), WEIGHT, None, None, None, 0.1, None),
-              "weight must have x's dtype"),
+    "dtype": ("pointwise_bn_act", (X, WEIGHT.half(), None, None, None, 0.1, None),
+              "weight must be torch.float32"),
     "residual": ("pointwise_bn_act", (X, WEIGHT, VECTOR, VECTOR, X, 0.1, None), "residual must"),
     "bn_weight": ("pointwise_bn_act", (X, WEIGHT, VECTOR[:3], None, None, 0.1, None),
                   "bn_weight must have shape (5,)"),
@@ -156,9 +174,10 @@ BAD = {
                        (WEIGHT, MOMENTS[0].double(), MOMENTS[1], None, None, 0.1),
                        "x_mean must be torch.float32"),
     "product": ("pointwise_bn_gradients",
-                (WEIGHT, WEIGHT[:2], *[VECTOR] * 3, *MOMENTS, None, 0.1, 32),
+                (WEIGHT, WEIGHT[:2], *[VECTOR] * 3, *MOMENTS, None, 0.1, 32, torch.float32),
                 "product must be like weight"),
-    "count": ("pointwise_bn_gradients", (WEIGHT, WEIGHT, *[VECTOR] * 3, *MOMENTS, None, 0.1, 0),
+    "count": ("pointwise_bn_gradients", (WEIGHT, WEIGHT, *[VECTOR] * 3, *MOMENTS, None, 0.1, 0,
+              torch.float32),
               "count must be at least 1"),
     "y without act": ("pointwise_bn_act_backward",
                       (torch.randn(2, 5, 4, 4), X, WEIGHT, VECTOR, VECTOR, *MOMENTS, None,

@@ -57,12 +57,13 @@ def pointwise_bn_gradients(
     bn_weight: Tensor | None,
     eps: float,
     count: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """Run the op in three kernels."""
     from resnet_fused.backends.triton import covariance_launch
 
     launches, made = covariance_launch.pointwise_bn_gradients(
-        weight, product, sum_g, mean, var, x_mean, x_cov, bn_weight, eps, count
+        weight, product, sum_g, mean, var, x_mean, x_cov, bn_weight, eps, count, dtype
     )
     run_on(weight, launches)
     return made

@@ -28,7 +28,7 @@ from resnet_fused.backends.triton.shapes import power
 _PROGRAMS = 264
 #: Steps of a part at least, and parts at most: each is a matrix to be written and read.
 _STEPS, _MOST_PARTS = 8, 128
-#: The side of a tile of the covariance; that of what a program merges, and of how many parts at once.
+#: The side of a tile of the covariance; of what a program merges, and of how many parts at once.
 _TILE, _MERGED, _PARTS = 128, 16, 16
 #: The least side of a product; and the input channels that a program has at most at once.
 _LEAST, _WIDEST = 16, 256
@@ -126,10 +126,11 @@ def pointwise_bn_gradients(
     bn_weight: Tensor | None,
     eps: float,
     count: int,
+    dtype: torch.dtype,
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:
     """Return the launches of the op, and what receives its results."""
     o, c = weight.shape[:2]
-    grad_w, of_g = (weight.new_empty(o, c, 1, 1) for _ in range(2))
+    grad_w, of_g = weight.new_empty(o, c, 1, 1, dtype=dtype), weight.new_empty(o, c, 1, 1)
     of_x, shift = weight.new_empty(c, c, 1, 1), x_mean.new_empty(c)
     grad_weight, slope = x_mean.new_empty(o), x_mean.new_empty(o)
     weight, sum_g, x_mean = weight.contiguous(), sum_g.contiguous(), x_mean.contiguous()

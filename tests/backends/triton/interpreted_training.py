@@ -17,7 +17,7 @@ from test_training_ops import fresh, peak, rounded_to, terms
 
 import resnet_fused as rf
 from resnet_fused.backends import triton
-from resnet_fused.backends.triton import bn_launch, gradients, launch, passes
+from resnet_fused.backends.triton import bn_launch, covariance_launch, gradients, launch, passes
 from resnet_fused.backends.triton.shapes import Config
 from resnet_fused.ops import TRAINING
 from resnet_fused.testing import gradient_metrics, max_error, to_float64, two_x_rule
@@ -169,7 +169,7 @@ def test_not_finite(op):
             assert torch.equal(out.isfinite(), plain.isfinite())
             # What follows from sums that are infinite is either, by the order of the arithmetic.
             sums = ("bn_act_backward", "bn_act_conv_backward_data", "bn_act_conv_backward")
-            if op not in sums:
+            if op not in (*sums, "channel_covariance") and "pointwise" not in op:
                 assert torch.equal(out.isnan(), plain.isnan())
 
 
@@ -344,3 +344,44 @@ def test_the_weight_s_gradient_in_parts(dtype, monkeypatch):
         out = results(op, args)
         assert_right(op, args, out)
         assert torch.equal(out[0], results(op, args)[0])
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(3, 200, 5, 9), (16, 24, 14, 18), (1, 136, 3, 3)], ids=str)
+def test_covariance_of_several_tiles_and_parts(shape, dtype, monkeypatch):
+    """Tiles left of the diagonal are mirror images; parts are merged a few at a time."""
+    (x,) = maps(shape, dtype=dtype)
+    (outs,) = [results("channel_covariance", (x,))]
+    assert_right("channel_covariance", (x,), outs)
+    assert torch.equal(outs[1], outs[1].t())
+    monkeypatch.setattr(launch, "WIDE_FROM", 1)
+    assert same(results("channel_covariance", (x,)), outs)
+    pixels = shape[0] * shape[2] * shape[3]
+    cut = covariance_launch.Cut.of(pixels, shape[1], x.element_size())
+    assert (cut.parts - 1) * cut.steps * cut.block_k < pixels
+    assert pixels <= cut.parts * cut.steps * cut.block_k
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_covariance_keeps_what_is_not_finite(value):
+    (x,) = maps((2, 24, 5, 5), dtype=torch.bfloat16)
+    x[1, 3, 2, 2] = value
+    mean, cov = results("channel_covariance", (x,))
+    assert not cov[3].isfinite().any()
+    assert not cov[:, 3].isfinite().any()
+    assert (~cov.isfinite()).sum() == 2 * 24 - 1
+    assert not mean[:3].isnan().any()
+
+
+@each_dtype
+def test_weights_wider_than_a_block(dtype):
+    """More input channels than a program takes at once, more outputs than one block of a walk."""
+    (x,) = maps((2, 300, 4, 4), dtype=dtype)
+    weight = (torch.randn(70, 300, 1, 1) / 17).to(dtype)
+    moments = references("channel_covariance", (x,))
+    stats = (weight, *moments, torch.randn(70), None, 1e-5)
+    assert_right("pointwise_bn_stats", stats, results("pointwise_bn_stats", stats))
+    mean, var, *_ = references("pointwise_bn_stats", stats)
+    product, sum_g = torch.randn(70, 300, 1, 1), torch.randn(70)
+    args = (weight, product, sum_g, mean, var, *moments, None, 1e-5, 32, dtype)
+    assert_right("pointwise_bn_gradients", args, results("pointwise_bn_gradients", args))

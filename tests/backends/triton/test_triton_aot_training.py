@@ -33,6 +33,8 @@ LAYERS = {
     "shortcut": problem(256, 256, 56, 512, 1, 2),
     "expand": problem(256, 256, 14, 1024, 1),
     "reduce": problem(256, 1024, 14, 256, 1),
+    "small": problem(256, 128, 28, 512, 1),
+    "large": problem(256, 512, 7, 2048, 1),
 }
 
 
@@ -157,6 +159,19 @@ def by_bits(layer, dtype, capability):
     ]
 
 
+def covariance(layer, dtype, capability):
+    """A 1x1 convolution's BatchNorm by its input's covariance, and what its backward wants."""
+    from resnet_fused.backends.triton import covariance_launch as launches
+
+    x, w, y = maps(LAYERS[layer], dtype)
+    products, mean, cov = launches.channel_covariance(x, capability)
+    vectors = [tensor(y.shape[1]) for _ in range(4)]
+    first, _ = launches.pointwise_bn_stats(w, mean, cov, *vectors[:2], 1e-5)
+    given = (w, tensor(*w.shape), *vectors[:3], mean, cov, vectors[3], 1e-5, y.numel(), dtype)
+    gradients, _ = launches.pointwise_bn_gradients(*given)
+    return [*products, first, *gradients]
+
+
 CASES = [
     *((statistics, layer, "bf16", 90) for layer in ("stem", "3x3", "strided", "expand")),
     *((statistics, *case) for case in (("3x3", "fp16", 80), ("3x3", "tf32", 90))),
@@ -182,6 +197,9 @@ CASES = [
     (activation, "expand", "bf16", 100),
     (passes, "stem", "bf16", 90),
     (by_bits, "stem", "bf16", 90),
+    *((covariance, layer, "bf16", 90) for layer in ("expand", "large")),
+    *((covariance, *case) for case in (("expand", "fp16", 80), ("expand", "bf16", 100))),
+    *((covariance, *case) for case in (("small", "bf16", 90), ("small", "bf16", 100))),
 ]
 
 
@@ -208,6 +226,8 @@ def test_kernels(kernels, case):
     for kernel in kernels[case]:
         assert kernel.spilled == 0, kernel
         assert kernel.shared <= arch_of(capability).block_shared, kernel
+        if build is covariance:
+            continue
         products = kernel.kernel.startswith("conv") and kernel.loads  # none: pixels without a tap
         assert kernel.instruction == (PRODUCTS[capability] if products else "fma"), kernel
         assert build is not candidates or set(kernel.loads) == {"tma"}, kernel
@@ -225,6 +245,19 @@ def test_kernels(kernels, case):
             assert 16 in widths <= {2, 16}, kernel  # two bytes of bits a thread, beside the maps
         else:
             assert widths <= {16}, kernel
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c[0] is covariance], ids=named)
+def test_small_products_too_are_tensor_cores(kernels, case):
+    """Those of the maps in 16 bits; those with a covariance in three of TF32, by mma everywhere."""
+    *_, capability = case
+    for kernel in kernels[case]:
+        product = "mma.sync"
+        if kernel.kernel == "covariance_kernel":
+            product = PRODUCTS[capability]
+            assert "async 16" in set(kernel.loads) <= {"async 16", "load 16"}, kernel
+        few = kernel.kernel in ("merge_covariance_kernel", "pointwise_shift_kernel")
+        assert kernel.instruction == ("fma" if few else product), kernel
 
 
 def test_the_model_of_shared_memory_is_no_lower_than_triton_s(kernels):

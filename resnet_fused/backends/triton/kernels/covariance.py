@@ -12,7 +12,7 @@ def covariance_kernel(
     x_ptr, parts_ptr, m, steps, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of Σ x xᵀ over ``steps`` blocks of the m pixels, of those on or right of the diagonal.
+    """One tile of Σ x xᵀ, on or right of the diagonal, over ``steps`` blocks of the m pixels.
 
     A part of ``parts_ptr`` is (CHANNELS + 1, CHANNELS): the sums of products, and in its last row
     those of x.
@@ -217,7 +217,7 @@ def pointwise_shift_kernel(
     of_g_ptr, of_x_ptr, sum_g_ptr, x_mean_ptr, shift_ptr, count,
     OUT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C channels of the shift that takes the mean out of what the two turns, rounded, give."""
+    """BLOCK_C channels of the shift that takes the mean out of what both turns, rounded, give."""
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     column_in = columns < CHANNELS
     shift = tl.zeros((BLOCK_C,), dtype=tl.float32)
