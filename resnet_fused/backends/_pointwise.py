@@ -42,16 +42,21 @@ def pointwise_bn_act_backward(
     x_cov: Tensor,
     bn_weight: Tensor | None,
     y: Tensor | None,
+    sum_g: Tensor | None,
     eps: float,
     act: str | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Run the op by its products; what turns g and x is small."""
     nothing = x.new_empty(0)
-    # In place of a map to be normalised it reads grad again, whose second sum nobody wants.
-    sum_g, _, masked = call(
-        "bn_act_backward_reduce", grad, grad, mean, var, None, None, y, eps, act, act is not None
-    )
+    masked, given = nothing, sum_g is not None
+    if sum_g is None:
+        # In place of a map to be normalised it reads grad again, whose second sum nobody wants.
+        maps, vectors = (grad, grad), (mean, var, None, None)
+        sum_g, _, masked = call(
+            "bn_act_backward_reduce", *maps, *vectors, y, eps, act, act is not None
+        )
+    assert sum_g is not None
     g = grad if y is None else masked
     product = call("conv_backward_weight", g, x, weight.shape, *GEOMETRY, False, mean.dtype)
     grad_weight, grad_bn_weight, of_g, of_x, shift = call(
@@ -62,4 +67,6 @@ def pointwise_bn_act_backward(
     if wanted[0]:
         turned = call("conv_bn_act", x, of_x, None, shift, None, *GEOMETRY, None)
         grad_x = call("conv_backward_data", g, of_g, x.shape, *GEOMETRY, turned)
-    return grad_x, grad_weight, grad_bn_weight, sum_g, masked if wanted[1] else nothing
+    # Of what came in, a copy: an op's result is no argument.
+    own = sum_g.clone() if given else sum_g
+    return grad_x, grad_weight, grad_bn_weight, own, masked if wanted[1] else nothing

@@ -30,6 +30,7 @@ from resnet_fused.ops import (
     pointwise_bn_act_backward,
     pointwise_bn_gradients,
     pointwise_bn_stats,
+    relu_conv_backward_data,
 )
 from resnet_fused.ops._op import Op
 from resnet_fused.ops._register import register
@@ -68,6 +69,7 @@ TRAINING: dict[str, Op] = {
         bn_act_max_pool_backward.OP,
         max_pool_backward.OP,
         conv_backward_data.OP,
+        relu_conv_backward_data.OP,
         conv_backward_weight.OP,
         bn_act_conv_backward.OP,
         bn_act_conv_backward_data.OP,

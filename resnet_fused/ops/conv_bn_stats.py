@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends._sizes import output_shape
-from resnet_fused.ops import _bn, _checks
+from resnet_fused.ops import _bn, _checks, _past_relu
 from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 from resnet_fused.ops.conv_bn_act import GEOMETRIES, check_convolution, pair
@@ -69,7 +69,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     """Save x and weight. The statistics carry no gradient: what normalises with them adds it."""
     x, weight, *geometry = inputs
     ctx.save_for_backward(x, weight)
-    ctx.geometry = geometry
+    ctx.geometry, ctx.past_relu = geometry, _past_relu.wanted(x)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -84,7 +84,7 @@ def backward(
     need_x, need_weight = ctx.needs_input_grad[:2]
     grad_x = grad_weight = None
     if need_x:
-        grad_x = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry, others)
+        grad_x = _of_input(ctx, grad, weight, x, others)
     if need_weight:
         # In the weight's own layout, or the accumulation would copy it.
         channels_last = not weight.is_contiguous()
@@ -93,6 +93,17 @@ def backward(
             weight.dtype,
         )  # fmt: skip
     return grad_x, grad_weight, None, None, None, None
+
+
+def _of_input(ctx: Any, grad: Tensor, weight: Tensor, x: Tensor, others: Tensor | None) -> Tensor:
+    """Return x's gradient, past the ReLU that x comes from if that is wanted."""
+    if not ctx.past_relu:
+        made: Tensor = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry, others)
+        return made
+    g: Tensor
+    g, sums = call("relu_conv_backward_data", grad, weight, x, *ctx.geometry, others)
+    _past_relu.leave(g, x, sums)
+    return g
 
 
 def flops(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resnet_fused.backends import _bn_math, _pointwise
 from resnet_fused.backends._pointwise import GEOMETRY
-from resnet_fused.ops import _bn, _checks, channel_covariance, pointwise_bn_stats
+from resnet_fused.ops import _bn, _checks, _past_relu, channel_covariance, pointwise_bn_stats
 from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 from resnet_fused.ops.conv_bn_act import check_convolution
@@ -108,10 +108,13 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
         return (None,) * 7
     x, weight, *saved = ctx.saved_tensors
     bn_weight, y = saved[-2:]
-    wants = ctx.needs_input_grad
-    wanted = [wants[0], wants[4] and ctx.act is not None]
+    wants, act = ctx.needs_input_grad, ctx.act
+    given = None if y is None else _past_relu.sums_of(grad, y)
+    if given is not None:
+        y = act = None
+    wanted = [wants[0], wants[4] and y is not None]
     grad_x, grad_weight, grad_bn_weight, sum_g, grad_residual = call(
-        "pointwise_bn_act_backward", grad, x, weight, *saved, ctx.eps, ctx.act, wanted
+        "pointwise_bn_act_backward", grad, x, weight, *saved[:-1], y, given, ctx.eps, act, wanted
     )
     found: list[Tensor | None] = [None] * 7
     if wants[0]:
@@ -122,7 +125,7 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
         found[2] = grad_bn_weight.to(bn_weight.dtype)
     if wants[3] and ctx.bias_dtype is not None:
         found[3] = sum_g.to(ctx.bias_dtype)
-    if wants[4]:  # without ReLU the residual's gradient is the output's
+    if wants[4]:  # in front of ReLU the residual's gradient is the output's
         found[4] = grad if y is None else grad_residual
     return tuple(found)
 

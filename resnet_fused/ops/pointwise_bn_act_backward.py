@@ -43,6 +43,7 @@ def check(
     x_cov: Tensor,
     bn_weight: Tensor | None,
     y: Tensor | None,
+    sum_g: Tensor | None,
     eps: float,
     act: str | None,
     wanted: Sequence[bool],
@@ -64,6 +65,9 @@ def check(
         raise ValueError(f"{NAME}: y must be given for act='relu', and for it alone")
     if y is not None:
         _checks.check_like(NAME, "y", y, grad)
+    if sum_g is not None and y is not None:
+        raise ValueError(f"{NAME}: sum_g must be None where y is given, which says what to sum")
+    _checks.check_channels(NAME, "sum_g", sum_g, grad.shape[1], mean)
     _bn.check_wanted(NAME, wanted, {"x": x, "residual": y})
 
 
@@ -77,6 +81,7 @@ def reference(
     x_cov: Tensor,
     bn_weight: Tensor | None,
     y: Tensor | None,
+    sum_g: Tensor | None,
     eps: float,
     act: str | None,
     wanted: Sequence[bool],
@@ -84,6 +89,8 @@ def reference(
     """Compute the op in plain torch: the convolution's output made again, and its gradient.
 
     Both are rounded to x's dtype, as they are where they are maps.
+
+    With ``sum_g`` the gradient is summed already, and past ReLU.
 
     Returns:
         The gradients of x, weight, bn_weight and bn_bias, and of the residual: that in front of
@@ -96,7 +103,8 @@ def reference(
     inputs = x.to(wide).permute(0, 2, 3, 1).flatten(0, 2)
     rstd = torch.rsqrt(var + eps)
     normal = ((inputs @ w.t()).to(x.dtype).to(wide) - mean) * rstd
-    sum_g, sum_gn = rows.sum(0), (rows * normal).sum(0)
+    sum_g = rows.sum(0) if sum_g is None else sum_g
+    sum_gn = (rows * normal).sum(0)
     scale = rstd if bn_weight is None else rstd * bn_weight
     grad_z = scale * (rows - (sum_g + normal * sum_gn) / max(len(rows), 1))
     grad_z = grad_z.to(x.dtype).to(wide)
@@ -107,7 +115,7 @@ def reference(
         _checks.channels_last(grad_x.to(x.dtype)) if wanted[0] else nothing,
         (grad_z.t() @ inputs).to(weight.dtype).view(weight.shape),
         sum_gn,
-        sum_g,
+        sum_g.clone(),
         _checks.channels_last(g.clone()) if wanted[1] else nothing,
     )
 
@@ -125,12 +133,13 @@ def fake(
     x_cov: Tensor,
     bn_weight: Tensor | None,
     y: Tensor | None,
+    sum_g: Tensor | None,
     eps: float,
     act: str | None,
     wanted: Sequence[bool],
 ) -> Result:
     """Return empty maps, a weight and two vectors; maps without elements where not wanted."""
-    check(grad, x, weight, mean, var, x_mean, x_cov, bn_weight, y, eps, act, wanted)
+    check(grad, x, weight, mean, var, x_mean, x_cov, bn_weight, y, sum_g, eps, act, wanted)
     o, c = weight.shape[:2]
     return (
         _checks.empty_channels_last(x, x.shape) if wanted[0] else x.new_empty(0),
@@ -165,14 +174,16 @@ def nbytes(
     x_cov: Tensor,
     bn_weight: Tensor | None,
     y: Tensor | None,
+    sum_g: Tensor | None,
     eps: float,
     act: str | None,
     wanted: Sequence[bool],
 ) -> int:
     """What the op's chain reads and writes."""
-    steps = (grad, grad, mean, var, None, None, y, eps, act, act is not None)
-    total = bn_act_backward_reduce.nbytes(*steps) - grad.nbytes  # which it is given twice
-    wide = mean.dtype
+    total, wide = 0, mean.dtype
+    if sum_g is None:
+        steps = (grad, grad, mean, var, None, None, y, eps, act, act is not None)
+        total += bn_act_backward_reduce.nbytes(*steps) - grad.nbytes  # which it is given twice
     total += conv_backward_weight.nbytes(grad, x, weight.shape, *GEOMETRY, False, wide)
     product = weight.to(wide)
     small = (weight, product, mean, mean, var, x_mean, x_cov, bn_weight, eps, 1, weight.dtype)
@@ -192,14 +203,17 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
         grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
         relu = act == "relu"
         wanted = [i != 4, relu and residual is not None]
-        yield grad, x, weight, *moments, bn_weight, y if relu else None, eps, act, wanted
+        saved = (*moments, bn_weight, y if relu else None)
+        sum_g = None if relu or i % 4 else grad.to(moments[0].dtype).sum((0, 2, 3))
+        yield grad, x, weight, *saved, sum_g, eps, act, wanted
 
 
 OP = Op(
     name=NAME,
     schema=(
         "(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor var, Tensor x_mean, "
-        "Tensor x_cov, Tensor? bn_weight, Tensor? y, float eps, str? act, bool[2] wanted) "
+        "Tensor x_cov, Tensor? bn_weight, Tensor? y, Tensor? sum_g, float eps, str? act, "
+        "bool[2] wanted) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     check=check,

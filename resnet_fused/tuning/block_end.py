@@ -39,8 +39,9 @@ def together(
         y, *moments = call(OP, a, weight, bn_weight, bn_bias, residual, eps, act)
         kept = y if act == "relu" else None
         grad_a, *_ = call(
-            OP + "_backward", grad, a, weight, *moments, bn_weight, kept, eps, act, [True, *adds]
-        )
+            OP + "_backward", grad, a, weight, *moments, bn_weight, kept, None, eps, act,
+            [True, *adds],
+        )  # fmt: skip
         return call(
             "bn_act_backward", grad_a, x, *vectors, None, _EPS, "relu", [*_ALL, False, False]
         )

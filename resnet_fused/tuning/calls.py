@@ -309,7 +309,7 @@ def draw(call: Call, device: torch.device) -> tuple[Any, ...]:
 
 
 def _moments(args: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the moments of x, and of a 1x1 convolution's output, that belong together.
+    """Return the moments of x, of a 1x1 convolution's output, and sums, that belong together.
 
     Of x itself where it is there, else of any; those of the output only where they are arguments.
     """
@@ -321,6 +321,8 @@ def _moments(args: Mapping[str, Any]) -> dict[str, Tensor]:
         found = dict(zip(("x_mean", "x_cov"), OPS["channel_covariance"].reference(x), strict=True))
     stats = OPS["pointwise_bn_stats"].reference(weight, *found.values(), None, None, 0.0)
     found.update(zip(("mean", "var"), stats, strict=False))
+    if args.get("sum_g") is not None and "grad" in args:
+        found["sum_g"] = args["grad"].to(found["x_mean"].dtype).sum((0, 2, 3))
     return {name: moment for name, moment in found.items() if name in args}
 
 

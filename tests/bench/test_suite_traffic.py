@@ -62,13 +62,13 @@ def test_an_op_takes_the_longer_of_its_two_times():
 def test_ends_as_one_op_move_less_still():
     """The convolution's output, written once and read five times, of three in four bottlenecks."""
     by_name = [
-        moved(traffic.training_step("resnet50", 8, torch.bfloat16, fused=True, ends=ends))
+        moved(traffic.training_step("resnet50", 64, torch.bfloat16, fused=True, ends=ends))
         for ends in (False, True)
     ]
     end = "resnet_fused::pointwise_bn_act"
     assert end not in by_name[0]
     assert {end, f"{end}_backward"} <= by_name[1].keys()
-    assert sum(by_name[1].values()) < 0.92 * sum(by_name[0].values())
+    assert sum(by_name[1].values()) < 0.9 * sum(by_name[0].values())
     same = [
         traffic.training_step("resnet34", 8, torch.bfloat16, fused=True, ends=ends)
         for ends in (False, True)

@@ -181,9 +181,15 @@ BAD = {
               "count must be at least 1"),
     "y without act": ("pointwise_bn_act_backward",
                       (torch.randn(2, 5, 4, 4), X, WEIGHT, VECTOR, VECTOR, *MOMENTS, None,
-                       torch.randn(2, 5, 4, 4), 0.1, None, [True, False]), "y must be given for"),
+                       torch.randn(2, 5, 4, 4), None, 0.1, None, [True, False]),
+                      "y must be given for"),
+    "y and its sums": ("pointwise_bn_act_backward",
+                       (torch.randn(2, 5, 4, 4), X, WEIGHT, VECTOR, VECTOR, *MOMENTS, None,
+                        torch.randn(2, 5, 4, 4), VECTOR, 0.1, "relu", [True, False]),
+                       "sum_g must be None"),
     "grad": ("pointwise_bn_act_backward",
-             (X, X, WEIGHT, VECTOR, VECTOR, *MOMENTS, None, None, 0.1, None, [True, False]),
+             (X, X, WEIGHT, VECTOR, VECTOR, *MOMENTS, None, None, None, 0.1, None,
+              [True, False]),
              "grad must have shape (2, 5, 4, 4)"),
 }  # fmt: skip
 

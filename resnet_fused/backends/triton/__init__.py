@@ -61,6 +61,9 @@ from resnet_fused.backends.triton.training_conv import bn_act_conv_bn_stats as b
 from resnet_fused.backends.triton.training_conv import conv_backward_data as conv_backward_data
 from resnet_fused.backends.triton.training_conv import conv_backward_weight as conv_backward_weight
 from resnet_fused.backends.triton.training_conv import conv_bn_stats as conv_bn_stats
+from resnet_fused.backends.triton.training_conv import (
+    relu_conv_backward_data as relu_conv_backward_data,
+)
 
 ADVICE = (
     "Use an NVIDIA GPU from Ampere on (sm_80) with a CUDA build of torch, which brings triton; "
@@ -121,7 +124,7 @@ ONLY_MEASURED = (
     "dual_bn_act_backward_reduce", "dual_bn_act_backward_apply", "max_pool_backward",
     "bn_act_max_pool_backward", "conv_backward_data", "conv_backward_weight",
     "bn_act_conv_backward", "bn_act_conv_backward_data", "bn_act_conv_backward_weight",
-    "pointwise_bn_act", "pointwise_bn_act_backward",
+    "pointwise_bn_act", "pointwise_bn_act_backward", "relu_conv_backward_data",
 )  # fmt: skip
 
 

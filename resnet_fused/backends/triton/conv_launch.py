@@ -7,6 +7,8 @@ the same launches, to be compiled where no GPU is.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,12 +143,47 @@ def bn_act_backward_data(
         launch_vectors, scale, shift = bn_launch.scale_shift(own)
         first, normalised = [launch_vectors], normalised | {"scale_ptr": scale, "shift_ptr": shift}
     steps = backward_data(grad, weight, g, problem, capability)
-    counts = [math.ceil(s.arguments["m"] / s.arguments["BLOCK_M"]) for s in steps]
-    parts = torch.empty((sum(counts), 2, g.shape[1]), dtype=torch.float32, device=g.device)
-    for step, own_parts in zip(steps, parts.split(counts), strict=True):
-        step.arguments.update(normalised, sums_ptr=own_parts)
+    parts = _with_parts(steps, g, 2, normalised)
     sums = tuple(torch.empty_like(parts[0, 0]) for _ in range(2))
     return [*first, *steps, *bn_launch.merge_sums(parts, sums)], sums
+
+
+def relu_backward_data(
+    grad: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    g: Tensor,
+    problem: Problem,
+    capability: int,
+    residual: Tensor | None,
+) -> tuple[list[Launch], Tensor]:
+    """Return the launches of the gradient in front of the ReLU that gave ``y``, and of its sums.
+
+    Args:
+        grad: of the convolution's output.
+        weight: of the convolution.
+        y: its input.
+        g: receives the gradient.
+        problem: the convolution.
+        capability: of the device, such as 90.
+        residual: added in front of the mask.
+
+    Returns:
+        The launches, and what receives Σ g.
+    """
+    steps = backward_data(grad, weight, g, problem, capability, residual)
+    parts = _with_parts(steps, g, 1, {"y_ptr": channels_last(y)})
+    sums = torch.empty_like(parts[0, 0])
+    return [*steps, *bn_launch.merge_sums(parts, (sums,))], sums
+
+
+def _with_parts(steps: Sequence[Launch], g: Tensor, sums: int, arguments: dict[str, Any]) -> Tensor:
+    """Give ``arguments`` to the steps of a data gradient, and memory for so many sums a tile."""
+    counts = [math.ceil(s.arguments["m"] / s.arguments["BLOCK_M"]) for s in steps]
+    parts = torch.empty((sum(counts), sums, g.shape[1]), dtype=torch.float32, device=g.device)
+    for step, own_parts in zip(steps, parts.split(counts), strict=True):
+        step.arguments.update(arguments, sums_ptr=own_parts)
+    return parts
 
 
 def _packed(weight: Tensor, problem: Problem) -> tuple[Tensor, dict[str, int]]:

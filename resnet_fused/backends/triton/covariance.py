@@ -97,10 +97,11 @@ def pointwise_bn_act_backward(
     x_cov: Tensor,
     bn_weight: Tensor | None,
     y: Tensor | None,
+    sum_g: Tensor | None,
     eps: float,
     act: str | None,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """Run the op as a chain."""
-    saved = (x, weight, mean, var, x_mean, x_cov, bn_weight, y, eps, act)
+    saved = (x, weight, mean, var, x_mean, x_cov, bn_weight, y, sum_g, eps, act)
     return _pointwise.pointwise_bn_act_backward(_call, grad, *saved, wanted)

@@ -189,6 +189,30 @@ def conv_backward_data(
     return grad_x
 
 
+def relu_conv_backward_data(
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run the op: a tile passes ReLU's mask and is summed while it is in registers."""
+    from resnet_fused.backends.triton import conv_launch, run
+
+    problem = _problem(x.shape, weight.shape, stride, padding, dilation, groups)
+    g = empty_map(x, x.shape)
+    if not g.numel():
+        return g, torch.zeros(x.shape[1], device=x.device)
+    launches, sums = conv_launch.relu_backward_data(
+        grad, weight.to(grad.dtype), x, g, problem, run.capability(grad.device), residual
+    )
+    run_on(grad, launches)
+    return g, sums
+
+
 def bn_act_conv_backward_data(
     grad: Tensor,
     weight: Tensor,

@@ -151,7 +151,7 @@ def test_64_bit_offsets(op, monkeypatch):
 MEETS_PADDING = {
     ("conv_backward_weight", 0), ("bn_act_conv_backward_weight", 0), ("conv_backward_data", 1),
     ("bn_act_conv_backward_data", 1), ("conv_bn_stats", 1), ("bn_act_conv_backward", 0),
-    ("bn_act_conv_backward", 1),
+    ("bn_act_conv_backward", 1), ("relu_conv_backward_data", 1),
 }  # fmt: skip
 
 
@@ -162,6 +162,8 @@ def test_not_finite(op):
     args = [a for a in TRAINING[op].samples("cpu", torch.float32) if a[0].numel() > 64][-1]
     for place, value in ((0, torch.nan), (0, torch.inf), (1, -torch.inf)):
         given = fresh(args)
+        if place == len(given):
+            break
         if (op, place) in MEETS_PADDING or not given[place].is_floating_point():
             continue
         given[place].view(-1)[given[place].numel() // 2] = value
@@ -286,6 +288,9 @@ def test_a_fused_model_trains():
     # side of a convolution is frozen, the other is computed by itself.
     parts = {"bn_act_backward_reduce", "bn_act_backward_apply", "max_pool_backward"}
     parts |= {"bn_act_conv_backward_data", "bn_act_conv_backward_weight"}
+    # A block's end as one op has to be measured first.
+    parts |= {op for op in TRAINING if "pointwise" in op or "covariance" in op}
+    parts.add("relu_conv_backward_data")
     assert not {f"resnet_fused::{op}" for op in TRAINING.keys() - parts} - called
     model(x).square().sum().backward()
     oracle(x.double()).square().sum().backward()

@@ -109,6 +109,15 @@ def before(layer, dtype, capability):
     return launches
 
 
+def past_relu(layer, dtype, capability):
+    """The input's gradient with what is added, past the ReLU in front, and its sums."""
+    from resnet_fused.backends.triton import conv_launch
+
+    x, w, y = maps(LAYERS[layer], dtype)
+    launches, _ = conv_launch.relu_backward_data(y, w, x, x, LAYERS[layer], capability, x)
+    return launches
+
+
 def weight(layer, dtype, capability, own=None):
     from resnet_fused.backends.triton import conv_launch
 
@@ -186,6 +195,8 @@ CASES = [
     (data, "expand", "bf16", 100),
     *((joined, *case) for case in (("3x3", "bf16", 90), ("reduce", "bf16", 90))),
     *((joined, *case) for case in (("reduce", "fp16", 80), ("reduce", "bf16", 100))),
+    *((past_relu, layer, "bf16", 90) for layer in ("3x3", "reduce")),
+    *((past_relu, *case) for case in (("reduce", "fp16", 80), ("reduce", "bf16", 100))),
     *((weight, layer, "bf16", 90) for layer in ("stem", "3x3", "shortcut")),
     *((weight, *case) for case in (("strided", "fp16", 80), ("3x3", "tf32", 90))),
     (weight, "expand", "bf16", 100),

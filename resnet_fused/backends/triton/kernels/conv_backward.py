@@ -19,6 +19,7 @@ def conv_bwd_data_kernel(
     LEAVES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     residual_ptr=None, x_ptr=None, mean_ptr=None, scale_ptr=None, shift_ptr=None, sums_ptr=None,
+    y_ptr=None,
 ):  # fmt: skip
     """One tile of the input's gradient: BLOCK_M of a phase's m pixels, BLOCK_N channels of a group.
 
@@ -28,7 +29,9 @@ def conv_bwd_data_kernel(
 
     With ``x_ptr`` the convolution's input was BN(x), and the tile's part of Σ g and Σ g · (x - μ)
     goes to ``sums_ptr``, (tiles, 2, GROUPS · IN); with ``scale_ptr`` and ``shift_ptr`` it was
-    relu(x · scale + shift), and g is the gradient in front of that ReLU.
+    relu(x · scale + shift), and g is the gradient in front of that ReLU. With ``y_ptr`` it was the
+    ReLU's result y, g is the gradient in front of that, and the part of Σ g alone goes to
+    ``sums_ptr``, (tiles, 1, GROUPS · IN).
     """
     tile_m, tile_n = tile_of(
         tl.program_id(0), (m - 1) // BLOCK_M + 1, (IN + BLOCK_N - 1) // BLOCK_N, GROUP_M
@@ -77,6 +80,11 @@ def conv_bwd_data_kernel(
     if residual_ptr is not None:
         g += tl.load(residual_ptr + offsets, mask=wanted, other=0.0).to(tl.float32)
     g = rounded(g, grad_x_ptr.dtype.element_ty)
+    if y_ptr is not None:
+        y = tl.load(y_ptr + offsets, mask=wanted, other=0.0)
+        g = tl.where(y <= 0.0, 0.0, g)
+        sums = sums_ptr + tile_m * (IN * GROUPS) + channels
+        tl.store(sums, tl.sum(g.to(tl.float32), 0), mask=channel_in)
     if x_ptr is not None:
         x = tl.load(x_ptr + offsets, mask=wanted, other=0.0)
         if scale_ptr is not None:
