@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 from resnet_fused.backends._requested import becoming_a_graph
 from resnet_fused.engine.graph import Watch, no_garbage_collection
+from resnet_fused.ops import _casts
+from resnet_fused.ops._casts import Casts
 
 #: A training step: from a batch to whatever it returns, its loss say.
 Step = Callable[..., Any]
@@ -78,28 +80,39 @@ def capture_step(
     state = _State(model, optimizer)
     inputs = [example.detach().clone() for example in examples]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), becoming_a_graph():
+    with torch.cuda.device(device), becoming_a_graph(), _casts.together() as casts:
+
+        def casting_first(*given: Tensor) -> Any:
+            casts.make()
+            return step(*given)
+
         try:
             stream = torch.cuda.Stream()
-            _warm_up(step, inputs, warmup, stream, device)
+            _warm_up(casting_first, inputs, warmup, stream, device)
             state.put_back()
-            outputs = _record(graph, step, inputs, stream)
+            outputs = _record(graph, casting_first, inputs, stream)
         except BaseException:
             state.put_back()
             raise
     # A recording changes no parameter: what the steps before it derived is out of date.
     torch.autograd.graph.increment_version(state.tensors)
-    return CapturedStep(graph, inputs, outputs, state.tensors)
+    return CapturedStep(graph, inputs, outputs, state.tensors, casts)
 
 
 class CapturedStep:
     """A recorded step, made by `capture_step`. For one thread and one stream at a time."""
 
     def __init__(
-        self, graph: Any, inputs: Sequence[Tensor], outputs: Any, changed: Sequence[Tensor]
+        self,
+        graph: Any,
+        inputs: Sequence[Tensor],
+        outputs: Any,
+        changed: Sequence[Tensor],
+        casts: Casts,
     ) -> None:
         self._graph, self._inputs, self._outputs = graph, inputs, outputs
         self._changed = changed
+        self._casts = casts  # whose memory the graph writes
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the step; what it returns is the caller's own, without autograd history.

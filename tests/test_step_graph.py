@@ -14,6 +14,7 @@ from torch import nn
 import resnet_fused as rf
 from resnet_fused import step_graph
 from resnet_fused.backends import _requested
+from resnet_fused.ops import _casts
 
 sys.path.append(str(Path(__file__).parent / "engine"))
 import fake_cuda
@@ -295,3 +296,88 @@ def test_inputs_that_do_not_fit(cuda, inputs, words):
 def test_bad_arguments(examples, options, error, words):
     with pytest.raises(error, match=words):
         rf.capture_step(pytest.fail, *examples, model=Net(), **options)
+
+
+# --- weights cast together ------------------------------------------------------------------------
+
+
+def test_a_cast_is_made_ahead_once_it_was_noted():
+    weight = nn.Parameter(torch.randn(4, 3))
+    assert _casts.cast(weight, torch.bfloat16).grad_fn.name() == "ToCopyBackward0"
+    with _casts.together() as casts:
+        first = _casts.cast(weight, torch.bfloat16)
+        casts.make()
+        made = _casts.cast(weight, torch.bfloat16)
+        again = _casts.cast(weight, torch.bfloat16)
+        other = _casts.cast(weight, torch.float16)
+        plain = _casts.cast(weight.detach(), torch.bfloat16)
+    assert made.data_ptr() == again.data_ptr() != first.data_ptr()
+    assert plain.data_ptr() not in (made.data_ptr(), first.data_ptr())
+    for cast in (first, made, again, other):
+        assert torch.equal(cast, weight.detach().to(cast.dtype))
+        (grad,) = torch.autograd.grad(cast.float().square().sum(), weight)
+        assert grad.dtype == torch.float32
+        assert torch.equal(grad, 2 * cast.float().detach().to(cast.dtype).float())
+
+
+def test_what_was_made_holds_until_the_parameter_is_written():
+    weight = nn.Parameter(torch.ones(3))
+    with _casts.together() as casts:
+        _casts.cast(weight, torch.bfloat16)
+        casts.make()
+        with torch.no_grad():
+            weight.add_(1)
+        assert _casts.cast(weight, torch.bfloat16).tolist() == [2, 2, 2]
+        casts.make()
+        made = _casts.cast(weight, torch.bfloat16)
+        assert made.grad_fn.name() == "_MadeBackward"
+        assert made.tolist() == [2, 2, 2]
+    with _casts.together() as others, torch.no_grad():
+        others.make()
+        assert _casts.cast(weight, torch.bfloat16).data_ptr() != made.data_ptr()
+
+
+def test_casts_of_parameters_that_are_gone_are_not_made():
+    with _casts.together() as casts:
+        for _ in range(3):
+            weight = nn.Parameter(torch.ones(3))
+            _casts.cast(weight, torch.bfloat16)
+            casts.make()
+            assert _casts.cast(weight, torch.bfloat16).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_captured_steps_cast_together(cuda, name, monkeypatch):
+    """At each replay the weights as they are then.
+
+    With frozen BatchNorm, as on the CPU the ops of training read wide weights.
+    """
+    net = Net().train()
+    net.bn.eval()
+    eager = rf.fuse(net)
+    model = copy.deepcopy(eager)
+    optimizers = [OPTIMIZERS[name](m.parameters()) for m in (eager, model)]
+    plain, step = (trained(m, o) for m, o in zip((eager, model), optimizers, strict=True))
+    made = []
+    make = _casts.Casts.make
+
+    def noting(casts):
+        made.append(len(casts._twins))
+        make(casts)
+
+    monkeypatch.setattr(_casts.Casts, "make", noting)
+
+    def under_autocast(run):
+        def stepping(x, target):
+            with torch.autocast("cpu", torch.bfloat16):
+                return run(x, target)
+
+        return stepping
+
+    plain, step = map(under_autocast, (plain, step))
+    captured = rf.capture_step(step, *batch(7), model=model, optimizer=optimizers[1])
+    assert made == [0, 1, 1, 1, 1]  # noted by the first of them
+    for seed in range(10, 14):
+        expected, got = plain(*batch(seed))["loss"], captured(*batch(seed))["loss"]
+        torch.testing.assert_close(got, expected.detach())
+    assert_same(state(model, optimizers[1]), state(eager, optimizers[0]))

@@ -1,7 +1,8 @@
 // BatchNorm in training from Python, on any device: the arguments checked, then the kernel run.
 //
 // A Device has dtype(name), scratch_bytes(rows, c, doubles) and run(dtype, args, queue...) for each
-// struct of training_args.h. Queue is what it runs on: nothing, or a CUDA stream as an integer.
+// struct of training_args.h; with kMakesVectors its passes make the vectors between them. Queue is
+// what it runs on: nothing, or a CUDA stream as an integer.
 #pragma once
 
 #include <pybind11/pybind11.h>

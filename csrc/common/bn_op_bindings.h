@@ -19,6 +19,10 @@ inline BnScaleShiftArgs scale_shift_args(Operands& on, uintptr_t mean, uintptr_t
           (float)eps};
 }
 
+inline BnNorm norm_of(const BnScaleShiftArgs& args) {
+  return {args.mean, args.var, args.weight, args.bias, args.eps};
+}
+
 template <class Device, class... Queue>
 void bn_scale_shift(uintptr_t mean, uintptr_t var, uintptr_t weight, uintptr_t bias,
                     uintptr_t scale, uintptr_t shift, int64_t c, double eps, Queue... queue) {
@@ -106,10 +110,11 @@ void bn_act(uintptr_t x, uintptr_t mean, uintptr_t var, uintptr_t weight, uintpt
   const Vectors made(on.scratch(scratch, scratch_bytes, Vectors::bytes(c, kActVectors)), c);
   const BnScaleShiftArgs vectors =
       scale_shift_args(on, mean, var, weight, bias, made[0], made[1], c, eps);
-  const BnActArgs args = apply_args(on, x, made[0], made[1], residual, y, bits, rows, c, relu);
+  BnActArgs args = apply_args(on, x, made[0], made[1], residual, y, bits, rows, c, relu);
+  if (Device::kMakesVectors) args.norm = norm_of(vectors);
   if (rows == 0) return;
   py::gil_scoped_release release;
-  Device::run(vectors, queue...);
+  if (!Device::kMakesVectors) Device::run(vectors, queue...);
   Device::run(on.dtype, args, queue...);
 }
 
@@ -164,10 +169,15 @@ void bn_act_backward(uintptr_t grad, uintptr_t x, uintptr_t mean, uintptr_t var,
       apply.activation = on.output("activation", activation, read,
                                    {{"grad_x", grad_x, 0}, {"grad_residual", grad_residual, 0}});
   }
+  const bool wants_vectors = grad_x || grad_weight;
+  if (Device::kMakesVectors) {
+    if (recomputed) apply.norm = reduce.norm = norm_of(affine);
+    if (wants_vectors) reduce.vectors = vectors;
+  }
   py::gil_scoped_release release;
-  if (recomputed) Device::run(affine, queue...);
+  if (recomputed && !Device::kMakesVectors) Device::run(affine, queue...);
   Device::run(on.dtype, reduce, queue...);
-  if (grad_x || grad_weight) Device::run(vectors, queue...);
+  if (wants_vectors && !Device::kMakesVectors) Device::run(vectors, queue...);
   if (grad_x) Device::run(on.dtype, apply, queue...);
 }
 

@@ -55,10 +55,12 @@ void bn_act_max_pool_backward(uintptr_t grad, uintptr_t index, uintptr_t x, uint
     apply.grad_x = on.output("grad_x", grad_x, {}, {{"x", x, 0}});
     for (const Block& read : {from, at}) need_apart({"grad_x", grad_x, sizes.in_bytes}, read);
   }
+  const bool wants_vectors = grad_x || grad_weight;
+  if (wants_vectors && Device::kMakesVectors) reduce.vectors = vectors;
   py::gil_scoped_release release;
   if (relu) Device::run(affine, queue...);
   Device::run(type, reduce, queue...);
-  if (grad_x || grad_weight) Device::run(vectors, queue...);
+  if (wants_vectors && !Device::kMakesVectors) Device::run(vectors, queue...);
   if (grad_x) Device::run(type, apply, queue...);
 }
 

@@ -33,10 +33,16 @@ RF_HOST_DEVICE void bn_scale_shift(const BnScaleShiftArgs& g, int64_t i) {
                  g.scale[i], g.shift[i]);
 }
 
-RF_HOST_DEVICE void bn_gradient_vectors(const BnGradientVectorsArgs& g, int64_t i) {
+RF_HOST_DEVICE void bn_scale_shift(const BnNorm& g, int64_t i, float& scale, float& shift) {
+  bn_scale_shift(g.mean[i], g.var[i], g.weight ? g.weight[i] : 1, g.bias ? g.bias[i] : 0, g.eps, scale,
+                 shift);
+}
+
+RF_HOST_DEVICE void bn_gradient_vectors(const BnGradientVectorsArgs& g, int64_t i, float sum_g,
+                                        float sum_gx) {
   float grad_weight;
-  bn_gradient_vectors(g.mean[i], g.var[i], g.weight ? g.weight[i] : 1, g.sum_g[i], g.sum_gx[i],
-                      g.eps, g.count, g.a[i], g.b[i], g.d[i], grad_weight);
+  bn_gradient_vectors(g.mean[i], g.var[i], g.weight ? g.weight[i] : 1, sum_g, sum_gx, g.eps, g.count,
+                      g.a[i], g.b[i], g.d[i], grad_weight);
   if (g.grad_weight) g.grad_weight[i] = grad_weight;
 }
 

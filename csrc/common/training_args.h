@@ -48,9 +48,16 @@ struct BnUpdateStatsArgs {
   float keep, share, unbiased;
 };
 
+// Scale and shift are vectors, or made of these by whoever needs them, where a device has it so.
+struct BnNorm {
+  const float *mean, *var, *weight, *bias;  // null var: none; null weight or bias: ones, zeros
+  float eps;
+};
+
 struct BnActArgs {
   const void* x;
   const float *scale, *shift;
+  BnNorm norm;
   const void* residual;
   const float *residual_scale, *residual_shift;
   void* y;
@@ -66,6 +73,7 @@ struct BnGradient {
   const void* x;
   const void* x2;  // of the BatchNorm in the shortcut
   const float *scale, *shift;
+  BnNorm norm;
   const void* y;
   const uint8_t* bits;
   int64_t rows, c;
@@ -77,6 +85,7 @@ struct BnReduceArgs : BnGradient {
   float *sum_g, *sum_gx, *sum_gx2;
   void* masked;
   char* scratch;
+  BnGradientVectorsArgs vectors;  // to be made with the sums; null a: not there
 };
 
 struct BnApplyArgs : BnGradient {

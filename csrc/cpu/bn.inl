@@ -156,7 +156,7 @@ static void bn_scale_shift(const BnScaleShiftArgs& args) {
 
 static void bn_gradient_vectors(const BnGradientVectorsArgs& args) {
   const BnGradientVectorsArgs g = args;
-  for (int64_t i = 0; i < g.c; ++i) rf::bn_gradient_vectors(g, i);
+  for (int64_t i = 0; i < g.c; ++i) rf::bn_gradient_vectors(g, i, g.sum_g[i], g.sum_gx[i]);
 }
 
 // The gradient behind the ReLU at element i, channel j.

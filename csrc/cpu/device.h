@@ -7,6 +7,7 @@
 namespace rf {
 
 struct Cpu {
+  static constexpr bool kMakesVectors = false;
   static DType dtype(const std::string& name) {
     const DType type = parse_dtype(name);
     training_table_for(type);

@@ -1,6 +1,6 @@
 // y = act(x*scale + shift + r), one pass; r = 0, residual, or residual*residual_scale +
 // residual_shift: the BatchNorm of a projection shortcut.
-#include "launch.cuh"
+#include "affine.cuh"
 
 namespace rf::cuda {
 namespace {
@@ -13,19 +13,20 @@ constexpr int kRows = 4;  // of each thread: their loads are in flight together
 template <class E, int W, Shortcut S, bool BITS>
 __global__ void __launch_bounds__(kThreads) bn_act_kernel(const Tiled<BnActArgs> g) {
   const Thread t(g.tiling, W);
-  if (!t.inside) return;
-  const Channels<W> scale(g.scale, t.channel), shift(g.shift, t.channel);
-  const bool affine = S == Shortcut::affine;
-  const Channels<W> scale2(affine ? g.residual_scale : g.scale, t.channel);
-  const Channels<W> shift2(affine ? g.residual_shift : g.shift, t.channel);
-
   const int64_t first = t.part * kRows * t.step + t.row;
   Pack<E, W> x[kRows], r[kRows];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const int64_t row = first + i * t.step, at = row * g.c + t.channel;
-    if (row < g.rows) x[i] = load<E, W>(g.x, at);
-    if (S != Shortcut::none && row < g.rows) r[i] = load<E, W>(g.residual, at);
+    if (t.inside && row < g.rows) x[i] = load<E, W>(g.x, at);
+    if (S != Shortcut::none && t.inside && row < g.rows) r[i] = load<E, W>(g.residual, at);
+  }
+  const BlockAffine<W> own(g, t);  // what was read is on its way
+  if (!t.inside) return;
+  Channels<W> scale2, shift2;
+  if (S == Shortcut::affine) {
+    scale2 = Channels<W>(g.residual_scale, t.channel);
+    shift2 = Channels<W>(g.residual_shift, t.channel);
   }
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) bn_act_kernel(const Tiled<BnActArgs>
     unsigned passed = 0;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
-      float z = bn_affine<E>(E::widen(x[i].at[j]), scale.at[j], shift.at[j]);
+      float z = bn_affine<E>(E::widen(x[i].at[j]), own.scale.at[j], own.shift.at[j]);
       if (S == Shortcut::plain) z = E::add(z, E::widen(r[i].at[j]));
       if (S == Shortcut::affine)
         z = E::add(z, bn_affine<E>(E::widen(r[i].at[j]), scale2.at[j], shift2.at[j]));

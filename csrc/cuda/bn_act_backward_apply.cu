@@ -14,15 +14,19 @@ __global__ void __launch_bounds__(kThreads) bn_apply_kernel(const Tiled<BnApplyA
   constexpr int R = kRows<DUAL>;
   const Thread t(g.tiling, W);
   const int64_t first = t.part * R * t.step + t.row;
-  if (!t.inside || first >= g.rows) return;
+  const bool any = t.inside && first < g.rows;
+  if (M != Mask::recomputed && !any) return;  // else the block has vectors to make first
   const auto has = [&](int i) { return first + i * t.step < g.rows; };
-  // In place of a row that is not there the first is read again.
-  const auto at = [&](int i) { return (has(i) ? first + i * t.step : first) * g.c + t.channel; };
+  // In place of a row that is not there the first is read again, or, with none, the map's.
+  const auto at = [&](int i) {
+    return any ? (has(i) ? first + i * t.step : first) * g.c + t.channel : 0;
+  };
   const GradientRows<E, W, M, DUAL, R> maps(g, at);
+  const MaskVectors<W, M> mask(g, t);  // what was read is on its way
+  if (!any) return;
   const Channels<W> a(g.a, t.channel), b(g.b, t.channel), d(g.d, t.channel);
   const Channels<W> a2(DUAL ? g.a2 : g.a, t.channel), b2(DUAL ? g.b2 : g.b, t.channel),
       d2(DUAL ? g.d2 : g.d, t.channel);
-  const MaskVectors<W, M> mask(g, t.channel);
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     if (!has(i)) break;

@@ -19,9 +19,9 @@ __global__ void __launch_bounds__(kThreads, 3) bn_reduce_parts_kernel(const Tile
   using Maps = GradientRows<E, W, M, DUAL, R>;
   const Thread t(g.tiling, W);
   float sum[sums][W] = {};
+  const MaskVectors<W, M> mask(g, t);
   if (t.inside) {
     const Channels<W> mean(g.mean, t.channel), mean2(DUAL ? g.mean2 : g.mean, t.channel);
-    const MaskVectors<W, M> mask(g, t.channel);
     const int64_t begin = part_begin(g.rows, g.tiling.parts, t.part);
     const int64_t end = part_begin(g.rows, g.tiling.parts, t.part + 1);
     int rows = (int)Dealt(end - begin, t.step).count(t.row);
@@ -70,17 +70,23 @@ __global__ void __launch_bounds__(kThreads, 3) bn_reduce_parts_kernel(const Tile
   }
 }
 
-// The tiling is over the parts and, as channels, over all sums of all channels.
+// The tiling is over the parts and, as channels, over the sums of each channel, side by side: so those
+// of one are in one block, which makes the vectors of them.
 __global__ void __launch_bounds__(kThreads) bn_reduce_merge_kernel(const Tiled<BnReduceArgs> g) {
   const Thread t(g.tiling, 1);
-  const double* parts = reinterpret_cast<const double*>(g.scratch) + t.channel;
+  const int sums = g.x2 ? 3 : 2, which = (int)(t.channel % sums);
+  const int64_t channel = t.channel / sums;
+  const double* parts = reinterpret_cast<const double*>(g.scratch) + which * g.c + channel;
   const int64_t end = t.inside ? g.tiling.rows : 0;
   const double total = Gather<1>(t).over_groups(
       sum_parts(t.row, end, t.step, [&](int64_t p) { return parts[p * g.tiling.c]; }));
-  if (t.row != 0 || !t.inside) return;
-  const int64_t which = t.channel / g.c;
-  float* out = which == 0 ? g.sum_g : which == 1 ? g.sum_gx : g.sum_gx2;
-  out[t.channel - which * g.c] = (float)total;
+  const bool first = t.row == 0 && t.inside;
+  if (first) (which == 0 ? g.sum_g : which == 1 ? g.sum_gx : g.sum_gx2)[channel] = (float)total;
+  if (!g.vectors.a) return;
+  __shared__ float of_lane[kThreads];
+  if (first) of_lane[t.lane] = (float)total;
+  __syncthreads();
+  if (first && which == 0) bn_gradient_vectors(g.vectors, channel, of_lane[t.lane], of_lane[t.lane + 1]);
 }
 
 // -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kThreads) bn_scale_shift_kernel(const BnScaleS
 
 __global__ void __launch_bounds__(kThreads) bn_gradient_vectors_kernel(const BnGradientVectorsArgs g) {
   const int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x;
-  if (i < g.c) bn_gradient_vectors(g, i);
+  if (i < g.c) bn_gradient_vectors(g, i, g.sum_g[i], g.sum_gx[i]);
 }
 
 __global__ void __launch_bounds__(kThreads) bn_update_stats_kernel(const BnUpdateStatsArgs g) {

@@ -1,7 +1,7 @@
 // What both passes of the backward read: gradient, inputs, and what decides about the ReLU's mask.
 #pragma once
 
-#include "launch.cuh"
+#include "affine.cuh"
 
 namespace rf::cuda {
 namespace {
@@ -16,6 +16,7 @@ constexpr bool has_mask = M != Mask::from_bits || sizeof(typename E::T) == 2;
 template <int W, Mask M>
 struct MaskVectors {
   __device__ __forceinline__ MaskVectors(const BnGradient&, int64_t) {}
+  __device__ __forceinline__ MaskVectors(const BnGradient&, const Thread&) {}
 };
 
 template <int W>
@@ -24,6 +25,12 @@ struct MaskVectors<W, Mask::recomputed> {
 
   __device__ __forceinline__ MaskVectors(const BnGradient& g, int64_t channel)
       : scale(g.scale, channel), shift(g.shift, channel) {}
+  // Of all threads of a block.
+  __device__ __forceinline__ MaskVectors(const BnGradient& g, const Thread& t) {
+    const BlockAffine<W> own(g, t);
+    scale = own.scale;
+    shift = own.shift;
+  }
 };
 
 // R rows of a thread, all read at once; at(i) is the element at which its part of row i begins.

@@ -14,6 +14,7 @@
 namespace rf::cuda {
 
 constexpr int kThreads = 256;
+constexpr int kMostLog2Lanes = 5;
 
 // A block works on one part of the rows and on one tile of the channels: `lanes` threads along the
 // channels, the others along the rows.
@@ -24,7 +25,7 @@ struct Tiling {
 
   Tiling(int64_t rows, int64_t c, int width) : rows(rows), c(c), parts(1), log2_lanes(0) {
     const int64_t vectors = ceil_div(c, width);
-    while (log2_lanes < 5 && (1 << log2_lanes) < vectors) ++log2_lanes;
+    while (log2_lanes < kMostLog2Lanes && (1 << log2_lanes) < vectors) ++log2_lanes;
     tiles = static_cast<unsigned>(ceil_div(vectors, 1 << log2_lanes));
   }
 

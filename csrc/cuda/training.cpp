@@ -11,6 +11,7 @@ void register_stem(py::module_& m);
 namespace {
 
 struct Cuda {
+  static constexpr bool kMakesVectors = true;
   static DType dtype(const std::string& name) {
     if (name == "float32") return DType::f32;
     if (name == "bfloat16") return DType::bf16;

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from resnet_fused.backends import choose
-from resnet_fused.ops import _direct
+from resnet_fused.ops import _casts, _direct
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
 from resnet_fused.ops._op import Op
 
@@ -130,7 +130,7 @@ def _autocast(op: Op, handle: Any, device: str) -> Callable[..., Any]:
 
     def cast(at: int, value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value if value.dtype in kept[at] else value.to(dtype)
+            return value if value.dtype in kept[at] else _casts.cast(value, dtype)
         return value
 
     def autocast(*args: Any) -> Any:

@@ -9,6 +9,7 @@ from nets import SmallNet, image
 
 import resnet_fused as rf
 from resnet_fused.backends import cuda
+from resnet_fused.models import create_model
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
@@ -54,6 +55,27 @@ def test_captured_steps_are_eager_steps(device, backend, name, memory):
     with torch.no_grad():
         y, expected = (m.eval()(batch(9, device)[0]) for m in (model, eager))
     torch.testing.assert_close(y, expected)
+
+
+def test_weights_are_cast_together(device):
+    """Under autocast, each convolution's; the replays see what the optimizer made of them."""
+    model = rf.fuse(create_model("resnet18").to(device, memory_format=torch.channels_last).train())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x = torch.randn(4, 3, 64, 64, device=device).to(memory_format=torch.channels_last)
+
+    def step(x):
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    with rf.use_backend("cuda"):
+        captured = rf.capture_step(step, x, model=model, optimizer=optimizer)
+    assert len(captured._casts._twins) == 20
+    losses = [float(captured(x)) for _ in range(5)]
+    assert losses[-1] < losses[0]
 
 
 def test_an_older_loss_that_is_held_is_named(device):
