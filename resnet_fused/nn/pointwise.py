@@ -1,4 +1,7 @@
-"""A block's end whose convolution is 1x1, as one op that never has the convolution's output."""
+"""A block's end whose convolution is 1x1, as one op that never has the convolution's output.
+
+And its projection, whose BatchNorm nothing follows but the add.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +48,13 @@ def takes(
         conv: a convolution.
         bn: its BatchNorm, in training.
         x: its input, or what that is made of.
-        residual: what is added.
+        residual: what is added; a projection has None, and no ``act``.
         dtype: of the convolution's result.
         act: behind the sum.
     """
     weight = conv.weight
-    if type(residual) is not Tensor or dtype not in (torch.bfloat16, torch.float16):
+    ends = type(residual) is Tensor or (residual is None and act is None)
+    if not ends or dtype not in (torch.bfloat16, torch.float16):
         return False
     if tuple(weight.shape[2:]) != (1, 1) or conv.groups != 1 or conv.bias is not None:
         return False

@@ -39,9 +39,12 @@ def leave(grad: Tensor, y: Tensor, sums: Tensor) -> None:
     setattr(grad, _LEFT, _Left(sums, y.data_ptr(), grad._version))
 
 
-def sums_of(grad: Tensor, y: Tensor) -> Tensor | None:
-    """Return what was left on a gradient by the ReLU whose result is ``y``, if it still holds."""
+def sums_of(grad: Tensor, y: Tensor | None) -> Tensor | None:
+    """Return what was left on a gradient by the ReLU whose result is ``y``, if it still holds.
+
+    With None by any: for what has no ReLU of its own, they are the gradient's sums.
+    """
     left: _Left | None = getattr(grad, _LEFT, None)
-    if left is None or left.of != y.data_ptr() or left.version != grad._version:
+    if left is None or left.version != grad._version:
         return None
-    return left.sums
+    return left.sums if y is None or left.of == y.data_ptr() else None

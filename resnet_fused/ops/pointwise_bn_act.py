@@ -109,7 +109,7 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
     x, weight, *saved = ctx.saved_tensors
     bn_weight, y = saved[-2:]
     wants, act = ctx.needs_input_grad, ctx.act
-    given = None if y is None else _past_relu.sums_of(grad, y)
+    given = _past_relu.sums_of(grad, y)
     if given is not None:
         y = act = None
     wanted = [wants[0], wants[4] and y is not None]
@@ -127,6 +127,8 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
         found[3] = sum_g.to(ctx.bias_dtype)
     if wants[4]:  # in front of ReLU the residual's gradient is the output's
         found[4] = grad if y is None else grad_residual
+        if y is not None:  # a projection's BatchNorm wants them, too
+            _past_relu.leave(grad_residual, y, sum_g)
     return tuple(found)
 
 

@@ -85,7 +85,7 @@ def harvest(model: nn.Module, example_input: Tensor) -> list[Call]:
     recorder, more = (_Recorder(dtype, example_input.device.type, wide=wide) for _ in range(2))
     try:
         _step(twin, x, recorder)
-        if twin.training:  # block ends as one op, too
+        if twin.training:  # block ends, and projections, as one op, too
             with pointwise.on_meta():
                 _step(twin, x, more)
     except _FAILURES as error:
