@@ -257,7 +257,8 @@ def test_what_was_measured_decides(faster):
 
         report = tune_calls(calls, CPU, clock=clock)
     assert report.ok
-    assert set(clocked) == {f"{of}{how}" for of in ("", "_projection_") for how in ("together", "apart")}
+    both = ("together", "apart")
+    assert set(clocked) == {*both, *(f"_projection_{how}" for how in both)}
     chosen = {row.choice.candidate for row in report.rows}
     assert chosen == {"default" if faster == "together" else APART}
     count = 5 if faster == "together" else 0
