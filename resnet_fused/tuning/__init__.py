@@ -36,8 +36,10 @@ def tune(model: nn.Module, example_input: Tensor, *, force: bool = False) -> Tun
     each, a stem that one kernel runs unless its parts were faster.
 
     In training mode the calls are those of a step, forward and backward; a convolution with the
-    BatchNorm before it is timed as one op and as two, each of these by its fastest. Once they are
-    measured on a GPU, fused models train by them there without being asked to.
+    BatchNorm before it is timed as one op and as two, each of these by its fastest. In 16 bits a
+    bottleneck's end, and a projection of stride 1, are timed with their backward as one op
+    (`pointwise_bn_act`) and as those that it replaces; in the table that is "default" or "apart".
+    Once they are measured on a GPU, fused models train by them there without being asked to.
 
     Args:
         model: a module in the mode it will run in, fused or not.
