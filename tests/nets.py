@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from resnet_fused.models import create_model
 from resnet_fused.testing import max_error, to_float64, two_x_rule
 
 
@@ -155,3 +156,15 @@ def fused_calls(model: nn.Module, *args: Tensor) -> int:
     with torch.no_grad(), _Counter() as counter:
         model(*args)
     return counter.calls
+
+
+def bottlenecks() -> nn.Module:
+    """Return a stem and two stages of bottlenecks, three of them with an identity shortcut."""
+    torch.manual_seed(0)
+    whole = create_model("resnet50")
+    parts = [*whole.layer1[:2], *whole.layer2[:3]]
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.ReLU(), *parts)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+    return model.to(memory_format=torch.channels_last).train()

@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import bottlenecks as network
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import resnet_fused as rf
 from resnet_fused.backends import APART, REFERENCE, _tuned
 from resnet_fused.backends._tuned_file import Choice
-from resnet_fused.models import create_model
 from resnet_fused.nn import identity, pointwise
 from resnet_fused.ops import OPS, _direct, _past_relu
 from resnet_fused.testing import gradient_metrics
@@ -39,18 +39,6 @@ def taken(monkeypatch):
     """Have every end that fits be one op, as if it had been measured to be faster."""
     monkeypatch.setattr(pointwise, "faster_together", lambda *args: True)
     monkeypatch.setattr(identity, "node", lambda *args: None)  # as where anything was measured
-
-
-def network() -> nn.Module:
-    """Return a stem and two stages of bottlenecks, three of them with an identity shortcut."""
-    torch.manual_seed(0)
-    whole = create_model("resnet50")
-    parts = [*whole.layer1[:2], *whole.layer2[:3]]
-    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.ReLU(), *parts)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-    return model.to(memory_format=torch.channels_last).train()
 
 
 def images(dtype: torch.dtype = torch.float32, size: int = 24) -> Tensor:
