@@ -112,7 +112,9 @@ def bn_act_backward_reduce(
     masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the op."""
-    vectors = scale_shift(mean, var, weight, bias, eps)
+    vectors: tuple[Tensor | None, Tensor | None] = (None, None)
+    if act and y is None:  # the mask is made again
+        vectors = scale_shift(mean, var, weight, bias, eps)
     written = empty_channels_last(x.shape, x.dtype, x.device) if masked else None
     sum_g, sum_gx = kernels.bn_act_backward_reduce(
         grad, x, mean, *vectors, y, relu=act == "relu", masked=written
