@@ -26,7 +26,7 @@ LAYERS = {
     "convert": {"nn", "ops", "backends"},
     "engine": {"nn", "ops", "backends"},
     "freeze": {"engine", "convert", "nn", "ops", "functional", "backends"},
-    "step_graph": {"engine", "backends"},
+    "step_graph": {"engine", "ops", "backends"},
     "flops": {"ops", "models"},
     "roofline": {"backends", "convert", "flops", "models", "ops"},
     "tuning": {"flops", "freeze", "engine", "convert", "nn", "ops", "backends", "testing"},
