@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import resnet_fused as rf
 from resnet_fused.backends import APART, REFERENCE, _tuned
 from resnet_fused.backends._tuned_file import Choice
-from resnet_fused.nn import identity, pointwise
+from resnet_fused.nn import block, identity, pointwise
 from resnet_fused.ops import OPS, _direct, _past_relu
 from resnet_fused.testing import gradient_metrics
 from resnet_fused.tuning import tune_calls
@@ -300,8 +300,12 @@ def test_what_is_drawn_belongs_together():
 
 
 @pytest.fixture
-def passes(monkeypatch) -> list[int]:
-    """Count how many gradients pass a block's ReLU in the convolution behind it."""
+def passes(taken, monkeypatch) -> list[int]:
+    """Count how many gradients pass a block's ReLU in the convolution behind it.
+
+    With a node of autograd for each op, as on a GPU.
+    """
+    monkeypatch.setattr(block, "_may", lambda x: False)
     counted = [0]
     run = _direct.RUN["relu_conv_backward_data"]
 
@@ -336,27 +340,73 @@ def in_place(grad: Tensor) -> None:
     grad.mul_(3)
 
 
+#: And how many gradients then pass a ReLU before they come to its block's end.
 BETWEEN = {
-    "nothing": lambda y: None,
-    "a hook": lambda y: y.register_hook(lambda grad: grad * 3) and None,
-    "a hook that writes": lambda y: y.register_hook(in_place) and None,
-    "a reader": lambda y: y.sin() * 10,
-    "a reader of part": lambda y: y[:, :5] * 10,
-    "a kept gradient": lambda y: y.retain_grad(),
+    "nothing": (lambda y: None, 3),  # of the last block's result no convolution is behind
+    "a hook": (lambda y: y.register_hook(lambda grad: grad * 3) and None, 2),
+    "a hook that writes": (lambda y: y.register_hook(in_place) and None, 2),
+    "a kept gradient": (lambda y: y.retain_grad(), 2),
+    "a reader": (lambda y: y.sin() * 10, 3),
+    "a reader of part": (lambda y: y[:, :5] * 10, 3),
 }
 
 
 @pytest.mark.parametrize("between", BETWEEN)
-def test_a_gradient_passes_the_relu_once(between, taken, passes, monkeypatch):
+def test_a_gradient_passes_the_relu_once(between, passes, monkeypatch):
     """Whoever has a look at it on its way, or adds to it, has what there is without."""
     model, x = rf.fuse(network()), images()
-    ours = pieces(model, x, BETWEEN[between])
-    assert passes == [3]  # of the last block's result no convolution is behind
+    look, count = BETWEEN[between]
+    ours = pieces(model, x, look)
+    assert passes == [count]
     monkeypatch.setattr(_past_relu, "wanted", lambda y: False)
-    theirs = pieces(model, x, BETWEEN[between])
-    assert passes == [3]
+    theirs = pieces(model, x, look)
+    assert passes == [count]
     for name, grad in theirs.items():
         torch.testing.assert_close(ours[name], grad, rtol=2e-2, atol=2e-2 * float(grad.abs().max()))
+
+
+def hooked(y: Tensor, loss: Tensor, parameters: list) -> Tensor:
+    seen: list[Tensor] = []
+    y.register_hook(seen.append)
+    loss.backward()
+    return seen[0]
+
+
+def retained(y: Tensor, loss: Tensor, parameters: list) -> Tensor:
+    y.retain_grad()
+    loss.backward()
+    return y.grad
+
+
+def as_an_input(y: Tensor, loss: Tensor, parameters: list) -> Tensor:
+    loss.backward(inputs=[y, *parameters])
+    return y.grad
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        hooked,
+        retained,
+        as_an_input,
+        lambda y, loss, parameters: torch.autograd.grad(loss, y)[0],
+        lambda y, loss, parameters: torch.autograd.grad(loss, [*parameters, y])[-1],
+        lambda y, loss, parameters: torch.autograd.grad(loss, [parameters[0], y])[-1],
+    ],
+)
+def test_who_asks_for_the_gradient_of_a_block_s_result_gets_all_of_it(ask, passes, monkeypatch):
+    """Also where the ReLU stopped the result, where it matters to nobody else."""
+    found = []
+    for wanted in (_past_relu.wanted, lambda y: False):
+        monkeypatch.setattr(_past_relu, "wanted", wanted)
+        model = rf.fuse(network())
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model[:5](images())
+            loss = model[5:](y).float().square().mean()
+        found.append(ask(y, loss, list(model.parameters())))
+        stopped = y <= 0
+        assert found[-1][stopped].any()
+    torch.testing.assert_close(*found)
 
 
 def test_what_was_left_is_of_one_relu_and_one_gradient():

@@ -97,7 +97,7 @@ def backward(
 
 def _of_input(ctx: Any, grad: Tensor, weight: Tensor, x: Tensor, others: Tensor | None) -> Tensor:
     """Return x's gradient, past the ReLU that x comes from if that is wanted."""
-    if not ctx.past_relu:
+    if not (ctx.past_relu and _past_relu.may_pass(ctx, x, weight=1)):
         made: Tensor = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry, others)
         return made
     g: Tensor
