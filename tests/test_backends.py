@@ -36,9 +36,15 @@ def test_a_backend_has_what_the_registry_asks_for(name):
 
 @pytest.mark.parametrize("name", [n for n in ORDER if hasattr(ORDER[n], "bn_act")])
 def test_a_backend_that_trains_has_every_op_of_training(name):
-    """`trains` asks for one of them only."""
+    """`trains` asks for one of them only.
+
+    But those of a block's end as one op, which models call under "auto" alone.
+    """
     module = ORDER[name]
-    assert not [op for op, o in TRAINING.items() if not o.mutates and not hasattr(module, op)]
+    ends = {op for op in TRAINING if op.startswith(("pointwise", "channel_covariance", "relu_conv"))}
+    missing = {op for op, o in TRAINING.items() if not o.mutates and not hasattr(module, op)}
+    assert missing <= ends
+    assert not missing or name != "triton"
     for table in (module.FASTER_IN_TRAINING, getattr(module, "FASTER_IN_A_GRAPH", {})):
         assert all(dtype.is_floating_point for dtype in table)
 

@@ -45,6 +45,7 @@ def arguments(op: str, case: tuple, dtype: torch.dtype, layout: torch.memory_for
         "conv_bn_stats": (x, weight, *geometry),
         "bn_act_conv_bn_stats": (x, *vectors, weight, 1e-5, "relu", *geometry),
         "conv_backward_data": (grad, weight, list(shape), *geometry, x),
+        "relu_conv_backward_data": (grad, weight, x.relu(), *geometry, x),
         "bn_act_conv_backward_data": (
             grad, weight, x, *vectors, 1e-5, "relu", *geometry, [True, True, True],
         ),
