@@ -41,7 +41,9 @@ def test_a_backend_that_trains_has_every_op_of_training(name):
     But those of a block's end as one op, which models call under "auto" alone.
     """
     module = ORDER[name]
-    ends = {op for op in TRAINING if op.startswith(("pointwise", "channel_covariance", "relu_conv"))}
+    ends = {
+        op for op in TRAINING if op.startswith(("pointwise", "channel_covariance", "relu_conv"))
+    }
     missing = {op for op, o in TRAINING.items() if not o.mutates and not hasattr(module, op)}
     assert missing <= ends
     assert not missing or name != "triton"
