@@ -83,7 +83,7 @@ def capture_step(
     with torch.cuda.device(device), becoming_a_graph(), _casts.together() as casts:
 
         def casting_first(*given: Tensor) -> Any:
-            casts.make()
+            casts.begin()
             return step(*given)
 
         try:

@@ -306,7 +306,7 @@ def test_a_cast_is_made_ahead_once_it_was_noted():
     assert _casts.cast(weight, torch.bfloat16).grad_fn.name() == "ToCopyBackward0"
     with _casts.together() as casts:
         first = _casts.cast(weight, torch.bfloat16)
-        casts.make()
+        casts.begin()
         made = _casts.cast(weight, torch.bfloat16)
         again = _casts.cast(weight, torch.bfloat16)
         other = _casts.cast(weight, torch.float16)
@@ -324,17 +324,35 @@ def test_what_was_made_holds_until_the_parameter_is_written():
     weight = nn.Parameter(torch.ones(3))
     with _casts.together() as casts:
         _casts.cast(weight, torch.bfloat16)
-        casts.make()
+        casts.begin()
         with torch.no_grad():
             weight.add_(1)
         assert _casts.cast(weight, torch.bfloat16).tolist() == [2, 2, 2]
-        casts.make()
+        casts.begin()
         made = _casts.cast(weight, torch.bfloat16)
         assert made.grad_fn.name() == "_MadeBackward"
         assert made.tolist() == [2, 2, 2]
     with _casts.together() as others, torch.no_grad():
-        others.make()
+        others.begin()
         assert _casts.cast(weight, torch.bfloat16).data_ptr() != made.data_ptr()
+
+
+def test_a_parameter_that_is_written_unseen_is_cast_again():
+    """At the head of a step by anyone; by an optimizer, which may move no counter, at any time."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    with _casts.together() as casts:
+        _casts.cast(weight, torch.bfloat16)
+        casts.begin()
+        weight.data.mul_(3)
+        assert _casts.cast(weight, torch.bfloat16).tolist() == [3, 3, 3]
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        assert _casts.cast(weight, torch.bfloat16).tolist() == [2, 2, 2]
+        casts.begin()
+        assert _casts.cast(weight, torch.bfloat16).grad_fn.name() == "_MadeBackward"
+        weight.data = torch.full((3,), 7.0)
+        assert _casts.cast(weight, torch.bfloat16).tolist() == [7, 7, 7]
 
 
 def test_casts_of_parameters_that_are_gone_are_not_made():
@@ -342,7 +360,7 @@ def test_casts_of_parameters_that_are_gone_are_not_made():
         for _ in range(3):
             weight = nn.Parameter(torch.ones(3))
             _casts.cast(weight, torch.bfloat16)
-            casts.make()
+            casts.begin()
             assert _casts.cast(weight, torch.bfloat16).tolist() == [1, 1, 1]
 
 
@@ -359,13 +377,13 @@ def test_captured_steps_cast_together(cuda, name, monkeypatch):
     optimizers = [OPTIMIZERS[name](m.parameters()) for m in (eager, model)]
     plain, step = (trained(m, o) for m, o in zip((eager, model), optimizers, strict=True))
     made = []
-    make = _casts.Casts.make
+    make = _casts.Casts._make
 
     def noting(casts):
         made.append(len(casts._twins))
         make(casts)
 
-    monkeypatch.setattr(_casts.Casts, "make", noting)
+    monkeypatch.setattr(_casts.Casts, "_make", noting)
 
     def under_autocast(run):
         def stepping(x, target):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -358,7 +359,7 @@ def test_a_gradient_passes_the_relu_once(between, passes, monkeypatch):
     look, count = BETWEEN[between]
     ours = pieces(model, x, look)
     assert passes == [count]
-    monkeypatch.setattr(_past_relu, "wanted", lambda y: False)
+    monkeypatch.setattr(_past_relu, "wanted", lambda x: None)
     theirs = pieces(model, x, look)
     assert passes == [count]
     for name, grad in theirs.items():
@@ -397,7 +398,7 @@ def as_an_input(y: Tensor, loss: Tensor, parameters: list) -> Tensor:
 def test_who_asks_for_the_gradient_of_a_block_s_result_gets_all_of_it(ask, passes, monkeypatch):
     """Also where the ReLU stopped the result, where it matters to nobody else."""
     found = []
-    for wanted in (_past_relu.wanted, lambda y: False):
+    for wanted in (_past_relu.wanted, lambda x: None):
         monkeypatch.setattr(_past_relu, "wanted", wanted)
         model = rf.fuse(network())
         with torch.autocast("cpu", torch.bfloat16):
@@ -409,19 +410,55 @@ def test_who_asks_for_the_gradient_of_a_block_s_result_gets_all_of_it(ask, passe
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("kind", ["leaf", "written"])
+def test_a_result_that_is_no_longer_the_relus_has_all_of_its_gradient(kind, passes, monkeypatch):
+    """One of frozen blocks that became a leaf, and one that a prompt was added to in place."""
+    found = []
+    for wanted in (_past_relu.wanted, lambda x: None):
+        monkeypatch.setattr(_past_relu, "wanted", wanted)
+        model = rf.fuse(network())
+        prompt = torch.zeros(1, 256, 1, 1, requires_grad=True)
+        model[:5].requires_grad_(False)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model[:5](images())
+            if kind == "leaf":
+                y.requires_grad_()
+            else:
+                y += prompt
+            loss = model[5:](y).float().square().mean()
+        loss.backward()
+        found.append(y.grad if kind == "leaf" else prompt.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_what_was_left_is_of_one_relu_and_one_gradient():
-    y, other = torch.ones(2), torch.ones(2)
-    grad, sums = torch.ones(2), torch.ones(1)
-    assert _past_relu.sums_of(grad, y) is None
-    _past_relu.leave(grad, y, sums)
-    assert _past_relu.sums_of(grad, y) is sums
-    assert _past_relu.sums_of(grad, y.detach()) is sums
-    assert _past_relu.sums_of(grad, None) is sums
+    y, grad, sums = torch.ones(2), torch.ones(2), torch.ones(1)
+    token, other = _past_relu.want(y), _past_relu.want(torch.ones(2))
+    assert _past_relu.sums_of(grad, token) is None
+    _past_relu.leave(grad, token, sums)
+    assert _past_relu.sums_of(grad, token) is _past_relu.sums_of(grad, None) is sums
     assert _past_relu.sums_of(grad, other) is None
-    assert _past_relu.sums_of(grad * 1, y) is None
+    assert _past_relu.sums_of(grad * 1, token) is None
+    sums.add_(1)
+    assert _past_relu.sums_of(grad, token) is None
+    _past_relu.leave(grad, token, sums)
     grad.add_(1)
-    assert _past_relu.sums_of(grad, y) is _past_relu.sums_of(grad, None) is None
-    assert not _past_relu.wanted(y)
-    _past_relu.want(y)
-    assert _past_relu.wanted(y)
-    assert not _past_relu.wanted(y.detach())
+    assert _past_relu.sums_of(grad, token) is _past_relu.sums_of(grad, None) is None
+    file = io.BytesIO()
+    torch.save(grad, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file), grad)
+
+
+def test_a_result_is_known_as_it_was():
+    weight = torch.ones(2, requires_grad=True)
+    y = weight.relu()
+    assert _past_relu.wanted(y) is None
+    token = _past_relu.want(y)
+    assert _past_relu.wanted(y) == token
+    assert _past_relu.wanted(y.detach()) is None
+    y.add_(1)
+    assert _past_relu.wanted(y) is None
+    leaf = torch.ones(2)
+    _past_relu.want(leaf)
+    assert _past_relu.wanted(leaf.requires_grad_()) is None

@@ -21,7 +21,7 @@ from resnet_fused.backends import trains
 from resnet_fused.backends._sizes import output_shape
 from resnet_fused.nn import pointwise, recompute
 from resnet_fused.nn.bn import BATCH_NORMS, sharing_group, uses_batch_statistics
-from resnet_fused.ops import _bn, _direct, _past_relu, _shared
+from resnet_fused.ops import _bn, _direct, _shared
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
 
 #: The largest side of a pool's window that every backend's byte index can name.
@@ -150,8 +150,6 @@ def run_taken(
         end = (value(x), conv.weight, bn.weight, bn.bias, residual, bn.eps, act)
         y, mean, var, *_ = _direct.record(pointwise.OP, *end)
         update(bn, mean, var, count, None)
-        if act == "relu":
-            _past_relu.want(y)
         return Ran(y, x)
     # Where autocast would cast the activation, it has to be there.
     pending = isinstance(x, Pending) and made.dtype == raw.dtype

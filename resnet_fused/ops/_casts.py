@@ -1,4 +1,4 @@
-"""Weights that autocast casts, cast all together at the head of a step that is a CUDA graph.
+"""Weights that autocast casts, cast all together as a step that is a CUDA graph begins.
 
 A ResNet-152 has a cast for each of 155 convolutions, of 2 to 4 us each on an H200 and few bytes.
 What an unrecorded step casts it casts one by one, as it is told of no beginning.
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class _Twin(NamedTuple):
@@ -22,22 +23,32 @@ class _Twin(NamedTuple):
 
 
 class Casts:
-    """The casts of one step, noted as they are made, then made ahead."""
+    """The casts of one step, noted as they are made, then made together."""
 
     def __init__(self) -> None:
         #: By a parameter's id and the dtype that it is cast to.
         self._twins: dict[tuple[int, torch.dtype], _Twin] = {}
-        #: Counts of writes of the parameters when they were last cast.
-        self._versions: dict[tuple[int, torch.dtype], int] = {}
+        #: What the parameters were when they were last cast together.
+        self._stamps: dict[tuple[int, torch.dtype], Any] = {}
+        self._due = False
+
+    def begin(self) -> None:
+        """Have the next cast make all that were noted, as a step begins."""
+        self._due = True
+        self._stamps.clear()
+
+    def forget(self, *_: object) -> None:
+        """Take nothing that was made so far: an optimizer has written, of which not all tell."""
+        self._stamps.clear()
 
     @torch.no_grad()
-    def make(self) -> None:
+    def _make(self) -> None:
         """Cast what was noted, in a few launches."""
         pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for key, twin in self._twins.items():
             parameter = twin.parameter()
             if parameter is not None:
-                self._versions[key] = parameter._version
+                self._stamps[key] = _stamp(parameter)
                 narrow, wide = pairs.setdefault(key[1], ([], []))
                 narrow.append(twin.narrow)
                 wide.append(parameter)
@@ -45,16 +56,26 @@ class Casts:
             torch._foreach_copy_(narrow, wide)
 
     def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a parameter in another dtype, from those that were made if it is as it was."""
+        """Return a parameter in another dtype, from those that were made if it is as it was.
+
+        A write through ``parameter.data`` after the first cast of a step is not seen.
+        """
+        if self._due:
+            self._due = False
+            self._make()
         key = id(parameter), dtype
         twin = self._twins.get(key)
         if twin is None or twin.parameter() is not parameter:
             self._twins[key] = _Twin(weakref.ref(parameter), parameter.detach().to(dtype))
-            self._versions.pop(key, None)
-        elif self._versions.get(key) == parameter._version:
+            self._stamps.pop(key, None)
+        elif self._stamps.get(key) == _stamp(parameter):
             narrow: Tensor = _Made.apply(parameter, twin.narrow)
             return narrow
         return parameter.to(dtype)
+
+
+def _stamp(parameter: Tensor) -> tuple[int, int]:
+    return parameter._version, parameter.data_ptr()
 
 
 class _Made(torch.autograd.Function):
@@ -82,10 +103,13 @@ _active = _Active()
 @contextlib.contextmanager
 def together() -> Iterator[Casts]:
     """Have this thread's autocast take what the casts that it yields have made."""
-    before, _active.casts = _active.casts, Casts()
+    before, casts = _active.casts, Casts()
+    _active.casts = casts
+    forgetting = register_optimizer_step_post_hook(casts.forget)
     try:
-        yield _active.casts
+        yield casts
     finally:
+        forgetting.remove()
         _active.casts = before
 
 

@@ -97,12 +97,13 @@ def backward(
 
 def _of_input(ctx: Any, grad: Tensor, weight: Tensor, x: Tensor, others: Tensor | None) -> Tensor:
     """Return x's gradient, past the ReLU that x comes from if that is wanted."""
-    if not (ctx.past_relu and _past_relu.may_pass(ctx, x, weight=1)):
+    token = ctx.past_relu
+    if token is None or not _past_relu.may_pass(ctx, x, token, weight=1):
         made: Tensor = call("conv_backward_data", grad, weight, x.shape, *ctx.geometry, others)
         return made
     g: Tensor
     g, sums = call("relu_conv_backward_data", grad, weight, x, *ctx.geometry, others)
-    _past_relu.leave(g, x, sums)
+    _past_relu.leave(g, token, sums)
     return g
 
 

@@ -97,6 +97,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
     x, weight, bn_weight, bn_bias, _, ctx.eps, ctx.act = inputs
     y, *moments = output
     ctx.bias_dtype = None if bn_bias is None else bn_bias.dtype
+    ctx.token = _past_relu.want(y) if ctx.act == "relu" else None
     ctx.save_for_backward(x, weight, *moments, bn_weight, y if ctx.act == "relu" else None)
     ctx.mark_non_differentiable(*moments)
     ctx.set_materialize_grads(False)
@@ -109,7 +110,7 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
     x, weight, *saved = ctx.saved_tensors
     bn_weight, y = saved[-2:]
     wants, act = ctx.needs_input_grad, ctx.act
-    given = _past_relu.sums_of(grad, y)
+    given = _past_relu.sums_of(grad, ctx.token)
     if given is not None:
         y = act = None
     wanted = [wants[0], wants[4] and y is not None]
@@ -128,7 +129,7 @@ def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ..
     if wants[4]:  # in front of ReLU the residual's gradient is the output's
         found[4] = grad if y is None else grad_residual
         if y is not None:  # a projection's BatchNorm wants them, too
-            _past_relu.leave(grad_residual, y, sum_g)
+            _past_relu.leave(grad_residual, ctx.token, sum_g)
     return tuple(found)
 
 

@@ -90,6 +90,19 @@ def test_each_gradient_alone(needed):
     torch.testing.assert_close(alone, every[needed].grad)
 
 
+def test_compiled():
+    """With a gradient for what is added, which the op leaves sums on where it is not traced."""
+    given = [t.requires_grad_() for t in inputs(torch.float32)]
+
+    def function(*leaves: Tensor) -> Tensor:
+        return rf.functional.pointwise_bn_act(*leaves, eps=EPS, act="relu")
+
+    grad = draw(6, *given[4].shape).float()
+    ours = torch.autograd.grad(torch.compile(function)(*given), given, grad)
+    for a, b in zip(ours, torch.autograd.grad(function(*given), given, grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_without_residual_and_activation():
     x, weight, *_ = given = inputs(torch.float64)
     leaves = [t.requires_grad_() for t in (x, weight)]

@@ -35,6 +35,7 @@ LAYERS = {
     "reduce": problem(256, 1024, 14, 256, 1),
     "small": problem(256, 128, 28, 512, 1),
     "large": problem(256, 512, 7, 2048, 1),
+    "wide": problem(12000, 64, 56, 256, 1),
 }
 
 
@@ -208,7 +209,7 @@ CASES = [
     (activation, "expand", "bf16", 100),
     (passes, "stem", "bf16", 90),
     (by_bits, "stem", "bf16", 90),
-    *((covariance, layer, "bf16", 90) for layer in ("expand", "large")),
+    *((covariance, layer, "bf16", 90) for layer in ("expand", "large", "wide")),
     *((covariance, *case) for case in (("expand", "fp16", 80), ("expand", "bf16", 100))),
     *((covariance, *case) for case in (("small", "bf16", 90), ("small", "bf16", 100))),
 ]

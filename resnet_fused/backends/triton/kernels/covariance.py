@@ -20,9 +20,9 @@ def covariance_kernel(
     TILES: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     part, tile = tl.program_id(1), tl.program_id(0)
     tile_m, tile_n = tile // TILES, tile % TILES
+    if WIDE:
+        part = part.to(tl.int64)
     if tile_m <= tile_n:
-        if WIDE:
-            part = part.to(tl.int64)
         rows = tile_m * BLOCK_C + tl.arange(0, BLOCK_C)
         columns = tile_n * BLOCK_C + tl.arange(0, BLOCK_C)
         row_in, column_in = rows < CHANNELS, columns < CHANNELS
