@@ -1,8 +1,8 @@
-r"""pointwise_bn_gradients: what is small in the backward of a 1x1 convolution with its BatchNorm.
+"""pointwise_bn_gradients: what is small in the backward of a 1x1 convolution with its BatchNorm.
 
-With z = W x at each of M pixels, BatchNorm's gradient is \partial z = a · g + b · (z - μ_z) - ⟨g⟩,
-where a and b are vectors and the last term takes the mean out. All that needs z follows from the
-product P = Σ g xᵀ, from W, and from the mean μ and covariance C of x:
+With z = W x at each of M pixels, BatchNorm's gradient (arXiv 1502.03167, section 3) is
+∂z = a · (g - Σ g / M) + b · (z - μ_z), where a = γ / σ and b = -a · Σ g · (z - μ_z) / (M σ²). All
+that needs z follows from the product P = Σ g xᵀ, from W, and from the mean μ and covariance C of x:
 
 * Σ g · (z - μ_z) is the sum of P ∘ W over each row, less μ_z Σ g;
 * Σ ∂z xᵀ, the weight's gradient, is a (P - Σ g μᵀ) + M b W C;
