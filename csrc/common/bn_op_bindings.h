@@ -9,18 +9,10 @@ namespace rf {
 inline BnScaleShiftArgs scale_shift_args(Operands& on, uintptr_t mean, uintptr_t var,
                                          uintptr_t weight, uintptr_t bias, float* scale,
                                          float* shift, int64_t c, double eps) {
-  return {on.vector("mean", mean),
-          on.vector("var", var),
-          on.optional_vector("weight", weight),
-          on.optional_vector("bias", bias),
-          scale,
-          shift,
-          c,
-          (float)eps};
-}
-
-inline BnNorm norm_of(const BnScaleShiftArgs& args) {
-  return {args.mean, args.var, args.weight, args.bias, args.eps};
+  const BnNorm norm{on.vector("mean", mean), on.vector("var", var),
+                    on.optional_vector("weight", weight), on.optional_vector("bias", bias),
+                    (float)eps};
+  return {norm, scale, shift, c};
 }
 
 template <class Device, class... Queue>
@@ -111,7 +103,7 @@ void bn_act(uintptr_t x, uintptr_t mean, uintptr_t var, uintptr_t weight, uintpt
   const BnScaleShiftArgs vectors =
       scale_shift_args(on, mean, var, weight, bias, made[0], made[1], c, eps);
   BnActArgs args = apply_args(on, x, made[0], made[1], residual, y, bits, rows, c, relu);
-  if (Device::kMakesVectors) args.norm = norm_of(vectors);
+  if (Device::kMakesVectors) args.norm = vectors;
   if (rows == 0) return;
   py::gil_scoped_release release;
   if (!Device::kMakesVectors) Device::run(vectors, queue...);
@@ -171,7 +163,7 @@ void bn_act_backward(uintptr_t grad, uintptr_t x, uintptr_t mean, uintptr_t var,
   }
   const bool wants_vectors = grad_x || grad_weight;
   if (Device::kMakesVectors) {
-    if (recomputed) apply.norm = reduce.norm = norm_of(affine);
+    if (recomputed) apply.norm = reduce.norm = affine;
     if (wants_vectors) reduce.vectors = vectors;
   }
   py::gil_scoped_release release;

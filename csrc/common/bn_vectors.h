@@ -28,14 +28,13 @@ RF_HOST_DEVICE void bn_gradient_vectors(float mean, float var, float weight, flo
 }
 
 // Channel i of the vectors; weight and bias may be absent.
-RF_HOST_DEVICE void bn_scale_shift(const BnScaleShiftArgs& g, int64_t i) {
-  bn_scale_shift(g.mean[i], g.var[i], g.weight ? g.weight[i] : 1, g.bias ? g.bias[i] : 0, g.eps,
-                 g.scale[i], g.shift[i]);
-}
-
 RF_HOST_DEVICE void bn_scale_shift(const BnNorm& g, int64_t i, float& scale, float& shift) {
   bn_scale_shift(g.mean[i], g.var[i], g.weight ? g.weight[i] : 1, g.bias ? g.bias[i] : 0, g.eps, scale,
                  shift);
+}
+
+RF_HOST_DEVICE void bn_scale_shift(const BnScaleShiftArgs& g, int64_t i) {
+  bn_scale_shift(g, i, g.scale[i], g.shift[i]);
 }
 
 RF_HOST_DEVICE void bn_gradient_vectors(const BnGradientVectorsArgs& g, int64_t i, float sum_g,

@@ -23,12 +23,15 @@ struct BnStatsArgs {
   int64_t rows, c;
 };
 
-// Null weight or bias: ones, zeros.
-struct BnScaleShiftArgs {
+// What scale and shift are made of. Null weight or bias: ones, zeros.
+struct BnNorm {
   const float *mean, *var, *weight, *bias;
+  float eps;
+};
+
+struct BnScaleShiftArgs : BnNorm {
   float *scale, *shift;
   int64_t c;
-  float eps;
 };
 
 // Null grad_weight: not wanted.
@@ -48,16 +51,10 @@ struct BnUpdateStatsArgs {
   float keep, share, unbiased;
 };
 
-// Scale and shift are vectors, or made of these by whoever needs them, where a device has it so.
-struct BnNorm {
-  const float *mean, *var, *weight, *bias;  // null var: none; null weight or bias: ones, zeros
-  float eps;
-};
-
 struct BnActArgs {
   const void* x;
   const float *scale, *shift;
-  BnNorm norm;
+  BnNorm norm;  // or, where its var is not null, what the kernel itself makes them of
   const void* residual;
   const float *residual_scale, *residual_shift;
   void* y;
@@ -73,7 +70,7 @@ struct BnGradient {
   const void* x;
   const void* x2;  // of the BatchNorm in the shortcut
   const float *scale, *shift;
-  BnNorm norm;
+  BnNorm norm;  // as in BnActArgs
   const void* y;
   const uint8_t* bits;
   int64_t rows, c;

@@ -88,7 +88,7 @@ class _Kept:
 
     def __init__(self, sources: tuple[Tensor | None, ...], value: Any, made: _Made | None) -> None:
         # None answers "is it the same tensor" like any other source that has gone.
-        self._sources = [(_nothing if s is None else weakref.ref(s), _stamp(s)) for s in sources]
+        self._sources = [(_nothing if s is None else weakref.ref(s), stamp(s)) for s in sources]
         self.value = value
         #: None on the CPU, where a value is there once it is returned.
         self.made = made
@@ -97,8 +97,8 @@ class _Kept:
         """Return whether the sources are the same tensors, not written since."""
         # A loop, as this runs in every call of every layer. A stamp is taken of a tensor known from
         # before only: no other is sure to have a version counter.
-        for source, (known, stamp) in zip(sources, self._sources, strict=True):
-            if known() is not source or _stamp(source) != stamp:
+        for source, (known, then) in zip(sources, self._sources, strict=True):
+            if known() is not source or stamp(source) != then:
                 return False
         return True
 
@@ -139,7 +139,8 @@ def _nothing() -> None:
     return None
 
 
-def _stamp(source: Tensor | None) -> tuple[int, int, torch.dtype] | None:
+def stamp(source: Tensor | None) -> tuple[int, int, torch.dtype] | None:
+    """Return what changes when a tensor is written, but through ``.data``."""
     return None if source is None else (source._version, source.data_ptr(), source.dtype)
 
 

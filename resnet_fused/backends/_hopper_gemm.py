@@ -17,6 +17,7 @@ from torch import Tensor
 from resnet_fused.backends import native
 from resnet_fused.backends._device import multiprocessors
 from resnet_fused.backends._outputs import empty_channels_last, scratch
+from resnet_fused.backends._sizes import is_product
 from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_map, as_vector
 
 CAPABILITY = (9, 0)
@@ -28,8 +29,6 @@ ADVICE = (
 _DTYPES = (torch.bfloat16, torch.float16)
 #: Blocks of 128x128 for each multiprocessor; the smallest product measured has 2.97 on an H200.
 _LEAST_BLOCKS = 2.9
-#: Kernel, stride, padding and groups of what is one matrix product.
-_GEOMETRY = ((1, 1), (1, 1), (0, 0), 1)
 
 
 class Product(NamedTuple):
@@ -66,8 +65,8 @@ def declines(
     act: str | None,
 ) -> str | None:
     """Return why no kernel takes this call, or None."""
-    kernel = tuple(weight.shape[2:])
-    if (kernel, tuple(stride), tuple(padding), groups) != _GEOMETRY:
+    if not is_product(weight.shape, stride, padding, groups):
+        kernel = tuple(weight.shape[2:])
         return (
             "convolves 1x1 of stride 1 without padding or groups, beside stems; got "
             f"{kernel}, stride {tuple(stride)}, padding {tuple(padding)}, groups {groups}"

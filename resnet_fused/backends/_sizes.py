@@ -48,3 +48,10 @@ def pool_shape(
 def pool_of(op: str, args: Sequence[Any]) -> Sequence[Sequence[int]] | None:
     """Return window, stride and padding among an op's arguments, None for an op without a pool."""
     return args[_POOLS[op]] if op in _POOLS else None
+
+
+def is_product(
+    weight_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int
+) -> bool:
+    """Return whether a convolution is one matrix product: 1x1, stride 1, no padding, no groups."""
+    return (*weight_size[2:], *stride, groups) == (1,) * 5 and not any(padding)

@@ -68,19 +68,8 @@ def backward_weight(
     return laid_out(_cast(grad_weight, dtype, channels_last=channels_last), channels_last)
 
 
-def is_product(
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> bool:
-    """Return whether a convolution is a matrix product over its pixels."""
-    return (*weight_size[2:], *stride, groups) == (1,) * 5 and not any(padding)
-
-
 def product(grad: Tensor, x: Tensor, channels_last: bool, dtype: torch.dtype) -> Tensor:
-    """Return the weight's gradient of what :func:`is_product`, on a GPU.
+    """Return the weight's gradient of a convolution that is one matrix product, on a GPU.
 
     Not rounded to the dtype of the maps, as that of a convolution is before it is cast.
     """

@@ -26,7 +26,7 @@ from resnet_fused.backends import (
 
 # The stem of the paper's networks.
 from resnet_fused.backends._cuda_stem import conv_bn_act_max_pool as conv_bn_act_max_pool
-from resnet_fused.backends._sizes import pool_of
+from resnet_fused.backends._sizes import is_product, pool_of
 
 # Ops of training, run as they stand there.
 from resnet_fused.backends._training_ops import bn_act as bn_act
@@ -257,7 +257,7 @@ def conv_backward_weight(
 ) -> Tensor:
     """Run the op; the gradient is torch's own, but for the stem's."""
     geometry = (stride, padding, dilation, groups)
-    if dtype != grad.dtype and _torch_conv.is_product(weight_size, *geometry):
+    if dtype != grad.dtype and is_product(weight_size, stride, padding, groups):
         return _torch_conv.product(grad, x, channels_last, dtype)
     if x.numel() == 0 or _cuda_stem.declines_convolution(x, weight_size, *geometry):
         return _torch_conv.backward_weight(grad, x, weight_size, *geometry, channels_last, dtype)

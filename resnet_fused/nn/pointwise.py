@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import faster_together
+from resnet_fused.backends._sizes import is_product
 from resnet_fused.nn.bn import sharing_group
 
 OP = "pointwise_bn_act"
@@ -37,7 +38,13 @@ def on_meta() -> Iterator[None]:
 
 
 def takes(
-    conv: Any, bn: Any, x: Tensor, residual: object, dtype: torch.dtype, act: str | None
+    conv: Any,
+    bn: Any,
+    x: Tensor,
+    geometry: tuple[Any, ...],
+    residual: object,
+    dtype: torch.dtype,
+    act: str | None,
 ) -> bool:
     """Return whether convolution, BatchNorm, add and act of what is like ``x`` are the one op.
 
@@ -48,6 +55,7 @@ def takes(
         conv: a convolution.
         bn: its BatchNorm, in training.
         x: its input, or what that is made of.
+        geometry: its stride, padding, dilation and groups, as numbers.
         residual: what is added; a projection has None, and no ``act``.
         dtype: of the convolution's result.
         act: behind the sum.
@@ -56,11 +64,10 @@ def takes(
     ends = type(residual) is Tensor or (residual is None and act is None)
     if not ends or dtype not in (torch.bfloat16, torch.float16):
         return False
-    if tuple(weight.shape[2:]) != (1, 1) or conv.groups != 1 or conv.bias is not None:
+    stride, padding, _, groups = geometry
+    if not is_product(weight.shape, stride, padding, groups) or conv.bias is not None:
         return False
-    if {*conv.stride, 1} != {1} or sharing_group(bn) is not None or torch.compiler.is_compiling():
-        return False
-    if {*(conv.padding if conv.padding != "valid" else ()), 0} != {0}:
+    if sharing_group(bn) is not None or torch.compiler.is_compiling():
         return False
     if x.is_meta:
         return _on_meta.taken

@@ -146,7 +146,8 @@ def run_taken(
     """Do what :func:`run` does, where :func:`taken` returned ``made``."""
     raw = _raw(x)
     count = _bn.values_per_channel(made.shape)
-    if memory != "low" and pointwise.takes(conv, bn, raw, residual, made.dtype, act):
+    geometry = (conv.stride, padding_of(conv), conv.dilation, conv.groups)
+    if memory != "low" and pointwise.takes(conv, bn, raw, geometry, residual, made.dtype, act):
         end = (value(x), conv.weight, bn.weight, bn.bias, residual, bn.eps, act)
         y, mean, var, *_ = _direct.record(pointwise.OP, *end)
         update(bn, mean, var, count, None)
@@ -155,7 +156,6 @@ def run_taken(
     pending = isinstance(x, Pending) and made.dtype == raw.dtype
     read = x if pending else value(x)
     read_again = read_again and not isinstance(x, Pending) and made.dtype == raw.dtype
-    geometry = (conv.stride, padding_of(conv), conv.dilation, conv.groups)
     y, mean, var, read = _convolve(conv.weight, read, geometry, memory, read_again=read_again)
     if conv.bias is not None:
         # The bias leaves no trace in BatchNorm's result but where it is not finite, as in torch.

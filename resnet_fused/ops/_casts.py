@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from resnet_fused.backends._derived import stamp
+
 
 class _Twin(NamedTuple):
     parameter: weakref.ref[Tensor]
@@ -48,7 +50,7 @@ class Casts:
         for key, twin in self._twins.items():
             parameter = twin.parameter()
             if parameter is not None:
-                self._stamps[key] = _stamp(parameter)
+                self._stamps[key] = stamp(parameter)
                 narrow, wide = pairs.setdefault(key[1], ([], []))
                 narrow.append(twin.narrow)
                 wide.append(parameter)
@@ -68,14 +70,10 @@ class Casts:
         if twin is None or twin.parameter() is not parameter:
             self._twins[key] = _Twin(weakref.ref(parameter), parameter.detach().to(dtype))
             self._stamps.pop(key, None)
-        elif self._stamps.get(key) == _stamp(parameter):
+        elif self._stamps.get(key) == stamp(parameter):
             narrow: Tensor = _Made.apply(parameter, twin.narrow)
             return narrow
         return parameter.to(dtype)
-
-
-def _stamp(parameter: Tensor) -> tuple[int, int]:
-    return parameter._version, parameter.data_ptr()
 
 
 class _Made(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from resnet_fused.backends.triton.kernels.normalise import inverse_deviation, vector
+from resnet_fused.backends.triton.kernels.normalise import affine_of, inverse_deviation, vector
 from resnet_fused.backends.triton.kernels.shared import multiply, rounded
 
 
@@ -133,13 +133,7 @@ def pointwise_stats_kernel(
         )
         var += tl.sum(spread * w, 1)
     var = tl.maximum(var, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    scale = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
-    if weight_ptr is not None:
-        scale *= vector(weight_ptr, rows, row_in)
-    if bias_ptr is not None:
-        shift = tl.fma(-mean, scale, vector(bias_ptr, rows, row_in))
-    else:
-        shift = -mean * scale
+    scale, shift = affine_of(mean, var, weight_ptr, bias_ptr, eps, rows, row_in)
     tl.store(mean_ptr + rows, mean, mask=row_in)
     tl.store(var_ptr + rows, var, mask=row_in)
     tl.store(scale_ptr + rows, scale, mask=row_in)

@@ -14,17 +14,29 @@ def vector(ptr, channels, inside):
 
 @triton.jit
 def inverse_deviation(var_ptr, eps, channels, inside):
-    """Return 1 / √(σ² + ε), each step correctly rounded."""
-    return tl.div_rn(1.0, tl.sqrt_rn(vector(var_ptr, channels, inside) + eps))
+    """Return 1 / √(σ² + ε)."""
+    return inverse_of(vector(var_ptr, channels, inside), eps)
+
+
+@triton.jit
+def inverse_of(var, eps):
+    """Return the same of a variance in registers, each step correctly rounded."""
+    return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
 
 
 @triton.jit
 def scale_and_shift(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channels, inside):
     """Return scale = γ / √(σ² + ε) and shift = β - μ · scale."""
-    scale = inverse_deviation(var_ptr, eps, channels, inside)
+    mean, var = vector(mean_ptr, channels, inside), vector(var_ptr, channels, inside)
+    return affine_of(mean, var, weight_ptr, bias_ptr, eps, channels, inside)
+
+
+@triton.jit
+def affine_of(mean, var, weight_ptr, bias_ptr, eps, channels, inside):
+    """Return the same by statistics that are in registers."""
+    scale = inverse_of(var, eps)
     if weight_ptr is not None:
         scale *= vector(weight_ptr, channels, inside)
-    mean = vector(mean_ptr, channels, inside)
     if bias_ptr is not None:
         shift = tl.fma(-mean, scale, vector(bias_ptr, channels, inside))
     else:
