@@ -74,7 +74,8 @@ V = torch.zeros(4)
         ("y", lambda: kernels.bn_act_backward_apply_both(X, X, X, [V] * 3, [V] * 3)),
         ("index", lambda: kernels.max_pool_backward(X, X, (1, 4, 4, 4), 2, 2, 0)),
         ("grad", lambda: kernels.max_pool_backward(X, X, (1, 4, 9, 9), 2, 2, 0)),
-        ("k", lambda: kernels.max_pool_index(torch.zeros(1, 4, 40, 40), 17, 1, 0)),
+        ("scale", lambda: kernels.max_pool_index(X, V[:3], V, 2, 2, 0)),
+        ("k", lambda: kernels.max_pool_index(torch.zeros(1, 4, 40, 40), V, V, 17, 1, 0)),
     ],
 )
 def test_arguments_that_do_not_fit(name, call):
@@ -132,7 +133,7 @@ POOL_BACK = {
 }  # fmt: skip
 POOL = {
     "x": POOL_BACK["grad_x"], "y": POOL_BACK["grad"], "scale": address(24), "shift": address(32),
-    "relu": True, **POOL_BACK,
+    "taken": address(40), "relu": True, **POOL_BACK,
 }  # fmt: skip
 del POOL["grad"], POOL["grad_x"]
 POINTERS = {
@@ -148,7 +149,7 @@ POINTERS = {
         APPLY, ("grad", "x", "a", "b", "d", "a2", "b2", "d2", "grad_x", "grad_x2"),
     ),
     "add_relu": (ADD, ("x", "residual", "y")),
-    "max_pool_index": (POOL, ("x", "scale", "shift", "y", "index")),
+    "max_pool_index": (POOL, ("x", "scale", "shift", "y", "index", "taken")),
     "max_pool_backward": (POOL_BACK, ("grad", "index", "grad_x")),
 }  # fmt: skip
 
@@ -232,7 +233,11 @@ def test_null_and_misaligned_pointers(function):
             {"grad_x": APPLY["grad"] + 32, "grad_x2": APPLY["grad_x"], "y": 0},
         ),
         ("add_relu", ADD, {"n": -1, "y": ADD["x"] + 4, "dtype": ""}),
-        ("max_pool_index", POOL, {"y": POOL["x"], "index": POOL["x"], "k": 9, "s": 0, "p": 2}),
+        (
+            "max_pool_index",
+            POOL,
+            {"y": POOL["x"], "index": POOL["x"], "taken": POOL["index"], "k": 9, "s": 0, "p": 2},
+        ),
         ("max_pool_backward", POOL_BACK, {"grad_x": POOL["y"], "h": 0, "n": -1}),
     ],
 )

@@ -19,11 +19,13 @@ struct Lane {
   static RF_HOST_DEVICE float relu(float v) { return v <= 0 ? 0 : v; }
   static RF_HOST_DEVICE float where_passed(float z, float v) { return z <= 0 ? 0 : v; }
   static RF_HOST_DEVICE float finite_or_zero(float v) { return v - v == 0 ? v : 0; }
-  // A larger value or a NaN replaces the best and where it was.
-  static RF_HOST_DEVICE void take_max(float v, int at, float& best, int& best_at) {
+  // A larger value or a NaN replaces the best, where it was and what it was made of.
+  template <class T>
+  static RF_HOST_DEVICE void take_max(float v, int at, T from, float& best, int& best_at, T& best_from) {
     if (!(v > best || v != v)) return;
     best = v;
     best_at = at;
+    best_from = from;
   }
 };
 

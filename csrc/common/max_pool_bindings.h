@@ -33,25 +33,27 @@ inline PoolSizes checked_pool(DType dtype, int64_t n, int64_t h, int64_t w, int6
 
 template <class Device, class... Queue>
 void max_pool_index(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t y, uintptr_t index,
-                    const std::string& dtype, int64_t n, int64_t h, int64_t w, int64_t c, int64_t k,
-                    int64_t s, int64_t p, bool relu, Queue... queue) {
+                    uintptr_t taken, const std::string& dtype, int64_t n, int64_t h, int64_t w, int64_t c,
+                    int64_t k, int64_t s, int64_t p, bool relu, Queue... queue) {
   const DType type = Device::dtype(dtype);
   const PoolSizes sizes = checked_pool(type, n, h, w, c, k, s, p);
   if (n == 0) return;
-  const Block in{"x", x, sizes.in_bytes}, out{"y", y, sizes.out_elements * itemsize(type)},
-      at{"index", index, sizes.out_elements};
-  need_block(in, itemsize(type));
-  need_block(out, itemsize(type));
+  const size_t out_bytes = sizes.out_elements * itemsize(type);
+  const Block in{"x", x, sizes.in_bytes}, out{"y", y, out_bytes}, at{"index", index, sizes.out_elements},
+      from{"taken", taken, out_bytes};
+  for (const Block& map : {in, out}) need_block(map, itemsize(type));
   need_block(at, 1);
-  need_apart(out, in);
-  need_apart(at, in);
+  for (const Block& written : {out, at}) need_apart(written, in);
   need_apart(at, out);
-  if (scale || shift)
-    for (const Block& vector : {Block{"scale", scale, 4 * size_t(c)}, Block{"shift", shift, 4 * size_t(c)}})
-      need_block(vector, alignof(float));
+  if (taken) {
+    need_block(from, itemsize(type));
+    for (const Block& other : {in, out, at}) need_apart(from, other);
+  }
+  for (const Block& vector : {Block{"scale", scale, 4 * size_t(c)}, Block{"shift", shift, 4 * size_t(c)}})
+    need_block(vector, alignof(float));
   const PoolIndexArgs args{pointer<const void>(x), pointer<const float>(scale),
-                           pointer<const float>(shift), pointer<void>(y), pointer<uint8_t>(index),
-                           n, h, w, c, k, s, p, relu};
+                           pointer<const float>(shift), pointer<void>(y), pointer<void>(taken),
+                           pointer<uint8_t>(index), n, h, w, c, k, s, p, relu};
   py::gil_scoped_release release;
   Device::run(type, args, queue...);
 }
@@ -80,11 +82,11 @@ template <class Device, class... Queue, class... QueueName>
 void register_max_pool_training(py::module_& m, const QueueName&... queue) {
   using py::arg;
   m.def("max_pool_index", &max_pool_index<Device, Queue...>, arg("x"), arg("scale"), arg("shift"),
-        arg("y"), arg("index"), arg("dtype"), arg("n"), arg("h"), arg("w"), arg("c"), arg("k"),
+        arg("y"), arg("index"), arg("taken"), arg("dtype"), arg("n"), arg("h"), arg("w"), arg("c"), arg("k"),
         arg("s"), arg("p"), arg("relu"), queue...,
-        "max_pool of act(x * scale + shift), of x itself where both are 0, that also writes, one byte\n"
-        "per output, which element of its window it took: iy * k + ix from the window's corner; the\n"
-        "first of equals, the last NaN, as torch, after rounding to dtype.");
+        "max_pool of act(x * scale + shift) that also writes which element of x it took, unless taken is\n"
+        "0, and where that is in its window, one byte: iy * k + ix from the window's corner; the first of\n"
+        "equals, the last NaN, as torch, after rounding to dtype.");
   m.def("max_pool_backward", &max_pool_backward<Device, Queue...>, arg("grad"), arg("index"),
         arg("grad_x"), arg("dtype"), arg("n"), arg("h"), arg("w"), arg("c"), arg("k"), arg("s"),
         arg("p"), queue...,

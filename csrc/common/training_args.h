@@ -97,12 +97,12 @@ struct AddReluArgs {
   int64_t n;
 };
 
-// The pool is of act(x * scale + shift), or of x itself where scale is null.
+// The pool is of act(x * scale + shift).
 struct PoolIndexArgs {
   const void* x;
   const float *scale, *shift;
-  void* y;
-  uint8_t* index;  // like y
+  void *y, *taken;  // null taken: not wanted
+  uint8_t* index;   // like y
   int64_t n, h, w, c, k, s, p;
   bool relu;
 };
@@ -115,15 +115,11 @@ struct PoolBackwardArgs {
   int64_t n, h, w, c, k, s, p;
 };
 
-// A max pool behind BatchNorm's ReLU: `grad` is that of the pool's result, like `index`; all else is as
-// without the pool, n, h and w the sides of x.
-struct Pooled {
+// Behind a max pool: `grad` is that of the pool's result, like `index`; all else is as without the pool,
+// n, h and w the sides of x.
+struct BnPoolApplyArgs : BnApplyArgs {
   const uint8_t* index;
   int64_t n, h, w, k, s, p;
 };
-
-struct BnPoolReduceArgs : BnReduceArgs, Pooled {};
-
-struct BnPoolApplyArgs : BnApplyArgs, Pooled {};
 
 }  // namespace rf

@@ -1,9 +1,10 @@
 // The max pool of the stem in training: which element of each window was taken, and backward.
 
-// y = max over the window as in max_pool; index = its place in the window, row by row from 0.
-// As torch: the first of equals, the last NaN. Values are normalised as they are read, each up to
-// four times, and rounded: a map in between would be written and read again.
-template <class E, bool NORMALISED, bool RELU>
+// y = max over the window of act(x*scale + shift); index = its place in the window, row by row from
+// 0; taken, where wanted, = the x it was made of. As torch: the first of equals, the last NaN. Values are normalised
+// as they are read, each up to four times, and rounded: a map in between would be written and read
+// again.
+template <class E, bool RELU>
 static void pool_index(const PoolIndexArgs& g) {
   using T = typename E::T;
   const int64_t oh = (g.h + 2 * g.p - g.k) / g.s + 1, ow = (g.w + 2 * g.p - g.k) / g.s + 1;
@@ -17,22 +18,21 @@ static void pool_index(const PoolIndexArgs& g) {
         return Vec::set1((float)((iy - y0) * g.k + ix - x0));
       };
       T* y = static_cast<T*>(g.y) + (row * ow + ox) * g.c;
+      T* taken = g.taken ? static_cast<T*>(g.taken) + (row * ow + ox) * g.c : nullptr;
       uint8_t* index = g.index + (row * ow + ox) * g.c;
       each_vector(g.c, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-        const auto vector = [&](const float* p) {
-          return NORMALISED ? get<F32>(p + c, lanes) : Vec::zero();
-        };
-        const auto scale = vector(g.scale), shift = vector(g.shift);
-        auto best = Vec::set1(-__builtin_inff()), best_at = place(top, left);
+        const auto at = [&](int64_t iy, int64_t ix) { return get<E>(x + (iy * g.w + ix) * g.c + c, lanes); };
+        const auto scale = get<F32>(g.scale + c, lanes), shift = get<F32>(g.shift + c, lanes);
+        auto best = Vec::set1(-__builtin_inff()), best_at = place(top, left), best_x = at(top, left);
         for (int64_t iy = top; iy < bottom; ++iy)
           for (int64_t ix = left; ix < right; ++ix) {
-            auto value = get<E>(x + (iy * g.w + ix) * g.c + c, lanes);
-            if constexpr (NORMALISED) value = bn_affine<Vec>(value, scale, shift);
-            if constexpr (NORMALISED && RELU) value = Vec::relu(value);
-            if constexpr (NORMALISED) value = E::rounded(value);
-            Vec::take_max(value, place(iy, ix), best, best_at);
+            const auto from = at(iy, ix);
+            auto value = bn_affine<Vec>(from, scale, shift);
+            if constexpr (RELU) value = Vec::relu(value);
+            Vec::take_max(E::rounded(value), place(iy, ix), from, best, best_at, best_x);
           }
         put<E>(y + c, best, lanes);
+        if (taken) put<E>(taken + c, best_x, lanes);
         put_bytes(index + c, best_at, lanes);
       });
     }
@@ -41,8 +41,7 @@ static void pool_index(const PoolIndexArgs& g) {
 
 template <class E>
 static void max_pool_index(const PoolIndexArgs& g) {
-  if (!g.scale) return pool_index<E, false, false>(g);
-  g.relu ? pool_index<E, true, true>(g) : pool_index<E, true, false>(g);
+  g.relu ? pool_index<E, true>(g) : pool_index<E, false>(g);
 }
 
 // grad_x = the sum of the gradients of those windows that took the element: each element gathers

@@ -71,10 +71,11 @@ struct Vec {
     return _mm256_and_ps(_mm256_cmp_ps(_mm256_sub_ps(v, v), _mm256_setzero_ps(), _CMP_EQ_OQ), v);
   }
   // A larger value or a NaN replaces the best and where it was.
-  static void take_max(reg v, reg at, reg& best, reg& best_at) {
+  static void take_max(reg v, reg at, reg from, reg& best, reg& best_at, reg& best_from) {
     const reg m = _mm256_or_ps(_mm256_cmp_ps(v, best, _CMP_GT_OQ), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     best = _mm256_blendv_ps(best, v, m);
     best_at = _mm256_blendv_ps(best_at, at, m);
+    best_from = _mm256_blendv_ps(best_from, from, m);
   }
   // Whole numbers from 0 to 255, one byte each.
   static __m128i to_bytes(reg v) {

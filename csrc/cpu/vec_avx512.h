@@ -76,12 +76,13 @@ struct Vec {
         _mm512_cmp_ps_mask(_mm512_sub_ps(v, v), _mm512_setzero_ps(), _CMP_EQ_OQ);
     return _mm512_maskz_mov_ps(finite, v);
   }
-  // A larger value or a NaN replaces the best and where it was.
-  static void take_max(reg v, reg at, reg& best, reg& best_at) {
+  // A larger value or a NaN replaces the best, where it was and what it was made of.
+  static void take_max(reg v, reg at, reg from, reg& best, reg& best_at, reg& best_from) {
     const mask m =
         _mm512_cmp_ps_mask(v, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     best = _mm512_mask_mov_ps(best, m, v);
     best_at = _mm512_mask_mov_ps(best_at, m, at);
+    best_from = _mm512_mask_mov_ps(best_from, m, from);
   }
   // Whole numbers from 0 to 255, one byte each.
   static void store_bytes(uint8_t* p, reg v, mask m = 0xffff) {

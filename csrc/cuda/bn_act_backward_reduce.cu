@@ -113,12 +113,8 @@ void launch(DType dtype, const BnReduceArgs& args, Stream stream) {
   with_mask(args, [&](auto mask, auto dual) {
     launch_parts<decltype(mask)::value, decltype(dual)::value>(dtype, args, parts, stream);
   });
-  merge_sums(args, parts, stream);
-}
-
-void merge_sums(const BnReduceArgs& args, int64_t parts, Stream stream) {
-  const Tiling tiling = tiling_over_parts(parts, args.c * (args.x2 ? 3 : 2));
-  put("bn_act_backward_reduce", bn_reduce_merge_kernel, tiling.blocks(), {args, tiling}, stream);
+  const Tiling over_parts = tiling_over_parts(parts, args.c * (args.x2 ? 3 : 2));
+  put("bn_act_backward_reduce", bn_reduce_merge_kernel, over_parts.blocks(), {args, over_parts}, stream);
 }
 
 }  // namespace rf::cuda

@@ -25,6 +25,11 @@ struct Bf16 : Lane {
   static __device__ __forceinline__ float rounded(float v) {
     return widen(__floats2bfloat162_rn(v, v).x);
   }
+  // Two as a word, the first its lower half.
+  static __device__ __forceinline__ unsigned pair(float first, float second) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(first, second);
+    return reinterpret_cast<const unsigned&>(both);
+  }
 };
 
 struct F16 : Lane {
@@ -32,7 +37,22 @@ struct F16 : Lane {
   static __device__ __forceinline__ float widen(T v) { return __half2float(v); }
   static __device__ __forceinline__ T narrow(float v) { return __float2half_rn(v); }
   static __device__ __forceinline__ float rounded(float v) { return widen(narrow(v)); }
+  static __device__ __forceinline__ unsigned pair(float first, float second) {
+    const __half2 both = __floats2half2_rn(first, second);
+    return reinterpret_cast<const unsigned&>(both);
+  }
 };
+
+// All bits of each half of a word whose sign is set.
+__device__ __forceinline__ unsigned spread_signs(unsigned word) {
+#ifdef __CUDACC__
+  unsigned mask;
+  asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(mask) : "r"(word));
+  return mask;
+#else
+  return (word >> 15 & 0x10001u) * 0xffffu;
+#endif
+}
 
 constexpr int kAccess = 16;  // bytes
 

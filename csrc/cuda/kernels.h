@@ -16,7 +16,6 @@ void launch(DType dtype, const BnStatsArgs& args, Stream stream);
 void launch(DType dtype, const BnActArgs& args, Stream stream);
 void launch(DType dtype, const BnReduceArgs& args, Stream stream);
 void launch(DType dtype, const BnApplyArgs& args, Stream stream);
-void launch(DType dtype, const BnPoolReduceArgs& args, Stream stream);
 void launch(DType dtype, const BnPoolApplyArgs& args, Stream stream);
 void launch(DType dtype, const AddReluArgs& args, Stream stream);
 void launch(DType dtype, const PoolIndexArgs& args, Stream stream);
@@ -24,9 +23,6 @@ void launch(DType dtype, const PoolBackwardArgs& args, Stream stream);
 void launch(const BnScaleShiftArgs& args, Stream stream);
 void launch(const BnGradientVectorsArgs& args, Stream stream);
 void launch(const BnUpdateStatsArgs& args, Stream stream);
-
-// The sums of so many parts in scratch, channel by channel, put together.
-void merge_sums(const BnReduceArgs& args, int64_t parts, Stream stream);
 
 // What reductions over (rows, c) need, with so many doubles per part and channel.
 size_t reduction_scratch_bytes(int64_t rows, int64_t c, int doubles);

@@ -61,19 +61,15 @@ __host__ __device__ __forceinline__ int squares_along(int pixels, int padding) {
   return (pixels + padding - 1) / kSquare<S> + 1;
 }
 
-// The first row and column of a square in the padded input, where it begins at a multiple of its side.
-struct Square {
-  int n, y, x;
-};
-
-// The square that a thread writes, and its channels.
+// The square that a thread writes, by its first row and column in the padded input, where it begins at a
+// multiple of its side; and its channels.
 template <int S>
-struct OwnSquare : Square {
-  int channel;
+struct Square {
+  int n, y, x, channel;
   bool inside;
 
   template <class G>
-  __device__ __forceinline__ OwnSquare(const G& g, int width) {
+  __device__ __forceinline__ Square(const G& g, int width) {
     const int down = squares_along<S>((int)g.h, (int)g.p);
     const Pixel in(squares_along<S>((int)g.w, (int)g.p), (int)g.c, width);
     n = (int)(blockIdx.x / down);
@@ -106,9 +102,9 @@ struct PooledGradient {
   PlaceWords<W> places[N][N];
 
   template <class G>
-  __device__ __forceinline__ PooledGradient(const G& g, const Square& square, int64_t channel) {
+  __device__ __forceinline__ PooledGradient(const G& g, const Square<S>& square) {
     const int c = (int)g.c, oh = g.oh, ow = g.ow;
-    const int64_t image = (int64_t)square.n * (oh * ow * c) + channel;
+    const int64_t image = (int64_t)square.n * (oh * ow * c) + square.channel;
 #pragma unroll
     for (int i = 0; i < N; ++i)
 #pragma unroll
@@ -147,10 +143,10 @@ struct PooledGradient<E, W, 0, 0> {
   float sum[W] = {};
 
   template <class G>
-  __device__ __forceinline__ PooledGradient(const G& g, const Square& square, int64_t channel) {
+  __device__ __forceinline__ PooledGradient(const G& g, const Square<0>& square) {
     const int c = (int)g.c, k = (int)g.k, s = (int)g.s;
     const int over = (k + s - 1) / s, last_y = square.y / s, last_x = square.x / s;
-    const int64_t image = (int64_t)square.n * (g.oh * g.ow * c) + channel;
+    const int64_t image = (int64_t)square.n * (g.oh * g.ow * c) + square.channel;
 #pragma unroll 1
     for (int oy = max(last_y - over + 1, 0); oy <= min(last_y, g.oh - 1); ++oy)
 #pragma unroll 1
@@ -187,7 +183,7 @@ dim3 blocks(const char* name, const G& g, int64_t rows, int64_t w, int width) {
   return dim3((unsigned)rows, (unsigned)parts);
 }
 
-// Likewise for an OwnSquare a thread.
+// Likewise for a Square a thread.
 template <int S, class G>
 dim3 square_blocks(const char* name, const G& g, int width) {
   return blocks(name, g, g.n * squares_along<S>((int)g.h, (int)g.p),

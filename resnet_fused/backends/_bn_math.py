@@ -16,6 +16,9 @@ BITS = 8
 #: Which maps have bits, in an error's words.
 NO_BITS = "there are only for 16-bit maps of 8, 16, ... channels"
 
+#: Both sums of a BatchNorm's backward over a joined batch, divided by its count.
+Means = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
 
 def bits_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...] | None:
     """Return the shape of the bits that say which elements of a map passed ReLU.
@@ -41,6 +44,15 @@ def bits_for(x: Tensor, summed: bool, act: str | None) -> tuple[int, ...] | None
 def no_bits(x: Tensor) -> Tensor:
     """Return what an op gives in place of bits where it has none."""
     return x.new_empty(0, dtype=torch.uint8)
+
+
+def taken_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """Return the shape of what a max pool's result of ``shape`` says it took of its input.
+
+    In 16 bits all of it, in others no images: a stem in float32 would keep a hundredth more for
+    backward of what eager torch keeps.
+    """
+    return (shape[0] if dtype.itemsize == 2 else 0, *shape[1:])
 
 
 def invstd(var: Tensor, eps: float) -> Tensor:
@@ -92,7 +104,7 @@ def gradients(
     eps: float,
     act: str | None,
     wanted: Sequence[bool],
-    means: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None,
+    means: Means | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what bn_act_backward does, by the two ops that it is made of.
 
@@ -105,27 +117,52 @@ def gradients(
     vectors = (mean, var, weight, bias)
     # The masked gradient is the residual's own; written once, it also spares a second mask.
     sum_g, sum_gx, masked = reduce(grad, x, *vectors, y, eps, act, want_residual)
-    # An op's results may not be one tensor.
-    grad_x, grad_weight, grad_bias = (x.new_empty(0) for _ in range(3))
+    grad_x = x.new_empty(0)
     if want_x:
         g, left = (masked, None) if want_residual else (grad, act)
-        count = x.shape[0] * x.shape[2] * x.shape[3]
-        sums: tuple[Tensor, ...] = (sum_g, sum_gx)
-        if means is not None:
-            sums, count = means(*sums), 1
+        sums, count = _over_batch(x, sum_g, sum_gx, means)
         grad_x = apply(g, x, *vectors, y, *sums, eps, left, count)
-    if want_weight and weight is not None:
+    wants = (want_weight, want_bias)
+    of_affine = _affine_gradients(x, var, weight, bias, eps, sum_g, sum_gx, wants)
+    return grad_x, *of_affine, masked
+
+
+def _over_batch(
+    x: Tensor, sum_g: Tensor, sum_gx: Tensor, means: Means | None
+) -> tuple[tuple[Tensor, ...], int]:
+    """Return both sums of the batch that x belongs to, and by how many values to divide them."""
+    if means is not None:
+        return means(sum_g, sum_gx), 1
+    return (sum_g, sum_gx), x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def _affine_gradients(
+    x: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    sum_g: Tensor,
+    sum_gx: Tensor,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of weight and bias, empty where not wanted."""
+    # An op's results may not be one tensor.
+    grad_weight, grad_bias = x.new_empty(0), x.new_empty(0)
+    if wanted[0] and weight is not None:
         grad_weight = (sum_gx * invstd(var, eps)).to(weight.dtype)
-    if want_bias and bias is not None:
+    if wanted[1] and bias is not None:
         grad_bias = sum_g.to(bias.dtype)
-    return grad_x, grad_weight, grad_bias, masked
+    return grad_weight, grad_bias
 
 
 def pooled_gradients(
+    reduce: Callable[..., tuple[Tensor, Tensor, Tensor]],
     pool_backward: Callable[..., Tensor],
-    backward: Callable[..., tuple[Tensor, ...]],
+    apply: Callable[..., Tensor],
     grad: Tensor,
     index: Tensor,
+    taken: Tensor,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -137,17 +174,30 @@ def pooled_gradients(
     pool_stride: Sequence[int],
     pool_padding: Sequence[int],
     wanted: Sequence[bool],
+    means: Means | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what bn_act_max_pool_backward does, by two ops; the map between them is written.
+    """Return what bn_act_max_pool_backward does, by ops; the map behind the pool is written.
+
+    Where it is known what the pool took, the sums are over that.
 
     Args:
+        reduce: bn_act_backward_reduce.
         pool_backward: max_pool_backward.
-        backward: bn_act_backward.
+        apply: bn_act_backward_apply.
+        means: as for :func:`gradients`.
     """
-    grad_a = pool_backward(grad, index, x.shape, pool_size, pool_stride, pool_padding)
-    saved = (x, mean, var, weight, bias, None, eps, act)
-    grad_x, grad_weight, grad_bias, _, _ = backward(grad_a, *saved, (*wanted, False, False))
-    return grad_x, grad_weight, grad_bias
+    vectors, pool = (mean, var, weight, bias), (pool_size, pool_stride, pool_padding)
+    if not taken.numel():
+        grad_a = pool_backward(grad, index, x.shape, *pool)
+        rest = (None, eps, act, (*wanted, False), means)
+        return gradients(reduce, apply, grad_a, x, *vectors, *rest)[:3]
+    sum_g, sum_gx, _ = reduce(grad, taken, *vectors, None, eps, act, False)
+    grad_x = x.new_empty(0)
+    if wanted[0]:
+        grad_a = pool_backward(grad, index, x.shape, *pool)
+        sums, count = _over_batch(x, sum_g, sum_gx, means)
+        grad_x = apply(grad_a, x, *vectors, None, *sums, eps, act, count)
+    return grad_x, *_affine_gradients(x, var, weight, bias, eps, sum_g, sum_gx, wanted[1:])
 
 
 def bn_update_stats(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import native
+from resnet_fused.backends import _bn_math, native
 from resnet_fused.backends._outputs import empty_channels_last
 from resnet_fused.backends._sizes import pool_shape
 from resnet_fused.backends._training_maps import Maps, new_vector
@@ -275,28 +275,30 @@ def bn_act_backward_apply_both(
 
 def max_pool_index(
     x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
     kernel: int,
     stride: int,
     padding: int,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    relu: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Return the max pool of act(x · scale + shift), of x without both, and the places it took.
+    relu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the max pool of act(x · scale + shift), the places it took, and x's elements there.
 
-    Places are bytes, counted row by row from the window's corner. As in torch, the first of equal
-    values is taken, and the last NaN; values are compared after rounding to x's dtype.
+    These in 16 bits alone (:func:`_bn_math.taken_shape`). Places are bytes, counted row by row from
+    the window's corner. As in torch, the first of equal values is taken, and the last NaN; values
+    are compared after rounding to x's dtype.
     """
     n, c, h, w = x.shape
     shape = pool_shape(x.shape, (kernel,) * 2, (stride,) * 2, (padding,) * 2)
-    maps, y = Maps(x), empty_channels_last(shape, x.dtype, x.device)
-    index = empty_channels_last(shape, torch.uint8, x.device)
+    maps = Maps(x)
+    y, index = (empty_channels_last(shape, dtype, x.device) for dtype in (x.dtype, torch.uint8))
+    taken = empty_channels_last(_bn_math.taken_shape(shape, x.dtype), x.dtype, x.device)
     maps.run(
         "max_pool_index", maps.map("x", x), maps.vector("scale", scale),
-        maps.vector("shift", shift), y.data_ptr(), index.data_ptr(), maps.sizes[0],
-        n, h, w, c, kernel, stride, padding, relu,
+        maps.vector("shift", shift), y.data_ptr(), index.data_ptr(), taken.data_ptr(),
+        maps.sizes[0], n, h, w, c, kernel, stride, padding, relu,
     )  # fmt: skip
-    return y, index
+    return y, index, taken
 
 
 def max_pool_backward(
@@ -317,6 +319,7 @@ def max_pool_backward(
 def bn_act_max_pool_backward(
     grad: Tensor,
     index: Tensor,
+    taken: Tensor,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -332,7 +335,8 @@ def bn_act_max_pool_backward(
     """Return the gradients of x, weight and bias, None for those that are not wanted.
 
     They are :func:`bn_act_backward`'s of what :func:`max_pool_backward` gives, which is not
-    written: both passes gather it from ``grad`` and ``index``. On a GPU alone.
+    written: the sums are over the elements ``taken``, and x's gradient is gathered from ``grad``
+    and ``index``. On a GPU alone.
     """
     index = _checked_places(grad, index, x.shape, kernel, stride, padding)
     if grad.dtype != x.dtype or grad.device != x.device:
@@ -347,9 +351,9 @@ def bn_act_max_pool_backward(
         return tuple(None if t is None else t.zero_() for t in made)
     n, c, h, w = x.shape
     maps.run(
-        "bn_act_max_pool_backward", pooled.map("grad", grad), index.data_ptr(), maps.map("x", x),
-        *maps.affine(mean, var, weight, bias), *map(address, made),
-        *maps.scratch("bn_act_max_pool_backward"), maps.sizes[0],
+        "bn_act_max_pool_backward", pooled.map("grad", grad), index.data_ptr(),
+        pooled.map("taken", taken), maps.map("x", x), *maps.affine(mean, var, weight, bias),
+        *map(address, made), *pooled.scratch("bn_act_max_pool_backward"), maps.sizes[0],
         n, h, w, c, kernel, stride, padding, eps, relu,
     )  # fmt: skip
     return made

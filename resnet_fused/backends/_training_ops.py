@@ -198,11 +198,11 @@ def bn_act_max_pool(
     pool_size: Sequence[int],
     pool_stride: Sequence[int],
     pool_padding: Sequence[int],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the op in one pass: each output normalises what its window holds."""
     scale, shift = kernels.scale_shift(mean, var, weight, bias, eps)
     pool = (pool_size[0], pool_stride[0], pool_padding[0])
-    return kernels.max_pool_index(x, *pool, scale, shift, act == "relu")
+    return kernels.max_pool_index(x, scale, shift, *pool, act == "relu")
 
 
 def max_pool_backward(
@@ -222,6 +222,7 @@ def max_pool_backward(
 def bn_act_max_pool_backward(
     grad: Tensor,
     index: Tensor,
+    taken: Tensor,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -234,10 +235,18 @@ def bn_act_max_pool_backward(
     pool_padding: Sequence[int],
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Run the op by the kernels that only a GPU has: the activation's gradient is not written."""
+    """Run the op by the kernels that only a GPU has: the activation's gradient is not written.
+
+    Where nobody says what the pool took, it is, and is what the sums are over.
+    """
+    if not taken.numel():
+        parts = (bn_act_backward_reduce, max_pool_backward, bn_act_backward_apply)
+        saved = (index, taken, x, mean, var, weight, bias, eps, act)
+        pools = (pool_size, pool_stride, pool_padding)
+        return _bn_math.pooled_gradients(*parts, grad, *saved, *pools, wanted)
     pool = (pool_size[0], pool_stride[0], pool_padding[0])
     found = kernels.bn_act_max_pool_backward(
-        grad, index, x, mean, var, weight, bias, eps, *pool, act == "relu", wanted
+        grad, index, taken, x, mean, var, weight, bias, eps, *pool, act == "relu", wanted
     )
     return _as_given(x, found, (x, weight, bias))
 

@@ -71,7 +71,7 @@ ONLY_MEASURED = ("conv_bn_act",)
 #: The sides of what is pooled, by an op's first arguments.
 _POOLED: Mapping[str, Callable[..., tuple[int, ...]]] = {
     "bn_act_max_pool": lambda x, *_: tuple(x.shape),
-    "bn_act_max_pool_backward": lambda grad, index, x, *_: tuple(x.shape),
+    "bn_act_max_pool_backward": lambda grad, index, taken, x, *_: tuple(x.shape),
     "max_pool_backward": lambda grad, index, x_size, *_: tuple(x_size),
 }
 

@@ -18,7 +18,7 @@ CUDA_DTYPE_NAMES = {**DTYPE_NAMES, torch.float16: "float16"}
 #: Bytes that an access of a CUDA kernel has at most, and its address is a multiple of.
 ALIGNMENT = 16
 #: What the functions of the extension take and do, by the number in ``csrc/bindings.cpp``.
-INTERFACE = 13
+INTERFACE = 14
 
 
 @functools.cache

@@ -277,8 +277,7 @@ def pool(module: nn.Module, x: Tensor | Pending) -> Tensor:
     if any(first != second for first, second in sizes) or max(sizes[0]) > LARGEST_POOL:
         return module(value(x))
     *vectors, eps, act = x
-    y, _ = _direct.record("bn_act_max_pool", *vectors, eps, act, *sizes)
-    return y
+    return _direct.record("bn_act_max_pool", *vectors, eps, act, *sizes)[0]
 
 
 def _averages(module: nn.Module, x: Any) -> bool:

@@ -1,17 +1,21 @@
 """bn_act_max_pool: the end of the stem in training: BatchNorm, ReLU and max pool in one pass.
 
-The normalised map is not kept; of the pool a byte per output is, where torch keeps an int64.
+The normalised map is not kept. Of the pool a byte per output is, where torch keeps an int64, and in
+16 bits the element of x that it took: a gradient comes to these alone, so that the sums of
+BatchNorm's backward are over a quarter of the stem's map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.backends import _bn_math
 from resnet_fused.backends._sizes import pool_shape
 from resnet_fused.ops import _bn, _checks, bn_act
 from resnet_fused.ops._direct import call
@@ -20,6 +24,7 @@ from resnet_fused.ops._shared import shared
 from resnet_fused.ops.conv_bn_act_max_pool import check_pool
 
 NAME = "bn_act_max_pool"
+Result = tuple[Tensor, Tensor, Tensor]
 
 
 def check_window(op: str, pool_size: Sequence[int]) -> None:
@@ -61,18 +66,29 @@ def reference(
     pool_size: Sequence[int],
     pool_stride: Sequence[int],
     pool_padding: Sequence[int],
-) -> tuple[Tensor, Tensor]:
+) -> Result:
     """Compute the op in plain torch; the index is row-major within the window, padding included."""
     a, _ = bn_act.reference(x, mean, var, weight, bias, None, eps, act)
     if not a.numel():
-        empty = a.new_empty(pool_shape(x.shape, pool_size, pool_stride, pool_padding))
-        return _checks.channels_last(empty), _checks.channels_last(empty.byte())
+        y = _checks.channels_last(
+            a.new_empty(pool_shape(x.shape, pool_size, pool_stride, pool_padding))
+        )
+        return y, torch.empty_like(y, dtype=torch.uint8), _new_taken(y)
     y, flat = F.max_pool2d(
         a, list(pool_size), list(pool_stride), list(pool_padding), return_indices=True
     )
     top, left = corners(y, pool_stride, pool_padding)
     index = (flat // x.shape[3] - top) * pool_size[1] + (flat % x.shape[3] - left)
-    return _checks.channels_last(y), _checks.channels_last(index.to(torch.uint8))
+    y, index = _checks.channels_last(y), _checks.channels_last(index.to(torch.uint8))
+    taken = _new_taken(y)
+    if taken.numel():
+        taken.copy_(x.flatten(2).gather(2, flat.flatten(2)).view(y.shape))
+    return y, index, taken
+
+
+def _new_taken(y: Tensor) -> Tensor:
+    """Return memory for what a pool that gives ``y`` took of its input, where it says so."""
+    return _checks.empty_channels_last(y, _bn_math.taken_shape(y.shape, y.dtype))
 
 
 def corners(y: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -95,38 +111,43 @@ def fake(
     pool_size: Sequence[int],
     pool_stride: Sequence[int],
     pool_padding: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """Return an empty channels_last output and its indices."""
+) -> Result:
+    """Return an empty channels_last output, its indices and what they name."""
     check(x, mean, var, weight, bias, eps, act, pool_size, pool_stride, pool_padding)
     shape = pool_shape(x.shape, pool_size, pool_stride, pool_padding)
     y = _checks.empty_channels_last(x, shape)
-    return y, torch.empty_like(y, dtype=torch.uint8)
+    return y, torch.empty_like(y, dtype=torch.uint8), _new_taken(y)
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Save x, the vectors and the indices."""
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Result) -> None:
+    """Save x, the vectors, the indices and what they name."""
     x, mean, var, weight, bias, ctx.eps, ctx.act, size, stride, padding = inputs
     ctx.shared = shared(mean)
     ctx.pool = (list(size), list(stride), list(padding))
-    ctx.save_for_backward(x, mean, var, weight, _bn.kept_bias(bias), output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, mean, var, weight, _bn.kept_bias(bias), *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    """Each output's gradient goes to the element it came from, then through BatchNorm."""
-    x, mean, var, weight, bias, index = ctx.saved_tensors
-    vectors = (mean, var, weight, bias)
-    needs = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
-    if ctx.shared is not None:
-        grad_a = call("max_pool_backward", grad, index, x.shape, *ctx.pool)
-        rest: tuple[Any, ...] = (None, ctx.eps, ctx.act, (*needs, False), ctx.shared)
-        grads: Sequence[Tensor | None] = bn_act.gradients(grad_a, x, *vectors, *rest)[:3]
+def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    """Each output's gradient goes to the element it came from, then through BatchNorm.
+
+    Where the batch is shared, x's gradient needs all of its sums; the others are this process's.
+    """
+    x, mean, var, weight, bias, *of_pool = ctx.saved_tensors
+    wanted = _bn.asked_for([ctx.needs_input_grad[i] for i in (0, 3, 4)], (x, weight, bias))
+    saved = (*of_pool, x, mean, var, weight, bias, ctx.eps, ctx.act, *ctx.pool, wanted)
+    if ctx.shared is None:
+        found = call("bn_act_max_pool_backward", grad, *saved)
     else:
-        wanted = _bn.asked_for(needs, (x, weight, bias))
-        saved = (x, *vectors, ctx.eps, ctx.act, *ctx.pool)
-        found = call("bn_act_max_pool_backward", grad, index, *saved, wanted)
-        grads = _bn.only(found, wanted)
+        found = _bn_math.pooled_gradients(*parts(call), grad, *saved, ctx.shared.means)
+    grads = _bn.only(found, wanted)
     return (grads[0], None, None, grads[1], grads[2], *(None,) * 5)
+
+
+def parts(run: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+    """Return the ops that the backward is made of, by a function that runs an op of a name."""
+    names = ("bn_act_backward_reduce", "max_pool_backward", "bn_act_backward_apply")
+    return tuple(functools.partial(run, name) for name in names)
 
 
 def flops(*args: Any, out_shape: Sequence[Any], **kwargs: Any) -> int:
@@ -146,10 +167,11 @@ def nbytes(
     pool_stride: Sequence[int],
     pool_padding: Sequence[int],
 ) -> int:
-    """X and the vectors read once, the output and its indices written once."""
+    """X and the vectors read once, the output, its indices and what they name written once."""
     read = sum(t.nbytes for t in (x, mean, var, weight, bias) if t is not None)
     shape = pool_shape(x.shape, pool_size, pool_stride, pool_padding)
-    return read + torch.Size(shape).numel() * (x.element_size() + 1)
+    taken = torch.Size(_bn_math.taken_shape(shape, x.dtype)).numel()
+    return read + torch.Size(shape).numel() * (x.element_size() + 1) + taken * x.element_size()
 
 
 #: Window, stride and padding: the stem's, one that tiles, a wide one, a rectangular one.
@@ -173,7 +195,7 @@ OP = Op(
     name=NAME,
     schema=(
         "(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str? act, "
-        "int[2] pool_size, int[2] pool_stride, int[2] pool_padding) -> (Tensor, Tensor)"
+        "int[2] pool_size, int[2] pool_stride, int[2] pool_padding) -> (Tensor, Tensor, Tensor)"
     ),
     check=check,
     reference=reference,

@@ -1,13 +1,13 @@
 """bn_act_max_pool_backward: the gradients of bn_act_max_pool, where one process has the batch.
 
-Both passes of BatchNorm's backward may gather from the pool's windows what comes to an element: the
+In 16 bits BatchNorm's sums are over the elements that the pool took, to which alone a gradient
+comes. The pass that writes x's gradient may gather from the windows what comes to an element: the
 gradient of the activation, the largest map of a network's training, is then neither written nor
-read. Of a joined batch the sums must be joined between, by max_pool_backward and BatchNorm's ops.
+read. Of a joined batch the sums must be joined between, by the ops that this one is made of.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import _bn_math
-from resnet_fused.ops import _bn, _checks, bn_act_backward, bn_act_max_pool, max_pool_backward
+from resnet_fused.ops import (
+    _bn,
+    _checks,
+    bn_act_backward,
+    bn_act_backward_apply,
+    bn_act_backward_reduce,
+    bn_act_max_pool,
+    max_pool_backward,
+)
 from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 
@@ -26,6 +34,7 @@ Result = tuple[Tensor, Tensor, Tensor]
 def check(
     grad: Tensor,
     index: Tensor,
+    taken: Tensor,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -45,6 +54,10 @@ def check(
         NAME, grad, index, x.shape, pool_size, pool_stride, pool_padding
     )
     _checks.check_same(NAME, "x", x, grad)
+    _checks.check_same(NAME, "taken", taken, grad)
+    expected = _bn_math.taken_shape(grad.shape, grad.dtype)
+    if tuple(taken.shape) != expected:
+        raise ValueError(f"{NAME}: taken must have shape {expected}, got {tuple(taken.shape)}")
     _bn.check_statistics(NAME, mean, var, x)
     _bn.check_affine(NAME, weight, bias, x)
     _bn.check_eps(NAME, eps)
@@ -54,6 +67,7 @@ def check(
 def reference(
     grad: Tensor,
     index: Tensor,
+    taken: Tensor,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -67,15 +81,16 @@ def reference(
     wanted: Sequence[bool],
 ) -> Result:
     """Compute the gradients of x, weight and bias in plain torch; empty where not wanted."""
-    pool_part, bn_part = max_pool_backward.reference, bn_act_backward.reference
     pool = (pool_size, pool_stride, pool_padding)
-    saved = (x, mean, var, weight, bias, eps, act)
-    return _bn_math.pooled_gradients(pool_part, bn_part, grad, index, *saved, *pool, wanted)
+    saved = (index, taken, x, mean, var, weight, bias, eps, act, *pool, wanted)
+    parts = (bn_act_backward_reduce, max_pool_backward, bn_act_backward_apply)
+    return _bn_math.pooled_gradients(*(part.reference for part in parts), grad, *saved)
 
 
 def decomposition(
     grad: Tensor,
     index: Tensor,
+    taken: Tensor,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -88,17 +103,16 @@ def decomposition(
     pool_padding: Sequence[int],
     wanted: Sequence[bool],
 ) -> Result:
-    """Run the op as two; the activation's gradient lives until BatchNorm's is computed."""
-    pool_part = functools.partial(call, max_pool_backward.NAME)
-    bn_part = functools.partial(call, bn_act_backward.NAME)
+    """Run the op as three; the activation's gradient lives until BatchNorm's is computed."""
     pool = (pool_size, pool_stride, pool_padding)
-    saved = (x, mean, var, weight, bias, eps, act)
-    return _bn_math.pooled_gradients(pool_part, bn_part, grad, index, *saved, *pool, wanted)
+    saved = (index, taken, x, mean, var, weight, bias, eps, act, *pool, wanted)
+    return _bn_math.pooled_gradients(*bn_act_max_pool.parts(call), grad, *saved)
 
 
 def fake(
     grad: Tensor,
     index: Tensor,
+    taken: Tensor,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -113,7 +127,7 @@ def fake(
 ) -> Result:
     """Return an empty map and two empty vectors, empty of elements where not wanted."""
     vectors, pool = (mean, var, weight, bias), (pool_size, pool_stride, pool_padding)
-    check(grad, index, x, *vectors, eps, act, *pool, wanted)
+    check(grad, index, taken, x, *vectors, eps, act, *pool, wanted)
     return bn_act_backward.fake(x, x, *vectors, None, eps, act, (*wanted, False, False))[:3]
 
 
@@ -125,6 +139,7 @@ def flops(*args: Any, out_shape: Sequence[Any], **kwargs: Any) -> int:
 def nbytes(
     grad: Tensor,
     index: Tensor,
+    taken: Tensor,
     x: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -137,10 +152,10 @@ def nbytes(
     pool_padding: Sequence[int],
     wanted: Sequence[bool],
 ) -> int:
-    """grad, index and x read once for the sums and once for x's gradient, which is written."""
-    maps = grad.nbytes + index.nbytes + x.nbytes
-    read = maps + sum(t.nbytes for t in (mean, var, weight, bias) if t is not None)
-    return read + (maps + x.nbytes) * wanted[0]
+    """What the sums are of read once, then grad, index and x for x's gradient, which is written."""
+    summed = (grad, taken) if taken.numel() else (grad, index, x)
+    read = sum(t.nbytes for t in (*summed, mean, var, weight, bias) if t is not None)
+    return read + (grad.nbytes + index.nbytes + 2 * x.nbytes) * wanted[0]
 
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -148,18 +163,18 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
     generator = torch.Generator().manual_seed(8)
     for i, args in enumerate(bn_act_max_pool.samples(device, dtype)):
         x, _, _, weight, bias, *_ = args
-        y, index = bn_act_max_pool.reference(*args)
+        y, *of_pool = bn_act_max_pool.reference(*args)
         grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
         # An empty batch's variance is NaN, and so would be its weight's gradient.
         some = weight is not None and i % 5 != 4 and x.numel() > 0
-        yield grad, index, *args, [i % 7 != 6, some, bias is not None and i % 5 != 2]
+        yield grad, *of_pool, *args, [i % 7 != 6, some, bias is not None and i % 5 != 2]
 
 
 OP = Op(
     name=NAME,
     schema=(
-        "(Tensor grad, Tensor index, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
-        "Tensor? bias, float eps, str? act, int[2] pool_size, int[2] pool_stride, "
+        "(Tensor grad, Tensor index, Tensor taken, Tensor x, Tensor mean, Tensor var, "
+        "Tensor? weight, Tensor? bias, float eps, str? act, int[2] pool_size, int[2] pool_stride, "
         "int[2] pool_padding, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
     ),
     check=check,

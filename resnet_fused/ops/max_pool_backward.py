@@ -92,7 +92,7 @@ def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[An
     """Yield for each sample of bn_act_max_pool."""
     generator = torch.Generator().manual_seed(7)
     for args in bn_act_max_pool.samples(device, dtype):
-        y, index = bn_act_max_pool.reference(*args)
+        y, index, _ = bn_act_max_pool.reference(*args)
         grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
         yield grad, index, list(args[0].shape), *args[-3:]
 

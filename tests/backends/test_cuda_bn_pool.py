@@ -12,6 +12,7 @@ from test_cuda_on_host import each_dtype, kernels_of, maps
 from resnet_fused.backends import ORDER, _outputs, _tuned, choose, cuda
 from resnet_fused.backends import _training_kernels as kernels
 from resnet_fused.ops import OPS, _bn
+from resnet_fused.ops.bn_act_max_pool import corners
 from resnet_fused.testing import to_float64, two_x_rule
 
 sys.path.append(str(Path(__file__).parents[1] / "native"))
@@ -36,9 +37,9 @@ def arguments(shape, dtype, window, act="relu", wanted=(True, True, True)):
     mean, var = _bn.statistics(x)
     weight, bias = torch.randn(2, shape[1], generator=torch.Generator().manual_seed(1))
     pool = tuple((side, side) for side in window)
-    y, index = cuda.bn_act_max_pool(x, mean, var, weight, bias, 1e-5, act, *pool)
+    y, *of_pool = cuda.bn_act_max_pool(x, mean, var, weight, bias, 1e-5, act, *pool)
     (grad,) = maps(y.shape, dtype, 1)
-    return grad, index, x, mean, var, weight, bias, 1e-5, act, *pool, wanted
+    return grad, *of_pool, x, mean, var, weight, bias, 1e-5, act, *pool, wanted
 
 
 def run(args):
@@ -47,9 +48,9 @@ def run(args):
 
 def assert_right(args):
     plain, exact = OPS[OP].reference(*args), OPS[OP].reference(*to_float64(args))
-    largest = float(args[0].abs().max()) * float((args[5].abs() / args[4].sqrt()).max())
+    largest = float(args[0].abs().max()) * float((args[6].abs() / args[5].sqrt()).max())
     for got, p, e in zip(run(args), plain, exact, strict=True):
-        terms = max(args[2].numel() // args[2].shape[1], 1)
+        terms = max(args[3].numel() // args[3].shape[1], 1)
         check = two_x_rule(got, p, e, terms, None, largest)
         assert check.ok, check
 
@@ -74,13 +75,29 @@ def test_squares_are_counted_on_over_rows_and_images(module, shape, window):
 def test_the_mask_is_that_of_the_two_passes(module, window):
     """In float32 nothing between is rounded: but for the order of sums the same."""
     args = arguments((3, 20, 9, 8), torch.float32, window)
-    grad, index, x, *vectors, eps, _, _, _, _, wanted = args
+    grad, index, taken, x, *vectors, eps, _, _, _, _, wanted = args
     grad_a = kernels.max_pool_backward(grad, index, x.shape, *window)
     expected = kernels.bn_act_backward(
         grad_a, x, *vectors, eps, None, True, [*wanted, *[False] * 2]
     )
-    for got, same in zip(run(args), expected, strict=False):
-        torch.testing.assert_close(got, same, rtol=1e-5, atol=1e-5)
+    assert not taken.numel()
+    at = _taken_at(x, index, window)
+    by_kernel = kernels.bn_act_max_pool_backward(
+        grad, index, at, x, *vectors, eps, *window, True, wanted
+    )
+    for found in (run(args), by_kernel):
+        for got, same in zip(found, expected, strict=False):
+            torch.testing.assert_close(got, same, rtol=1e-5, atol=1e-5)
+
+
+def _taken_at(x, index, window):
+    """What the places name, dense in channels_last."""
+    side, stride, padding = window
+    top, left = corners(index, (stride,) * 2, (padding,) * 2)
+    places = index.long()
+    at = (places // side + top) * x.shape[3] + places % side + left
+    taken = x.flatten(2).gather(2, at.flatten(2)).view(index.shape)
+    return taken.contiguous(memory_format=torch.channels_last)
 
 
 @each_dtype
@@ -96,13 +113,14 @@ def test_threads_in_reverse_give_the_same_bits(module, shape, dtype):
 
 @each_dtype
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("place", [0, 3])
 def test_nan_spoils_its_channel_alone(module, window, dtype, place):
     """In the gradient the channel's sums, and so all of it; in x the statistics too."""
     args = list(arguments((2, 9, 7, 6), dtype, window, None))
     args[place] = args[place].clone()
     args[place][1, 3, 1, 1] = torch.nan
-    args[3:5] = _bn.statistics(args[2])
+    args[4:6] = _bn.statistics(args[3])
+    args[1:3] = cuda.bn_act_max_pool(*args[3:-1])[1:]
     found = run(args)
     for got, plain in zip(found, OPS[OP].reference(*args), strict=True):
         assert torch.equal(got.isnan(), plain.isnan())
@@ -116,7 +134,7 @@ def test_no_images(module, channels):
     empty = torch.zeros(0, channels, 6, 6), torch.zeros(0, channels, 3, 3)
     vector = torch.ones(channels)
     index = empty[1].byte()
-    args = (empty[1], index, empty[0], vector, vector, vector, vector, 1e-5, "relu")
+    args = (empty[1], index, empty[1], empty[0], vector, vector, vector, vector, 1e-5, "relu")
     pool = ((3, 3), (2, 2), (1, 1))
     grad_x, grad_weight, grad_bias = run((*args, *pool, (True, True, True)))
     assert grad_x.shape == empty[0].shape
@@ -125,9 +143,9 @@ def test_no_images(module, channels):
 
 
 def test_views_that_are_not_aligned_take_the_narrow_path(module):
-    args = arguments((2, 16, 6, 6), torch.float32, (3, 2, 1))
+    args = arguments((2, 16, 6, 6), torch.bfloat16, (3, 2, 1))
     expected = run(args)
-    for place in (0, 1, 2, 3, 5):
+    for place in (0, 1, 2, 3, 4, 6):
         given, t = list(args), args[place]
         flat = torch.empty(t.numel() + 1, dtype=t.dtype)[1:]
         given[place] = flat.as_strided(t.shape, t.stride()).copy_(t)
@@ -146,12 +164,14 @@ def test_it_runs_where_nothing_was_measured(module, monkeypatch):
 
 
 def test_pools_it_does_not_take(module):
-    grad, index, x, *rest, _, _, _, wanted = arguments((2, 16, 6, 6), torch.bfloat16, (3, 2, 1))
+    grad, index, taken, x, *rest, _, _, _, wanted = arguments(
+        (2, 16, 6, 6), torch.bfloat16, (3, 2, 1)
+    )
     pool = ((3, 2), (2, 2), (1, 1))
-    assert "square pools" in cuda.supports(OP, grad, index, x, *rest, *pool, wanted)
+    assert "square pools" in cuda.supports(OP, grad, index, taken, x, *rest, *pool, wanted)
     x = torch.empty(2, 64, 5800, 5800, dtype=torch.bfloat16, device="meta")
     pool = ((3, 3), (2, 2), (1, 1))
-    assert "(2, 64, 5800, 5800)" in cuda.supports(OP, grad, index, x, *rest, *pool, wanted)
+    assert "(2, 64, 5800, 5800)" in cuda.supports(OP, grad, index, taken, x, *rest, *pool, wanted)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +181,9 @@ def test_pools_it_does_not_take(module):
         ("grad", 0, lambda t: t[:, :, 1:]),
         ("index", 1, lambda t: t.int()),
         ("index", 1, lambda t: t[..., 1:]),
-        ("mean", 3, lambda t: t[1:]),
+        ("taken", 2, lambda t: t[:, 1:]),
+        ("taken", 2, lambda t: t.float()),
+        ("mean", 4, lambda t: t[1:]),
     ],
 )
 def test_tensors_that_do_not_fit(module, name, place, change):
@@ -176,17 +198,28 @@ def test_addresses_and_sizes_are_checked(module):
     memory = _outputs.scratch(8192, torch.device("cpu"))
     memory.zero_()
     start = memory.data_ptr()
-    names = ("grad", "index", "x", "mean", "var", "weight", "bias", "grad_x", "grad_weight")
+    names = (
+        "grad",
+        "index",
+        "taken",
+        "x",
+        "mean",
+        "var",
+        "weight",
+        "bias",
+        "grad_x",
+        "grad_weight",
+    )
     good = {name: start + 512 * i for i, name in enumerate((*names, "grad_bias", "scratch"))}
     good |= {"scratch_bytes": size, "dtype": "float32", "n": 1, "h": 4, "w": 4, "c": 4, "k": 2,
              "s": 2, "p": 0, "eps": 1e-5, "relu": True, "stream": 0}  # fmt: skip
     run = module.cuda.bn_act_max_pool_backward
     run(**good)
     run(**{**good, "weight": 0, "bias": 0, "grad_x": 0, "grad_weight": 0, "grad_bias": 0})
-    for name in ("grad", "index", "x", "mean", "var", "scratch"):
+    for name in ("grad", "index", "taken", "x", "mean", "var", "scratch"):
         with pytest.raises(ValueError, match=f"^{name}: null"):
             run(**{**good, name: 0})
-    for name in ("grad", "x", "mean", "grad_x", "grad_weight", "grad_bias", "scratch"):
+    for name in ("grad", "taken", "x", "mean", "grad_x", "grad_weight", "grad_bias", "scratch"):
         with pytest.raises(ValueError, match=f"^{name}: must be aligned"):
             run(**{**good, name: good[name] + 1})
     for name in ("grad", "index", "x"):

@@ -108,8 +108,10 @@ def elementwise(shape, dtype):
         kernels.bn_act_backward_reduce(grad, x, *v[:3], y=given_y, masked=masked)
         yield masked
     if min(shape[2:]) >= 2:
-        pooled, index = kernels.max_pool_index(x, 3, 2, 1)
-        yield from (pooled, index, kernels.max_pool_backward(pooled, index, shape, 3, 2, 1))
+        for relu in (False, True):
+            pooled, index, taken = kernels.max_pool_index(x, *v[:2], 3, 2, 1, relu)
+            yield from (pooled, index, taken)
+        yield kernels.max_pool_backward(pooled, index, shape, 3, 2, 1)
 
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 5), (2, 17, 3, 2), (2, 64, 9, 7), (1, 304, 3, 5), (0, 8, 3, 3)]
@@ -126,9 +128,11 @@ def test_the_pool_at_every_edge(window, size, channels):
     grad = torch.randn(y.shape, dtype=torch.float16)
     y.backward(grad.double())
     with kernels_of(on_host.load()):
-        pooled, index = kernels.max_pool_index(x, *window)
+        unchanged = torch.ones(channels), torch.zeros(channels)
+        pooled, index, taken = kernels.max_pool_index(x, *unchanged, *window, relu=False)
         grad_x = kernels.max_pool_backward(grad, index, x.shape, *window)
     assert torch.equal(pooled.double(), y)
+    assert torch.equal(taken, pooled)
     torch.testing.assert_close(grad_x.double(), wide.grad, atol=1e-2, rtol=1e-3)
 
 

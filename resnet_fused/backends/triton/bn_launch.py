@@ -246,11 +246,12 @@ def max_pool(
     pool: Sequence[Sequence[int]],
     y: Tensor,
     index: Tensor,
+    taken: Tensor | None,
 ) -> Launch:
-    """Return the launch of the pool of act(BN(x)), with the places of what it takes."""
+    """Return the launch of the pool of act(BN(x)), with what it takes of x and where."""
     arguments = {
-        "x_ptr": channels_last(x), "y_ptr": y, "index_ptr": index, "RELU": act == "relu",
-        **own.arguments(),
+        "x_ptr": channels_last(x), "y_ptr": y, "index_ptr": index, "taken_ptr": taken,
+        "RELU": act == "relu", **own.arguments(),
     }  # fmt: skip
     return _pool(bn_act_max_pool_fwd_kernel, y, x.shape, y.shape, pool, arguments)
 

@@ -98,17 +98,19 @@ def bn_act_max_pool(
     pool_size: Sequence[int],
     pool_stride: Sequence[int],
     pool_padding: Sequence[int],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the op in one pass: each output normalises what its window holds."""
     from resnet_fused.backends.triton import bn_launch
 
     shape = pool_shape(x.shape, pool_size, pool_stride, pool_padding)
-    y, index = empty_map(x, shape), empty_map(x, shape, torch.uint8)
+    y, taken = empty_map(x, shape), empty_map(x, _bn_math.taken_shape(shape, x.dtype))
+    index = empty_map(x, shape, torch.uint8)
     if y.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
         pool = (pool_size, pool_stride, pool_padding)
-        run_on(x, [bn_launch.max_pool(x, own, act, pool, y, index)])
-    return y, index
+        kept = taken if taken.numel() else None
+        run_on(x, [bn_launch.max_pool(x, own, act, pool, y, index, kept)])
+    return y, index, taken
 
 
 def bn_act_backward(
@@ -257,5 +259,5 @@ def max_pool_backward(
 
 
 bn_act_max_pool_backward = functools.partial(
-    _bn_math.pooled_gradients, max_pool_backward, bn_act_backward
+    _bn_math.pooled_gradients, bn_act_backward_reduce, max_pool_backward, bn_act_backward_apply
 )

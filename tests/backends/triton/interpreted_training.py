@@ -51,7 +51,7 @@ def assert_right(op: str, args: tuple, outs: tuple) -> None:
     for out, plain, oracle in zip(outs, plains, oracles, strict=True):
         assert (out.shape, out.dtype) == (plain.shape, plain.dtype)
         assert out.stride() == plain.stride() or not out.numel()
-        if not out.is_floating_point():
+        if not out.is_floating_point() or oracle.shape != plain.shape:  # a copy, in 16 bits
             assert torch.equal(out, plain)
             continue
         check = two_x_rule(out, plain, oracle, terms(args), rounded_to(op, args))

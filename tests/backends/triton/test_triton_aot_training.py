@@ -148,7 +148,7 @@ def passes(layer, dtype, capability):
         *bn.backward_reduce(x, x, own, None, "relu", x)[0],
         *bn.backward_reduce(x, x, own, x, "relu", None, x, sums[0])[0],
         *bn.bn_stats(x)[0],
-        bn.max_pool(x, own, "relu", pool, y, y.to(torch.uint8)),
+        bn.max_pool(x, own, "relu", pool, y, y.to(torch.uint8), y),
         bn.max_pool_backward(y, y.to(torch.uint8), x, pool),
     ]
 

@@ -9,12 +9,13 @@ from resnet_fused.backends.triton.kernels.shared import rounded
 
 @triton.jit(do_not_specialize=["m", "h", "w", "oh", "ow", "eps"])
 def bn_act_max_pool_fwd_kernel(
-    x_ptr, y_ptr, index_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, m, h, w, oh, ow, eps,
+    x_ptr, y_ptr, index_ptr, taken_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr,
+    m, h, w, oh, ow, eps,
     CHANNELS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, RELU: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M of the m outputs, and the place in its window of each element taken.
+    """BLOCK_M of the m outputs; of each the element of x taken, and its place in the window.
 
     As in torch, the first of equal values is taken, and the last NaN.
     """
@@ -34,6 +35,7 @@ def bn_act_max_pool_fwd_kernel(
     # Where all are -inf, torch takes the first element that is not padding.
     start = tl.maximum(-top, 0) * KW + tl.maximum(-left, 0)
     index = start.to(tl.int32)[:, None] + tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32)
+    kept = tl.zeros((BLOCK_M, BLOCK_C), dtype=x_ptr.dtype.element_ty)
     for place in range(KH * KW):
         down, right = place // KW, place % KW
         y_in, x_in = top + down, left + right
@@ -46,10 +48,14 @@ def bn_act_max_pool_fwd_kernel(
         taken = inside[:, None] & ((value > best) | (value != value))
         best = tl.where(taken, value, best)
         index = tl.where(taken, place, index)
+        if taken_ptr is not None:
+            kept = tl.where(inside[:, None] & (index == place), x, kept)
     offsets = rows[:, None] * CHANNELS + channels[None, :]
     wanted = row_in[:, None] & channel_in[None, :]
     tl.store(y_ptr + offsets, best.to(y_ptr.dtype.element_ty), mask=wanted)
     tl.store(index_ptr + offsets, index.to(tl.uint8), mask=wanted)
+    if taken_ptr is not None:
+        tl.store(taken_ptr + offsets, kept, mask=wanted)
 
 
 @triton.jit(do_not_specialize=["m", "h", "w", "oh", "ow"])
