@@ -7,6 +7,7 @@ x̂ = (x - μ) / √(σ² + ε) and y = γ x̂ + β. Vectors are in the statisti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,9 +158,7 @@ def _affine_gradients(
 
 
 def pooled_gradients(
-    reduce: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    pool_backward: Callable[..., Tensor],
-    apply: Callable[..., Tensor],
+    parts: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]],
     grad: Tensor,
     index: Tensor,
     taken: Tensor,
@@ -181,16 +180,15 @@ def pooled_gradients(
     Where it is known what the pool took, the sums are over that.
 
     Args:
-        reduce: bn_act_backward_reduce.
-        pool_backward: max_pool_backward.
-        apply: bn_act_backward_apply.
+        parts: bn_act_backward_reduce, max_pool_backward and bn_act_backward_apply.
         means: as for :func:`gradients`.
     """
+    reduce, pool_backward, apply = parts
     vectors, pool = (mean, var, weight, bias), (pool_size, pool_stride, pool_padding)
     if not taken.numel():
         grad_a = pool_backward(grad, index, x.shape, *pool)
-        rest = (None, eps, act, (*wanted, False), means)
-        return gradients(reduce, apply, grad_a, x, *vectors, *rest)[:3]
+        every = (*wanted, False)
+        return gradients(reduce, apply, grad_a, x, *vectors, None, eps, act, every, means)[:3]
     sum_g, sum_gx, _ = reduce(grad, taken, *vectors, None, eps, act, False)
     grad_x = x.new_empty(0)
     if wanted[0]:

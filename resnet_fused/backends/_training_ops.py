@@ -241,9 +241,8 @@ def bn_act_max_pool_backward(
     """
     if not taken.numel():
         parts = (bn_act_backward_reduce, max_pool_backward, bn_act_backward_apply)
-        saved = (index, taken, x, mean, var, weight, bias, eps, act)
-        pools = (pool_size, pool_stride, pool_padding)
-        return _bn_math.pooled_gradients(*parts, grad, *saved, *pools, wanted)
+        saved = (x, mean, var, weight, bias, eps, act, pool_size, pool_stride, pool_padding)
+        return _bn_math.pooled_gradients(parts, grad, index, taken, *saved, wanted)
     pool = (pool_size[0], pool_stride[0], pool_padding[0])
     found = kernels.bn_act_max_pool_backward(
         grad, index, taken, x, mean, var, weight, bias, eps, *pool, act == "relu", wanted

@@ -267,7 +267,7 @@ bn_act_conv_backward = _training_ops.chained_backward(conv_backward_data, conv_b
 bn_act_conv_backward_data = _training_ops.chained_backward_data(conv_backward_data)
 bn_act_conv_backward_weight = _training_ops.chained_backward_weight(conv_backward_weight)
 bn_act_max_pool_backward = functools.partial(
-    _bn_math.pooled_gradients, bn_act_backward_reduce, max_pool_backward, bn_act_backward_apply
+    _bn_math.pooled_gradients, (bn_act_backward_reduce, max_pool_backward, bn_act_backward_apply)
 )
 
 

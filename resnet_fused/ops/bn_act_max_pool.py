@@ -25,6 +25,7 @@ from resnet_fused.ops.conv_bn_act_max_pool import check_pool
 
 NAME = "bn_act_max_pool"
 Result = tuple[Tensor, Tensor, Tensor]
+Run = Callable[..., Any]
 
 
 def check_window(op: str, pool_size: Sequence[int]) -> None:
@@ -139,15 +140,15 @@ def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     if ctx.shared is None:
         found = call("bn_act_max_pool_backward", grad, *saved)
     else:
-        found = _bn_math.pooled_gradients(*parts(call), grad, *saved, ctx.shared.means)
+        found = _bn_math.pooled_gradients(parts(call), grad, *saved, means=ctx.shared.means)
     grads = _bn.only(found, wanted)
     return (grads[0], None, None, grads[1], grads[2], *(None,) * 5)
 
 
-def parts(run: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+def parts(run: Callable[..., Any]) -> tuple[Run, Run, Run]:
     """Return the ops that the backward is made of, by a function that runs an op of a name."""
-    names = ("bn_act_backward_reduce", "max_pool_backward", "bn_act_backward_apply")
-    return tuple(functools.partial(run, name) for name in names)
+    of = functools.partial(functools.partial, run)
+    return of("bn_act_backward_reduce"), of("max_pool_backward"), of("bn_act_backward_apply")
 
 
 def flops(*args: Any, out_shape: Sequence[Any], **kwargs: Any) -> int:

@@ -83,8 +83,9 @@ def reference(
     """Compute the gradients of x, weight and bias in plain torch; empty where not wanted."""
     pool = (pool_size, pool_stride, pool_padding)
     saved = (index, taken, x, mean, var, weight, bias, eps, act, *pool, wanted)
-    parts = (bn_act_backward_reduce, max_pool_backward, bn_act_backward_apply)
-    return _bn_math.pooled_gradients(*(part.reference for part in parts), grad, *saved)
+    reduce, apply = bn_act_backward_reduce.reference, bn_act_backward_apply.reference
+    parts = (reduce, max_pool_backward.reference, apply)
+    return _bn_math.pooled_gradients(parts, grad, *saved)
 
 
 def decomposition(
@@ -106,7 +107,7 @@ def decomposition(
     """Run the op as three; the activation's gradient lives until BatchNorm's is computed."""
     pool = (pool_size, pool_stride, pool_padding)
     saved = (index, taken, x, mean, var, weight, bias, eps, act, *pool, wanted)
-    return _bn_math.pooled_gradients(*bn_act_max_pool.parts(call), grad, *saved)
+    return _bn_math.pooled_gradients(bn_act_max_pool.parts(call), grad, *saved)
 
 
 def fake(

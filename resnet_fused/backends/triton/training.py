@@ -259,5 +259,5 @@ def max_pool_backward(
 
 
 bn_act_max_pool_backward = functools.partial(
-    _bn_math.pooled_gradients, bn_act_backward_reduce, max_pool_backward, bn_act_backward_apply
+    _bn_math.pooled_gradients, (bn_act_backward_reduce, max_pool_backward, bn_act_backward_apply)
 )
