@@ -134,13 +134,15 @@ def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
 
     Where the batch is shared, x's gradient needs all of its sums; the others are this process's.
     """
-    x, mean, var, weight, bias, *of_pool = ctx.saved_tensors
+    x, mean, var, weight, bias, index, taken = ctx.saved_tensors
+    size, stride, padding = ctx.pool
     wanted = _bn.asked_for([ctx.needs_input_grad[i] for i in (0, 3, 4)], (x, weight, bias))
-    saved = (*of_pool, x, mean, var, weight, bias, ctx.eps, ctx.act, *ctx.pool, wanted)
+    saved = (index, taken, x, mean, var, weight, bias)
+    rest = (ctx.eps, ctx.act, size, stride, padding, wanted)
     if ctx.shared is None:
-        found = call("bn_act_max_pool_backward", grad, *saved)
+        found = call("bn_act_max_pool_backward", grad, *saved, *rest)
     else:
-        found = _bn_math.pooled_gradients(parts(call), grad, *saved, means=ctx.shared.means)
+        found = _bn_math.pooled_gradients(parts(call), grad, *saved, *rest, ctx.shared.means)
     grads = _bn.only(found, wanted)
     return (grads[0], None, None, grads[1], grads[2], *(None,) * 5)
 
