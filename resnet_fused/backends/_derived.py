@@ -12,16 +12,33 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 T = TypeVar("T")
 
 #: By the id of the first source: its values, by key. Gone with that tensor.
 _cache: dict[int, dict[Hashable, _Kept]] = {}
+#: By the id of the first source: what takes its values with it.
+_finalizers: dict[int, Any] = {}
+#: By the id of a parameter: how many steps of optimizers had it. A tensor that later has the same id
+#: goes on counting.
+_steps: dict[int, int] = {}
+
+
+def _count_step(optimizer: Optimizer, *_: Any) -> None:
+    """Count a step for its parameters: torch's fused optimizers move no version counter."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _steps[id(parameter)] = _steps.get(id(parameter), 0) + 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 _thread = threading.local()
 
@@ -106,9 +123,10 @@ class _Kept:
 def derived(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[], T]) -> T:
     """Return ``make()``, or what it returned before if no source has changed since.
 
-    A source counts as changed when it is another tensor, lives in other memory, or was written in
-    place (its version counter moved). Writing through ``tensor.data`` moves no counter and is not
-    seen: write under ``torch.no_grad()`` instead. Tensors made in inference mode have no counter,
+    A source counts as changed when it is another tensor, lives in other memory, was written in
+    place (its version counter moved), or had a step of an optimizer. Writing through
+    ``tensor.data`` elsewhere moves no counter and is not seen: write under ``torch.no_grad()``
+    instead. Tensors made in inference mode have no counter,
     and those of torch's function transforms and fake tensors no memory; nothing is kept for them.
 
     Args:
@@ -130,18 +148,37 @@ def derived(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[]
             made = _Made(first.device, value)
         if values is None:
             values = _cache.setdefault(id(first), {})
-            weakref.finalize(first, _cache.pop, id(first), None)
+            _finalizers[id(first)] = weakref.finalize(first, _gone, id(first))
         values[key] = _Kept(sources, value, made)
     return value
+
+
+def forget(sources: Iterable[Tensor]) -> None:
+    """Drop all that is kept for tensors, and so every weak reference to them by their own values.
+
+    ``torch.utils.swap_tensors`` takes no tensor that somebody refers to.
+    """
+    for source in sources:
+        finalizer = _finalizers.pop(id(source), None)
+        if finalizer is not None:
+            finalizer.detach()
+            _cache.pop(id(source), None)
+
+
+def _gone(source: int) -> None:
+    _cache.pop(source, None)
+    _finalizers.pop(source, None)
 
 
 def _nothing() -> None:
     return None
 
 
-def stamp(source: Tensor | None) -> tuple[int, int, torch.dtype] | None:
-    """Return what changes when a tensor is written, but through ``.data``."""
-    return None if source is None else (source._version, source.data_ptr(), source.dtype)
+def stamp(source: Tensor | None) -> tuple[int, int, torch.dtype, int] | None:
+    """Return what changes when a tensor is written, but through ``.data`` by no optimizer."""
+    if source is None:
+        return None
+    return (source._version, source.data_ptr(), source.dtype, _steps.get(id(source), 0))
 
 
 def _countable(source: Tensor) -> bool:

@@ -48,8 +48,7 @@ def node(calls: Sequence[Step], bound: list[nn.Module], x: Tensor) -> Callable[[
 
 
 def _convolution(conv: Any, bn: Any) -> Convolution:
-    padding = train.padding_of(conv)
-    return Convolution(conv.weight, conv.stride, padding, conv.dilation, conv.groups, bn.eps)
+    return Convolution(conv.weight, *train.geometry_of(conv), bn.eps)
 
 
 def _fits(weight: Tensor, gamma: Tensor | None, beta: Tensor | None, channels: int) -> bool:

@@ -15,9 +15,10 @@ from torch.autograd import forward_ad
 from resnet_fused.backends._sizes import output_shape
 from resnet_fused.nn import block, train
 from resnet_fused.nn.bn import is_batch_norm, is_sharded, scale_shift, uses_batch_statistics
+from resnet_fused.nn.child import Child, child_of
 from resnet_fused.nn.match import Group, Matches
 from resnet_fused.nn.trace import Trace, has_hooks
-from resnet_fused.nn.train import Pending, padding_of, result_dtype
+from resnet_fused.nn.train import Pending, geometry_of, result_dtype
 from resnet_fused.ops import _direct
 
 
@@ -63,44 +64,6 @@ class FusedCall:
 
 
 @dataclass(frozen=True)
-class Child:
-    """A submodule, or the module itself, as the program knows it."""
-
-    path: tuple[str, ...]
-    #: Whether no step calls it any more; a hook on it then sends the call the old way.
-    bypassed: bool
-    #: The class it must have, if the steps stand for that class's forward.
-    kind: type | None
-    #: The plain values among its attributes, if the steps stand for its forward.
-    attributes: tuple[tuple[str, Any], ...]
-    #: How many children it has, if the steps stand for its forward.
-    size: int | None
-
-    @property
-    def name(self) -> str:
-        """Its fully qualified name in the module that runs the program."""
-        return ".".join(self.path)
-
-    def of(self, module: nn.Module) -> nn.Module | None:
-        """Return the submodule of the one that runs the program, if it is there."""
-        found: nn.Module | None = module
-        for name in self.path:
-            found = found._modules.get(name) if found is not None else None
-        return found
-
-    def holds(self, module: nn.Module) -> bool:
-        """Return whether ``module`` is still what the steps were made for."""
-        if self.bypassed and has_hooks(module):
-            return False
-        if self.kind is not None and type(module) is not self.kind:
-            return False
-        if self.size is not None and len(module._modules) != self.size:
-            return False
-        now = module.__dict__
-        return all(name in now and now[name] == value for name, value in self.attributes)
-
-
-@dataclass(frozen=True)
 class Program:
     """What a fused module runs instead of its class's forward."""
 
@@ -135,6 +98,9 @@ class Program:
         there.
         """
         if not torch.compiler.is_compiling() and _differentiates_otherwise():
+            return None
+        # Whoever traces through wants what the class's forward calls, and ONNX has no ops of ours.
+        if torch.onnx.is_in_onnx_export() or any(isinstance(a, fx.Proxy) for a in args):
             return None
         if kwargs or len(args) != self.inputs or (self.eval_only and module.training):
             return None
@@ -194,8 +160,10 @@ class _Builder:
         self.ends = {group.nodes[-1]: group for group in matches.groups}
         self.grouped = {n for group in matches.groups for n in group.nodes}
         names = [str(n.target) for n in trace.graph.nodes if n.op == "call_module"]
+        # Between the module and what it calls: lists that its forward went through.
+        self.iterated = {outer for name in names for outer in _outer(name)} - {*trace.inlined}
         # An inlined module goes before what it contains, as a call replaces it whole.
-        names = ["", *trace.inlined, *matches.erased, *names]
+        names = ["", *trace.inlined, *matches.erased, *names, *sorted(self.iterated)]
         self.places = {name: i for i, name in enumerate(dict.fromkeys(names))}
 
     def build(self) -> Program:
@@ -226,12 +194,9 @@ class _Builder:
         bypassed = bool(name) and (traced or grouped or name in self.matches.erased)
         # Convolution and BatchNorm are looked at by the fused call; SyncBatchNorm may come later.
         fixed = bypassed and not (isinstance(module, nn.Conv2d) or is_batch_norm(module))
-        return Child(
-            path=tuple(name.split(".")) if name else (),
-            bypassed=bypassed,
-            kind=type(module) if fixed else None,
-            attributes=_plain_attributes(module) if traced else (),
-            size=len(module._modules) if traced else None,
+        iterated = name in self.iterated
+        return child_of(
+            module, name, bypassed=bypassed, fixed=fixed, traced=traced, iterated=iterated
         )
 
     def _reads(self, node: fx.Node) -> list[fx.Node]:
@@ -282,6 +247,12 @@ class _Builder:
         )
 
 
+def _outer(name: str) -> list[str]:
+    """Return the names of the modules around one, from the outermost on."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
 _KINDS = {
     "call_module": "module",
     "call_function": "function",
@@ -289,18 +260,6 @@ _KINDS = {
     "get_attr": "attribute",
     "output": "output",
 }
-
-
-_TORCHS_OWN = frozenset(nn.Module().__dict__)
-
-
-def _plain_attributes(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """Return what a forward may have branched on or computed with."""
-    return tuple(
-        (name, value)
-        for name, value in module.__dict__.items()
-        if name not in _TORCHS_OWN and isinstance(value, bool | int | float | str | None)
-    )
 
 
 def _slots(value: Any, index: dict[fx.Node, int]) -> Any:
@@ -373,10 +332,8 @@ def _run_fused(bound: list[nn.Module], step: Step, results: list[Any]) -> Any:
     scale, shift = scale_shift(conv, bn)
     # Nothing is kept of a weight that is another tensor in every call.
     weight = conv.weight.view_as(conv.weight) if is_sharded(conv) else conv.weight
-    geometry = (conv.stride, padding_of(conv), conv.dilation, conv.groups)
-    y: Tensor = _direct.record(
-        "conv_bn_act", x, weight, scale, shift, residual, *geometry, call.act
-    )
+    operands = (x, weight, scale, shift, residual)
+    y: Tensor = _direct.record("conv_bn_act", *operands, *geometry_of(conv), call.act)
     return y
 
 
@@ -394,5 +351,5 @@ def _fits(conv: nn.Module, bn: nn.Module, x: Any, residual: Any) -> bool:
         return True
     if not isinstance(residual, Tensor) or residual.dtype != result_dtype(x):
         return False
-    shape = output_shape(x.shape, conv.weight.shape, conv.stride, padding_of(conv), conv.dilation)
+    shape = output_shape(x.shape, conv.weight.shape, *geometry_of(conv)[:3])
     return tuple(residual.shape) == shape

@@ -7,14 +7,19 @@ add outside it. Everything else stays one call, with its hooks and wrappers inta
 
 from __future__ import annotations
 
+import contextlib
+import dis
 import inspect
 import operator
+import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from resnet_fused.nn.watch import Watch
+from resnet_fused.ops._checks import AUTOCAST_DEVICES
 
 
 class Trace(NamedTuple):
@@ -45,6 +50,14 @@ class _Proxy(fx.Proxy):
         """Refuse ``isinstance``: a branch taken on a symbol's type is not the tensor's branch."""
         raise TraceError("forward asks for the type of a value")
 
+    def __getattr__(self, name: str) -> Any:
+        """Have what a tensor has; fx has every attribute, and so its default is never taken."""
+        if not hasattr(Tensor, name):
+            if self.node.op == "placeholder":
+                raise AttributeError(f"'Tensor' object has no attribute {name!r}")
+            raise TraceError(f"forward asks a value for {name!r}, which no tensor has")
+        return super().__getattr__(name)
+
 
 def _in_place(function: Any) -> Any:
     def method(self: _Proxy, other: Any) -> fx.Proxy:
@@ -66,6 +79,9 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._required = required
         self._chains = chains
+        self._mode = _mode()
+        #: Symbols that were made; with the graph all but those that somebody keeps are gone.
+        self._made: list[weakref.ref[fx.Proxy]] = []
         self.inlined: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -83,8 +99,20 @@ class _Tracer(fx.Tracer):
         proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._required]
         return root_fn, [self.root, *proxies]
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Refuse what a graph does not say: under which modes a part of the forward runs."""
+        if _mode() != self._mode:
+            raise TraceError("a part of forward runs in another grad mode or autocast")
+        return super().create_node(*args, **kwargs)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        proxy = _Proxy(node, self)
+        self._made.append(weakref.ref(proxy))
+        return proxy
+
+    def keeps_values(self) -> bool:
+        """Return whether the forward has put a symbol away where somebody may read it."""
+        return any(made() is not None for made in self._made)
 
     def create_arg(self, a: Any) -> Any:
         # Before fx asks what it is an instance of.
@@ -92,7 +120,7 @@ class _Tracer(fx.Tracer):
 
 
 def trace(module: nn.Module, chains: Chains) -> Trace:
-    """Trace ``module``'s forward in eval mode, and compare with the graph in training mode.
+    """Trace ``module``'s forward in eval mode, and compare with the graph in other modes.
 
     Args:
         module: the module; its children's forwards are not entered unless they are chains.
@@ -104,6 +132,9 @@ def trace(module: nn.Module, chains: Chains) -> Trace:
     """
     required = _required_arguments(module)
     graph, inlined = _graph(module, required, chains, training=False)
+    with _other_modes():
+        if _text(_graph(module, required, chains, training=False)[0]) != _text(graph):
+            raise TraceError("forward depends on the grad mode or on autocast")
     try:
         eval_only = _text(_graph(module, required, chains, training=True)[0]) != _text(graph)
     except TraceError:
@@ -127,7 +158,32 @@ def _graph(
             raise TraceError(reason) from error
     if watch.changed:
         raise TraceError(f"forward changes {', '.join(watch.changed)}")
+    if tracer.keeps_values():
+        raise TraceError("forward keeps a value beside its result")
     return graph, tuple(dict.fromkeys(tracer.inlined))
+
+
+def _mode() -> tuple[Any, ...]:
+    """Return the modes that decide about what an op does, but are no argument of it."""
+    autocast = [
+        (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in AUTOCAST_DEVICES
+    ]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+@contextlib.contextmanager
+def _other_modes() -> Iterator[None]:
+    """Turn autocast and the recording of gradients over, for a forward that asks for them."""
+    before = [torch.is_autocast_enabled(device) for device in AUTOCAST_DEVICES]
+    with torch.set_grad_enabled(not torch.is_grad_enabled()):
+        try:
+            for device, enabled in zip(AUTOCAST_DEVICES, before, strict=True):
+                torch.set_autocast_enabled(device, not enabled)
+            yield
+        finally:
+            for device, enabled in zip(AUTOCAST_DEVICES, before, strict=True):
+                torch.set_autocast_enabled(device, enabled)
 
 
 def _is_chain(module: nn.Module, chains: Chains) -> bool:
@@ -182,11 +238,23 @@ def _required_arguments(module: nn.Module) -> list[str]:
         raise TraceError("forward was replaced on the instance")
     if type(module).forward is nn.Module.forward:
         raise TraceError("it has no forward")
+    if _calls(type(module).forward, "type"):
+        raise TraceError("forward asks for the type of a value")
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     required = [p for p in parameters if p.default is p.empty]
     if not required or any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in required):
         raise TraceError("forward does not take a fixed list of positional arguments")
     return [p.name for p in required]
+
+
+def _calls(function: Any, name: str) -> bool:
+    """Return whether a function names what is global or built in."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None or name not in code.co_names:
+        return False
+    # The name may be an attribute's.
+    found = dis.get_instructions(code)
+    return any(i.opname == "LOAD_GLOBAL" and i.argval == name for i in found)
 
 
 def _text(graph: fx.Graph) -> list[str]:

@@ -111,7 +111,7 @@ def taken(
     if not _applies(conv, bn, x):
         return None
     assert isinstance(conv, nn.Conv2d)
-    shape = output_shape(x.shape, conv.weight.shape, conv.stride, padding_of(conv), conv.dilation)
+    shape = output_shape(x.shape, conv.weight.shape, *geometry_of(conv)[:3])
     dtype, group = result_dtype(x), sharing_group(bn)
     # SyncBatchNorm pays always, in fewer collectives than torch's, and on the CPU at all.
     # Without math.prod: torch.compile, behind a run of activation checkpointing, does not trace it.
@@ -146,7 +146,7 @@ def run_taken(
     """Do what :func:`run` does, where :func:`taken` returned ``made``."""
     raw = _raw(x)
     count = _bn.values_per_channel(made.shape)
-    geometry = (conv.stride, padding_of(conv), conv.dilation, conv.groups)
+    geometry = geometry_of(conv)
     if memory != "low" and pointwise.takes(conv, bn, raw, geometry, residual, made.dtype, act):
         end = (value(x), conv.weight, bn.weight, bn.bias, residual, bn.eps, act)
         y, mean, var, *_ = _direct.record(pointwise.OP, *end)
@@ -181,8 +181,11 @@ def _applies(conv: nn.Module, bn: nn.Module, x: Tensor | Map) -> bool:
         return False
     if conv.padding_mode != "zeros" or conv.padding == "same":
         return False
+    # torch says what is wrong, before any statistic moves
     if conv.out_channels != bn.num_features:
-        return False  # torch says what is wrong, before any statistic moves
+        return False
+    if conv.weight.dtype != x.dtype and not _autocasts(x.device.type):
+        return False
     if torch.compiler.is_compiling() and sharing_group(bn) is not None:
         return False
     return len(x.shape) == 4
@@ -318,8 +321,11 @@ class _Averaged(torch.autograd.Function):
         return share.expand(ctx.shape).contiguous(memory_format=torch.channels_last), None
 
 
-def _pair(value: Any) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value, value)
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return (value, value)
+    first, second = value if len(value) == 2 else tuple(value) * 2
+    return first, second
 
 
 def update(bn: Any, mean: Tensor, var: Tensor, count: int, batch: _shared.Shared | None) -> None:
@@ -334,9 +340,14 @@ def update(bn: Any, mean: Tensor, var: Tensor, count: int, batch: _shared.Shared
         _direct.record("bn_update_stats", *running, mean, var, count, momentum)
 
 
-def padding_of(conv: nn.Conv2d) -> tuple[int, ...]:
-    """Return the convolution's padding as numbers; of the words only "valid" is taken."""
-    return (0, 0) if isinstance(conv.padding, str) else conv.padding
+def geometry_of(conv: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+    """Return a convolution's stride, padding and dilation, two numbers each, and its groups.
+
+    Its attributes may have been set to one number, or to a list, since it was made. Of the words
+    for padding only "valid" is taken.
+    """
+    padding = (0, 0) if isinstance(conv.padding, str) else _pair(conv.padding)
+    return _pair(conv.stride), padding, _pair(conv.dilation), conv.groups
 
 
 def result_dtype(x: Tensor | Map) -> torch.dtype:
@@ -344,6 +355,10 @@ def result_dtype(x: Tensor | Map) -> torch.dtype:
     if isinstance(x, Map):
         return x.dtype  # a convolution's own
     device = x.device.type
-    if device not in AUTOCAST_DEVICES or x.dtype == torch.float64:
+    if x.dtype == torch.float64 or not _autocasts(device):
         return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _autocasts(device: str) -> bool:
+    return device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import pickle
 import random
+import sys
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +18,11 @@ from torch import Tensor, nn
 class Watch:
     """Notes what happens to a module's state inside a ``with`` block, and undoes it.
 
-    Seen are the attributes of the module and its submodules, the contents of the lists, dicts and
-    sets and the values of the tensors among them, and torch's and Python's random numbers.
-    Parameters and buffers are not: their uses stand in the graph.
+    Seen are the attributes of the module and its submodules and the globals that its forward names:
+    which they are, the contents of the lists, dicts and sets and the values of the tensors among
+    them, also in an object of one's own; and the random numbers of torch, Python and NumPy, and of
+    generators among the attributes and globals. Parameters and buffers are not: their uses stand in
+    the graph.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -26,15 +33,30 @@ class Watch:
     def __enter__(self) -> Watch:
         """Note the state."""
         self._before = [dict(m.__dict__) for m in self._modules]
+        named = [*self._named()]
         self._kept = [
             (name, value, _copy(value))
-            for attributes in self._before
-            for name, value in attributes.items()
+            for name, value in named
             if isinstance(value, list | dict | set | Tensor)
         ]
         self._versions = [_version(value) for _, value, _ in self._kept]
-        self._random = random.getstate(), torch.get_rng_state()
+        self._random = [*_sources_of_random(value for _, value in named)]
+        self._drawn = [source.get() for source in self._random]
         return self
+
+    def _named(self) -> Iterator[tuple[str, Any]]:
+        """Go through what a forward may read and write, with names."""
+        own = type(self._modules[0])
+        names = getattr(inspect.unwrap(own.forward), "__code__", None)
+        reached = getattr(inspect.unwrap(own.forward), "__globals__", {})
+        read = names.co_names if names is not None else ()
+        globals_read = {name: reached[name] for name in read if name in reached}
+        for attributes in (globals_read, *self._before):
+            for name, value in attributes.items():
+                yield name, value
+                if _is_ones_own(value):
+                    yield name, vars(value)
+                    yield from ((f"{name}.{inner}", v) for inner, v in vars(value).items())
 
     def __exit__(
         self,
@@ -54,13 +76,54 @@ class Watch:
             if _version(value) != version or not _same(value, kept):
                 changed.append(name)
                 _restore(value, kept)
-        if random.getstate() != self._random[0] or not torch.equal(
-            torch.get_rng_state(), self._random[1]
-        ):
-            changed.append("the state of random numbers")
-            random.setstate(self._random[0])
-            torch.set_rng_state(self._random[1])
+        for source, drawn in zip(self._random, self._drawn, strict=True):
+            if not _same_state(source.get(), drawn):
+                changed.append("the state of random numbers")
+                source.set(drawn)
         self.changed = sorted(set(changed))
+
+
+class _Random(NamedTuple):
+    """Where random numbers come from: its state."""
+
+    get: Callable[[], Any]
+    set: Callable[[Any], Any]
+
+
+def _sources_of_random(values: Iterator[Any]) -> Iterator[_Random]:
+    """Return torch's, Python's and NumPy's own, and the generators among some values."""
+    yield _Random(random.getstate, random.setstate)
+    yield _Random(torch.get_rng_state, torch.set_rng_state)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        yield _Random(numpy.random.get_state, numpy.random.set_state)
+    for value in values:
+        if isinstance(value, random.Random):
+            yield _Random(value.getstate, value.setstate)
+        elif isinstance(value, torch.Generator) or (
+            numpy is not None and isinstance(value, numpy.random.RandomState)
+        ):
+            yield _Random(value.get_state, value.set_state)
+        elif numpy is not None and isinstance(value, numpy.random.Generator):
+            bits = value.bit_generator
+            yield _Random(
+                functools.partial(getattr, bits, "state"), functools.partial(setattr, bits, "state")
+            )
+
+
+def _same_state(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    # NumPy's have arrays among their parts.
+    return pickle.dumps(a) == pickle.dumps(b)
+
+
+def _is_ones_own(value: Any) -> bool:
+    """Return whether a value is an object of a class that is neither torch's nor Python's."""
+    if isinstance(value, nn.Module | Tensor | type) or callable(value):
+        return False
+    known = type(value).__module__.partition(".")[0] in ("torch", "builtins", "numpy")
+    return not known and isinstance(getattr(value, "__dict__", None), dict)
 
 
 _MISSING = object()
