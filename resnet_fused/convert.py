@@ -40,10 +40,12 @@ def fuse(
     return channels_last tensors, which ``reshape`` and ``flatten`` take and ``view`` may not. Hooks
     for all modules (``register_module_forward_hook``) do not see the modules inside a group.
 
-    Parameters may be changed in place at any time under ``torch.no_grad()``; writes through
-    ``parameter.data`` are not seen by the caches of packed weights.
+    Parameters may be changed at any time, by an optimizer or in place under ``torch.no_grad()``.
+    Other writes through ``parameter.data``, and of running statistics by ``F.batch_norm`` outside
+    of its module, are not seen by what is kept of them. Modules, functions, numbers and settings of
+    a fused module may be exchanged: what its steps no longer stand for runs its own forward.
 
-    On the CPU outputs of 1 MiB and more lie in memory that is used again, which torch cannot
+    On the CPU outputs of 256 KiB and more lie in memory that is used again, which torch cannot
     resize: neither by ``untyped_storage().resize_`` nor as an ``out=`` of another size. There is no
     switch for it; a ``clone()`` is torch's own, as is what the backend "reference" returns.
 
@@ -57,8 +59,8 @@ def fuse(
         filter_fn: ``filter_fn(module, fqn) -> bool``; a module for which it is false keeps its
             forward (its children are asked for themselves). The root's name is "".
         memory: in training, "low" keeps no block's output for backward but computes those of a
-            stage again, bit for bit, when its last block's gradient is due: another fifth of the
-            activations less, for one more pass over each block's end. They then live until their
+            stage again, bit for bit, when its last block's gradient is due: a quarter less of what
+            eager torch keeps, for one more pass over each block's end. They then live until their
             block's backward is done, or as long as the graph if it is retained. A map that was
             written in between unseen by its version counter (``.data``, a NumPy view) gives other
             gradients; other writes raise, as in torch. torch.compile decides itself what to keep,

@@ -26,8 +26,8 @@ T = TypeVar("T")
 _cache: dict[int, dict[Hashable, _Kept]] = {}
 #: By the id of the first source: what takes its values with it.
 _finalizers: dict[int, Any] = {}
-#: By the id of a parameter: how many steps of optimizers had it. A tensor that later has the same id
-#: goes on counting.
+#: By the id of a parameter: how many steps of optimizers had it. A later tensor of the same id goes
+#: on counting.
 _steps: dict[int, int] = {}
 
 

@@ -54,12 +54,20 @@ class Child:
             return False
         if self.kind is not None and type(module) is not self.kind:
             return False
-        registered: list[Mapping[str, Any]] = [module._modules, module._parameters, module._buffers]
-        for members, absent in zip(registered, self.absent, strict=False):
-            if _absent(members) != absent:
-                return False
+        if self.absent:
+            registered: list[Mapping[str, Any]]
+            registered = [module._modules, module._parameters, module._buffers]
+            for members, absent in zip(registered, self.absent, strict=False):
+                if (members or absent) and _absent(members) != absent:
+                    return False
+        # A loop that asks first whether it is the very same, as this runs in every call.
         now = module.__dict__
-        return all(name in now and likeness(now[name]) == like for name, like in self.attributes)
+        for name, like in self.attributes:
+            if name not in now:
+                return False
+            if now[name] is not like and likeness(now[name]) != like:
+                return False
+        return True
 
 
 def _absent(members: Mapping[str, Any]) -> tuple[bool, ...]:

@@ -99,13 +99,14 @@ class Program:
         """
         if not torch.compiler.is_compiling() and _differentiates_otherwise():
             return None
-        # Whoever traces through wants what the class's forward calls, and ONNX has no ops of ours.
-        if torch.onnx.is_in_onnx_export() or any(isinstance(a, fx.Proxy) for a in args):
+        # ONNX has no ops of ours; and whoever traces through wants what the class's forward calls.
+        if torch.onnx.is_in_onnx_export():
             return None
         if kwargs or len(args) != self.inputs or (self.eval_only and module.training):
             return None
-        if any(a is None for a in args):
-            return None
+        for a in args:
+            if a is None or isinstance(a, fx.Proxy):
+                return None
         if self._is_torchs(module):
             return None
         bound = []
