@@ -9,6 +9,11 @@ from typing import Any
 import torch
 
 
+def no_flops(*args: Any, **kwargs: Any) -> int:
+    """None: torch's counter counts matrix products and convolutions only, as the paper does."""
+    return 0
+
+
 @dataclass(frozen=True)
 class Op:
     """The definition of one op; everything else about the op derives from it.
@@ -23,21 +28,22 @@ class Op:
     check: Callable[..., None]
     #: The op in plain torch: the definition every backend is held to.
     reference: Callable[..., Any]
-    #: An empty result of the right shape, dtype and layout.
+    #: An empty result of the right shape, dtype and layout, of arguments that were checked.
     fake: Callable[..., Any]
-    #: Saves for backward; torch.library's own signature ``(ctx, inputs, output)``.
-    setup_context: Callable[..., None] | None
-    #: Gradients, one per argument in schema order; ``(ctx, grad)``. None for an op that is itself
-    #: part of a backward: differentiating it is refused.
-    backward: Callable[..., Any] | None
     #: The arguments autocast casts; the others keep their dtype (statistics stay float32).
     autocast: tuple[str, ...]
-    #: Floating point operations, two per multiply-add, as torch's FlopCounterMode counts.
-    flops: Callable[..., int]
     #: Bytes that must cross memory once: each input read, the output written.
     nbytes: Callable[..., int]
     #: ``samples(device, dtype)`` yields argument tuples that touch every branch of the op.
     samples: Callable[..., Iterator[tuple[Any, ...]]]
+    #: Saves for backward; torch.library's own signature ``(ctx, inputs, output)``.
+    setup_context: Callable[..., None] | None = None
+    #: Gradients, one per argument in schema order; ``(ctx, grad)``. None for an op that is part of
+    #: another one's forward or backward, and differentiated there alone.
+    backward: Callable[..., Any] | None = None
+    #: Floating point operations, two per multiply-add, as torch's FlopCounterMode counts, of the
+    #: arguments' shapes and ``out_shape``.
+    flops: Callable[..., int] = no_flops
     #: The op as calls of smaller ops, each on the backend of its choice: what runs where no backend
     #: has the op whole, and what one that has it is measured against. None: the op is not a chain.
     decomposition: Callable[..., Any] | None = None

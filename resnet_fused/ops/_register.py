@@ -1,4 +1,4 @@
-"""Registration of ops with torch: the only file that touches ``torch.library``."""
+"""Registration of ops with torch: no other file makes an op with ``torch.library``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def register(op: Op) -> None:
     run = _direct.RUN[op.name] = _runner(op)
     checked = _checked(op, run)
     _LIBRARY.impl(op.name, checked, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, op.fake, lib=_LIBRARY)
+    torch.library.register_fake(qualified, _checked(op, op.fake), lib=_LIBRARY)
     if not op.mutates:
         torch.library.register_autograd(
             qualified,

@@ -44,7 +44,6 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return an empty (N, K) tensor."""
-    check(x, weight, bias)
     return x.new_empty(x.shape[0], weight.shape[0])
 
 

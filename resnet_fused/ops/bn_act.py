@@ -72,7 +72,6 @@ def fake(
     act: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Return an empty channels_last tensor of x's shape, and empty bits."""
-    check(x, mean, var, weight, bias, residual, eps, act)
     bits = _bn.empty_bits(x, summed=residual is not None, act=act)
     return _checks.empty_channels_last(x, x.shape), bits
 
@@ -142,11 +141,6 @@ def gradients(
     return *grads, grad if needs[3] and act is None else masked
 
 
-def flops(x_shape: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
-    """None: torch's counter counts matrix products and convolutions only, as the paper does."""
-    return 0
-
-
 def nbytes(
     x: Tensor,
     mean: Tensor,
@@ -191,7 +185,6 @@ OP = Op(
     setup_context=setup_context,
     backward=backward,
     autocast=(),
-    flops=flops,
     nbytes=nbytes,
     samples=samples,
 )

@@ -123,8 +123,6 @@ def fake(
 ) -> Result:
     """Return an empty map, two empty vectors, empty of elements where not wanted, and a weight."""
     vectors, geometry = (mean, var, bn_weight, bn_bias), (stride, padding, dilation, groups)
-    rest = (channels_last, dtype, wanted)
-    check(grad, weight, x, *vectors, eps, act, *geometry, *rest)
     found = data.fake(grad, weight, x, *vectors, eps, act, *geometry, wanted)
     sizes: tuple[Any, ...] = (list(weight.shape), eps, act, *geometry, channels_last, dtype)
     return *found, weights.fake(grad, x, *vectors, *sizes)
@@ -187,8 +185,6 @@ OP = Op(
     reference=reference,
     decomposition=decomposition,
     fake=fake,
-    setup_context=None,
-    backward=None,
     autocast=("grad", "weight"),
     wide=("weight",),
     flops=flops,

@@ -113,8 +113,6 @@ def fake(
     dtype: torch.dtype,
 ) -> Tensor:
     """Return an empty tensor of the weight's shape and layout."""
-    vectors, geometry = (mean, var, bn_weight, bn_bias), (stride, padding, dilation, groups)
-    check(grad, x, *vectors, weight_size, eps, act, *geometry, channels_last, dtype)
     return conv_backward_weight.empty_like_weight(grad, weight_size, channels_last, dtype)
 
 
@@ -173,8 +171,6 @@ OP = Op(
     reference=reference,
     decomposition=decomposition,
     fake=fake,
-    setup_context=None,
-    backward=None,
     autocast=("grad",),
     flops=flops,
     nbytes=nbytes,

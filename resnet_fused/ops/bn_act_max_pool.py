@@ -114,7 +114,6 @@ def fake(
     pool_padding: Sequence[int],
 ) -> Result:
     """Return an empty channels_last output, its indices and what they name."""
-    check(x, mean, var, weight, bias, eps, act, pool_size, pool_stride, pool_padding)
     shape = pool_shape(x.shape, pool_size, pool_stride, pool_padding)
     y = _checks.empty_channels_last(x, shape)
     return y, torch.empty_like(y, dtype=torch.uint8), _new_taken(y)
@@ -151,11 +150,6 @@ def parts(run: Callable[..., Any]) -> tuple[Run, Run, Run]:
     """Return the ops that the backward is made of, by a function that runs an op of a name."""
     of = functools.partial(functools.partial, run)
     return of("bn_act_backward_reduce"), of("max_pool_backward"), of("bn_act_backward_apply")
-
-
-def flops(*args: Any, out_shape: Sequence[Any], **kwargs: Any) -> int:
-    """None: torch's counter counts matrix products and convolutions only, as the paper does."""
-    return 0
 
 
 def nbytes(
@@ -206,7 +200,6 @@ OP = Op(
     setup_context=setup_context,
     backward=backward,
     autocast=(),
-    flops=flops,
     nbytes=nbytes,
     samples=samples,
 )

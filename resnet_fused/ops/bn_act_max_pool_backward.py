@@ -127,14 +127,8 @@ def fake(
     wanted: Sequence[bool],
 ) -> Result:
     """Return an empty map and two empty vectors, empty of elements where not wanted."""
-    vectors, pool = (mean, var, weight, bias), (pool_size, pool_stride, pool_padding)
-    check(grad, index, taken, x, *vectors, eps, act, *pool, wanted)
-    return bn_act_backward.fake(x, x, *vectors, None, eps, act, (*wanted, False, False))[:3]
-
-
-def flops(*args: Any, out_shape: Sequence[Any], **kwargs: Any) -> int:
-    """None, as for the forward."""
-    return 0
+    saved = (x, mean, var, weight, bias, None, eps, act)
+    return bn_act_backward.fake(x, *saved, (*wanted, False, False))[:3]
 
 
 def nbytes(
@@ -182,10 +176,7 @@ OP = Op(
     reference=reference,
     decomposition=decomposition,
     fake=fake,
-    setup_context=None,
-    backward=None,
     autocast=(),
-    flops=flops,
     nbytes=nbytes,
     samples=samples,
 )

@@ -12,6 +12,7 @@ from resnet_fused.backends._sizes import output_shape
 from resnet_fused.ops import _checks, conv_bn_stats
 from resnet_fused.ops._op import Op
 from resnet_fused.ops.conv_bn_act import check_geometry
+from resnet_fused.ops.conv_bn_act import flops as convolution_flops
 
 NAME = "conv_backward_data"
 
@@ -72,18 +73,8 @@ def reference(
     return _checks.channels_last(grad_x if residual is None else grad_x + residual)
 
 
-def fake(
-    grad: Tensor,
-    weight: Tensor,
-    x_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    residual: Tensor | None,
-) -> Tensor:
+def fake(grad: Tensor, weight: Tensor, x_size: Sequence[int], *_: Any) -> Tensor:
     """Return an empty channels_last tensor of the input's shape."""
-    check(grad, weight, x_size, stride, padding, dilation, groups, residual)
     return _checks.empty_channels_last(grad, x_size)
 
 
@@ -95,8 +86,7 @@ def flops(
     **kwargs: Any,
 ) -> int:
     """As many as the convolution's own."""
-    n, o, oh, ow = grad_shape
-    return 2 * n * o * oh * ow * weight_shape[1] * weight_shape[2] * weight_shape[3]
+    return convolution_flops(out_shape, weight_shape, out_shape=grad_shape)
 
 
 def nbytes(
@@ -137,8 +127,6 @@ OP = Op(
     check=check,
     reference=reference,
     fake=fake,
-    setup_context=None,
-    backward=None,
     autocast=("grad", "weight", "residual"),
     wide=("weight",),
     flops=flops,

@@ -12,6 +12,7 @@ from resnet_fused.backends._sizes import output_shape
 from resnet_fused.ops import _checks, conv_bn_stats
 from resnet_fused.ops._op import Op
 from resnet_fused.ops.conv_bn_act import check_geometry
+from resnet_fused.ops.conv_bn_act import flops as convolution_flops
 
 NAME = "conv_backward_weight"
 
@@ -99,7 +100,6 @@ def fake(
     dtype: torch.dtype,
 ) -> Tensor:
     """Return an empty tensor of the weight's shape and layout."""
-    check(grad, x, weight_size, stride, padding, dilation, groups, channels_last, dtype)
     return empty_like_weight(grad, weight_size, channels_last, dtype)
 
 
@@ -112,8 +112,7 @@ def flops(
     **kwargs: Any,
 ) -> int:
     """As many as the convolution's own."""
-    n, o, oh, ow = grad_shape
-    return 2 * n * o * oh * ow * weight_size[1] * weight_size[2] * weight_size[3]
+    return convolution_flops(x_shape, weight_size, out_shape=grad_shape)
 
 
 def nbytes(
@@ -151,8 +150,6 @@ OP = Op(
     check=check,
     reference=reference,
     fake=fake,
-    setup_context=None,
-    backward=None,
     autocast=("grad", "x"),
     flops=flops,
     nbytes=nbytes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -77,7 +77,6 @@ def reference(
 
 def fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Return an empty channels_last tensor of x's shape, and empty bits."""
-    check(x, *args)
     return _checks.empty_channels_last(x, x.shape), _bn.empty_bits(x, act=args[-1])
 
 
@@ -127,11 +126,6 @@ def backward(ctx: Any, grad: Tensor | None, _: None = None) -> tuple[Tensor | No
     return tuple(grads)
 
 
-def flops(x_shape: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
-    """None: torch's counter counts matrix products and convolutions only, as the paper does."""
-    return 0
-
-
 def nbytes(x: Tensor, *args: Any) -> int:
     """Both inputs and the vectors read once, the output and its bits written once."""
     written = x.nbytes + _bn.bits_nbytes(x, act=args[-1])
@@ -170,7 +164,6 @@ OP = Op(
     setup_context=setup_context,
     backward=backward,
     autocast=(),
-    flops=flops,
     nbytes=nbytes,
     samples=samples,
 )

@@ -74,13 +74,7 @@ def fake(
     pool_padding: Sequence[int],
 ) -> Tensor:
     """Return an empty channels_last tensor of the input's shape."""
-    check(grad, index, x_size, pool_size, pool_stride, pool_padding)
     return _checks.empty_channels_last(grad, x_size)
-
-
-def flops(*args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
-    """None, as for the forward."""
-    return 0
 
 
 def nbytes(grad: Tensor, index: Tensor, x_size: Sequence[int], *pool: Any) -> int:
@@ -106,10 +100,7 @@ OP = Op(
     check=check,
     reference=reference,
     fake=fake,
-    setup_context=None,
-    backward=None,
     autocast=(),
-    flops=flops,
     nbytes=nbytes,
     samples=samples,
 )
