@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.ops import _checks
+from resnet_fused.ops import _checks, _samples
 from resnet_fused.ops._op import Op
 
 NAME = "add_relu"
@@ -50,12 +50,9 @@ def nbytes(x: Tensor, residual: Tensor) -> int:
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield a full map, odd channels, one pixel and an empty batch."""
-    generator = torch.Generator().manual_seed(0)
+    draw = _samples.normal(0, device, dtype)
     for shape in ((2, 16, 5, 3), (1, 7, 3, 3), (1, 4, 1, 1), (0, 4, 3, 3)):
-        x, residual = (
-            torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-            for _ in range(2)
-        )
+        x, residual = (draw(*shape) for _ in range(2))
         yield x, residual
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.ops import _checks
+from resnet_fused.ops import _checks, _samples
 from resnet_fused.ops._op import Op
 
 NAME = "avg_pool_linear"
@@ -99,11 +99,7 @@ GEOMETRIES = (
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield arguments over :data:`GEOMETRIES`, with and without bias."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
+    draw = _samples.normal(0, device, dtype)
     for shape, k in GEOMETRIES:
         weight = draw(k, shape[1])
         yield draw(*shape), weight, draw(k)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import _bn_math
-from resnet_fused.ops import _bn, _checks
+from resnet_fused.ops import _bn, _checks, _samples
 from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 from resnet_fused.ops._shared import Shared, shared
@@ -158,11 +158,7 @@ def nbytes(
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield with and without affine vectors, residual and ReLU; odd channels, few values."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, to)
-
+    draw = _samples.normal(0, device, dtype)
     for i, shape in enumerate(((2, 16, 5, 3), (3, 7, 4, 4), (2, 4, 1, 1), (0, 4, 3, 3))):
         for act in _checks.ACTIVATIONS:
             x = draw(*shape) * 2 + 1

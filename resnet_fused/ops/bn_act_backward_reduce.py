@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import _bn_math
-from resnet_fused.ops import _bn, _checks, bn_act
+from resnet_fused.ops import _bn, _checks, _samples, bn_act
 from resnet_fused.ops._op import Op
 
 NAME = "bn_act_backward_reduce"
@@ -121,11 +121,10 @@ def nbytes(
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield for each sample of bn_act that has a batch, with and without the masked gradient."""
-    generator = torch.Generator().manual_seed(1)
+    draw = _samples.normal(1, device, dtype)
     for i, args in enumerate(bn_act.samples(device, dtype)):
         x, mean, var, weight, bias, residual, eps, act = args
-        drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        grad, masked = drawn.to(x), bool(i % 2 and act)
+        grad, masked = draw(*x.shape), bool(i % 2 and act)
         y, bits = bn_act.reference(*args) if residual is not None else (None, _bn_math.no_bits(x))
         yield grad, x, mean, var, weight, bias, y, eps, act, masked
         if bits.numel():

@@ -17,6 +17,7 @@ from resnet_fused.backends._sizes import output_shape
 from resnet_fused.ops import (
     _bn,
     _checks,
+    _samples,
     bn_act_backward,
     bn_act_conv_bn_stats,
     conv_backward_data,
@@ -177,12 +178,11 @@ def nbytes(
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield over the calls of bn_act_conv_bn_stats, with several sets of what is wanted."""
-    generator = torch.Generator().manual_seed(6)
+    draw = _samples.normal(6, device, dtype)
     for i, (x, mean, var, bn_weight, bn_bias, weight, eps, act, *geometry) in enumerate(
         bn_act_conv_bn_stats.samples(device, dtype)
     ):
-        shape = output_shape(x.shape, weight.shape, *geometry[:3])
-        grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
+        grad = draw(*output_shape(x.shape, weight.shape, *geometry[:3]))
         vectors = (mean, var, bn_weight, bn_bias)
         wanted = [i % 7 != 4, bn_weight is not None, bn_bias is not None and i % 5 != 2]
         yield grad, weight, x, *vectors, eps, act, *geometry, wanted

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends._sizes import output_shape
-from resnet_fused.ops import _bn, _checks, bn_act, bn_act_conv_bn_stats, conv_backward_weight
+from resnet_fused.ops import (
+    _bn,
+    _checks,
+    _samples,
+    bn_act,
+    bn_act_conv_bn_stats,
+    conv_backward_weight,
+)
 from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 
@@ -149,12 +156,11 @@ def nbytes(
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield over the calls of bn_act_conv_bn_stats."""
-    generator = torch.Generator().manual_seed(5)
+    draw = _samples.normal(5, device, dtype)
     for i, (x, *vectors, weight, eps, act, stride, padding, dilation, groups) in enumerate(
         bn_act_conv_bn_stats.samples(device, dtype)
     ):
-        shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
-        grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
+        grad = draw(*output_shape(x.shape, weight.shape, stride, padding, dilation))
         geometry = (stride, padding, dilation, groups)
         rest = (eps, act, *geometry, bool(i % 2), weight.dtype)
         yield grad, x, *vectors, list(weight.shape), *rest

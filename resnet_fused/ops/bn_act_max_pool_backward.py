@@ -18,6 +18,7 @@ from resnet_fused.backends import _bn_math
 from resnet_fused.ops import (
     _bn,
     _checks,
+    _samples,
     bn_act_backward,
     bn_act_backward_apply,
     bn_act_backward_reduce,
@@ -155,11 +156,11 @@ def nbytes(
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield for each sample of bn_act_max_pool, with several sets of what is wanted."""
-    generator = torch.Generator().manual_seed(8)
+    draw = _samples.normal(8, device, dtype)
     for i, args in enumerate(bn_act_max_pool.samples(device, dtype)):
         x, _, _, weight, bias, *_ = args
         y, *of_pool = bn_act_max_pool.reference(*args)
-        grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+        grad = draw(*y.shape)
         # An empty batch's variance is NaN, and so would be its weight's gradient.
         some = weight is not None and i % 5 != 4 and x.numel() > 0
         yield grad, *of_pool, *args, [i % 7 != 6, some, bias is not None and i % 5 != 2]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.ops import _checks
+from resnet_fused.ops import _checks, _samples
 from resnet_fused.ops._op import Op
 
 NAME = "bn_apply"
@@ -71,11 +71,7 @@ def nbytes(
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield arguments with and without residual and ReLU, an empty batch and one pixel."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, to)
-
+    draw = _samples.normal(0, device, dtype)
     for shape in ((2, 16, 5, 3), (1, 7, 1, 1), (0, 4, 3, 3)):
         for act in _checks.ACTIVATIONS:
             for vectors in dict.fromkeys((dtype, _checks.accumulate_dtype(dtype))):

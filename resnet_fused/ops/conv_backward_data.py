@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends._sizes import output_shape
-from resnet_fused.ops import _checks, conv_bn_stats
+from resnet_fused.ops import _checks, _samples, conv_bn_stats
 from resnet_fused.ops._op import Op
 from resnet_fused.ops.conv_bn_act import check_geometry
 from resnet_fused.ops.conv_bn_act import flops as convolution_flops
@@ -106,15 +106,10 @@ def nbytes(
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield over the convolutions of conv_bn_stats, with and without a residual."""
-    generator = torch.Generator().manual_seed(2)
-
-    def draw(shape: Sequence[int]) -> Tensor:
-        drawn = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
-        return drawn.to(device, dtype)
-
+    draw = _samples.normal(2, device, dtype)
     for i, (x, weight, *geometry) in enumerate(conv_bn_stats.samples(device, dtype)):
-        grad = draw(output_shape(x.shape, weight.shape, *geometry[:3]))
-        residual = draw(x.shape) if i % 3 == 1 else None
+        grad = draw(*output_shape(x.shape, weight.shape, *geometry[:3]))
+        residual = draw(*x.shape) if i % 3 == 1 else None
         yield grad, weight, list(x.shape), *geometry, residual
 
 

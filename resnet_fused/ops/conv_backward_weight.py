@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends._sizes import output_shape
-from resnet_fused.ops import _checks, conv_bn_stats
+from resnet_fused.ops import _checks, _samples, conv_bn_stats
 from resnet_fused.ops._op import Op
 from resnet_fused.ops.conv_bn_act import check_geometry
 from resnet_fused.ops.conv_bn_act import flops as convolution_flops
@@ -132,11 +132,10 @@ def nbytes(
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield over the convolutions of conv_bn_stats."""
-    generator = torch.Generator().manual_seed(3)
+    draw = _samples.normal(3, device, dtype)
     convolutions = enumerate(conv_bn_stats.samples(device, dtype))
     for i, (x, weight, stride, padding, dilation, groups) in convolutions:
-        shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
-        grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
+        grad = draw(*output_shape(x.shape, weight.shape, stride, padding, dilation))
         geometry = (stride, padding, dilation, groups)
         yield grad, x, list(weight.shape), *geometry, bool(i % 2), weight.dtype
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import _sizes
-from resnet_fused.ops import _checks, conv_bn_act
+from resnet_fused.ops import _checks, _samples, conv_bn_act
 from resnet_fused.ops._op import Op
 
 NAME = "conv_bn_act_conv_bn_act"
@@ -214,11 +214,7 @@ _ACTS = (("relu", "relu"), (None, "relu"), (None, None), ("relu", None))
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield arguments over :data:`GEOMETRIES`; each optional one is left out of two of them."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, to)
-
+    draw = _samples.normal(0, device, dtype)
     for i, (shape, between, o, k, s, p, d) in enumerate(GEOMETRIES):
         kernel, stride, padding, dilation = map(conv_bn_act.pair, (k, s, p, d))
         weight, weight2 = draw(between, shape[1], *kernel), draw(o, between, 1, 1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends._sizes import output_shape, pool_shape
-from resnet_fused.ops import _checks, conv_bn_act
+from resnet_fused.ops import _checks, _samples, conv_bn_act
 from resnet_fused.ops._op import Op
 
 NAME = "conv_bn_act_max_pool"
@@ -211,11 +211,7 @@ GEOMETRIES = (
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield arguments over :data:`GEOMETRIES`, with and without vectors and ReLU."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, to)
-
+    draw = _samples.normal(0, device, dtype)
     for i, (shape, o, k, s, p, d, groups, *pool) in enumerate(GEOMETRIES):
         weight = draw(o, shape[1] // groups, k, k)
         vector_dtype = dtype if i % 3 == 2 else _checks.accumulate_dtype(dtype)

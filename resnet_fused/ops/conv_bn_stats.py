@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends._sizes import output_shape
-from resnet_fused.ops import _bn, _checks, _past_relu
+from resnet_fused.ops import _bn, _checks, _past_relu, _samples
 from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 from resnet_fused.ops.conv_bn_act import GEOMETRIES, check_convolution, pair
@@ -133,11 +133,7 @@ def nbytes(
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield arguments over the geometries of conv_bn_act that leave more than one value."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
+    draw = _samples.normal(0, device, dtype)
     wide = _checks.accumulate_dtype(dtype)
     for i, (shape, o, k, s, p, d, groups) in enumerate(GEOMETRIES):
         if shape[0] * shape[2] * shape[3] > 1:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import _bn_math
-from resnet_fused.ops import _bn, _checks
+from resnet_fused.ops import _bn, _checks, _samples
 from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 from resnet_fused.ops._shared import shared
@@ -134,11 +134,7 @@ def nbytes(x: Tensor, *args: Any) -> int:
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield with and without affine vectors and ReLU; odd channels, few values, none."""
-    generator = torch.Generator().manual_seed(5)
-
-    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, to)
-
+    draw = _samples.normal(5, device, dtype)
     for i, shape in enumerate(((2, 16, 5, 3), (3, 7, 4, 4), (2, 4, 1, 1), (0, 4, 3, 3))):
         vector = dtype if i == 1 else _checks.accumulate_dtype(dtype)
         for act in _checks.ACTIVATIONS:

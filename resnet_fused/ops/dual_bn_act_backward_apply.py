@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import _bn_math
-from resnet_fused.ops import _bn, _checks, dual_bn_act
+from resnet_fused.ops import _bn, _checks, _samples, dual_bn_act
 from resnet_fused.ops import dual_bn_act_backward_reduce as reduce
 from resnet_fused.ops._op import Op
 
@@ -94,10 +94,10 @@ def nbytes(grad: Tensor, x: Tensor, *args: Any) -> int:
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield for each sample of dual_bn_act, with the sums of its own reduction."""
-    generator = torch.Generator().manual_seed(6)
+    draw = _samples.normal(6, device, dtype)
     for args in dual_bn_act.samples(device, dtype):
         x, mean, var, weight, _, r, r_mean, r_var, r_weight, _, eps, r_eps, _ = args
-        for grad, *_, y, act in reduce.samples_of(args, generator):
+        for grad, *_, y, act in reduce.samples_of(args, draw):
             sums = reduce.reference(grad, x, mean, r, r_mean, y, act)
             count = _bn.values_per_channel(x.shape)
             yield (

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from resnet_fused.backends import _bn_math
-from resnet_fused.ops import _bn, _checks, dual_bn_act
+from resnet_fused.ops import _bn, _checks, _samples, dual_bn_act
 from resnet_fused.ops._op import Op
 
 NAME = "dual_bn_act_backward_reduce"
@@ -83,15 +83,15 @@ def nbytes(*args: Any) -> int:
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield for each sample of dual_bn_act."""
-    generator = torch.Generator().manual_seed(6)
+    draw = _samples.normal(6, device, dtype)
     for args in dual_bn_act.samples(device, dtype):
-        yield from samples_of(args, generator)
+        yield from samples_of(args, draw)
 
 
-def samples_of(args: tuple[Any, ...], generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
+def samples_of(args: tuple[Any, ...], draw: Callable[..., Tensor]) -> Iterator[tuple[Any, ...]]:
     """Yield for one sample of dual_bn_act: with ReLU's result, and with its bits if it has any."""
     x, mean, _, _, _, residual, residual_mean, *_, act = args
-    grad = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+    grad = draw(*x.shape)
     y, bits = dual_bn_act.reference(*args) if act else (None, _bn_math.no_bits(x))
     yield grad, x, mean, residual, residual_mean, y, act
     if bits.numel():

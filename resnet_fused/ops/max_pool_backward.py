@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends._sizes import pool_shape
-from resnet_fused.ops import _checks, bn_act_max_pool
+from resnet_fused.ops import _checks, _samples, bn_act_max_pool
 from resnet_fused.ops._op import Op
 from resnet_fused.ops.bn_act_max_pool import check_window, corners
 from resnet_fused.ops.conv_bn_act_max_pool import check_pool
@@ -84,10 +84,10 @@ def nbytes(grad: Tensor, index: Tensor, x_size: Sequence[int], *pool: Any) -> in
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield for each sample of bn_act_max_pool."""
-    generator = torch.Generator().manual_seed(7)
+    draw = _samples.normal(7, device, dtype)
     for args in bn_act_max_pool.samples(device, dtype):
         y, index, _ = bn_act_max_pool.reference(*args)
-        grad = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
+        grad = draw(*y.shape)
         yield grad, index, list(args[0].shape), *args[-3:]
 
 

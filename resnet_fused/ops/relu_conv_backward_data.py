@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.ops import _bn, _checks, conv_backward_data, conv_bn_stats
+from resnet_fused.ops import _bn, _checks, _samples, conv_backward_data, conv_bn_stats
 from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 
@@ -114,12 +114,10 @@ def nbytes(
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield over the convolutions of conv_bn_stats, with and without a residual."""
-    generator = torch.Generator().manual_seed(8)
+    draw = _samples.normal(8, device, dtype)
     for i, (x, weight, *geometry) in enumerate(conv_bn_stats.samples(device, dtype)):
         y = conv_bn_stats.fake(x, weight, *geometry)[0]
-        grad, residual = (
-            torch.randn(t.shape, generator=generator, dtype=torch.float64).to(x) for t in (y, x)
-        )
+        grad, residual = (draw(*t.shape) for t in (y, x))
         yield grad, weight, x.relu(), *geometry, residual if i % 2 else None
 
 
