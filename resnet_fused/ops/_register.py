@@ -57,8 +57,8 @@ def register(op: Op) -> None:
 def _refuse(op: Op) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
-            f"{op.name}: double backward is not supported: this op is part of a backward itself. "
-            "Use rf.unfuse(model) to differentiate gradients"
+            f"{op.name}: has no gradient of its own: use the op it is a part of. Where that "
+            "is a backward, double backward is not supported: use rf.unfuse(model)"
         )
 
     return backward
