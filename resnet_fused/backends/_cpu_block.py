@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _bn_math, _cpu_once, _torch_conv, cpu, native
+from resnet_fused.backends import _bn_math, _cpu_once, _torch_conv, _turned, cpu, native
 from resnet_fused.backends import _cpu_weight_gradient as weights
 from resnet_fused.backends._outputs import CPU, empty_channels_last, scratch
 from resnet_fused.backends._training_maps import new_vector
@@ -209,9 +209,7 @@ def _layer(x: Tensor, c: Convolution, *, normalised: bool) -> _Layer | None:
         return None
     weight, geometry = c.weight, c[1:5]
     forward = _cpu_once.Once.of(x, weight, *geometry, normalised=normalised, with_stats=True)
-    outer = [
-        d * (k - 1) - p for k, p, d in zip(weight.shape[2:], c.padding, c.dilation, strict=True)
-    ]
+    outer = _turned.around(weight.shape, c.padding, c.dilation)
     if forward is None or min(outer) < 0:
         return None
     shape = forward.plan.output_shape

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import _turned
 from resnet_fused.backends._cpu_conv import Plan, dense, layout_of, multiplies_tiles, plan_for
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends._sizes import output_size
@@ -162,7 +163,7 @@ def backward_data(
         residual: in the input's shape, any layout, added to its gradient; or None.
     """
     kernel = weight.shape[2:]
-    outer = [d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    outer = _turned.around(weight.shape, padding, dilation)
     strided = {*stride} != {1}
     if min(outer) < 0 or (strided and max(kernel) > 1):
         return None

@@ -192,7 +192,7 @@ def _run(
     # Kept until the kernel is in the stream.
     x = x.detach().contiguous(memory_format=torch.channels_last)
     vectors = as_vector(scale), as_vector(shift)
-    addresses = [0 if t is None else t.data_ptr() for t in (x, packed, *vectors, y)]
+    addresses = [native.address(t) for t in (x, packed, *vectors, y)]
     dtype = CUDA_DTYPE_NAMES[x.dtype]
     native.run(x.device, "stem", *addresses, dtype, n, h, w, c, o, band, relu, pool)
     return y

@@ -166,6 +166,6 @@ def conv_bn_act(
     y = empty_channels_last((n, product.o, h, w), x.dtype, x.device)
     size = native.cuda_kernels().conv_bn_act_workspace_bytes(dtype, kernel, *product)
     workspace = scratch(size, x.device) if size else None
-    addresses = [0 if t is None else t.data_ptr() for t in (*kept, y, workspace)]
+    addresses = [native.address(t) for t in (*kept, y, workspace)]
     native.run(x.device, "conv_bn_act", *addresses, size, dtype, kernel, *product, act == "relu")
     return y

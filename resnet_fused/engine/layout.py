@@ -63,9 +63,9 @@ class Layout:
         self._end = _ends(self.roots, self.last_read)
         self.segments = self._split(captured)
         #: Images that a planned value holds: the batch, or a chunk if only its segment reads it.
-        self.images = self._count_images(captured)
+        self.images = self._count_images()
         #: Planned memory: the native calls' values and, where it is planned, the input's.
-        self.buffers = self._plan(captured)
+        self.buffers = self._plan()
 
     def _explore(self, captured: Captured, x: Tensor) -> None:
         values: list[Any] = [x, *[None] * (captured.size - 1)]
@@ -118,7 +118,7 @@ class Layout:
         return max((d for d in range(1, self.batch + 1) if self.batch % d == 0 and d <= fitting),
                    default=1)  # fmt: skip
 
-    def _count_images(self, captured: Captured) -> dict[int, int]:
+    def _count_images(self) -> dict[int, int]:
         images = {0: self.batch}
         for segment in self.segments:
             inside = {call.out for call in segment.calls}
@@ -129,7 +129,7 @@ class Layout:
                     images[call.out] = segment.images if local else self.batch
         return images
 
-    def _plan(self, captured: Captured) -> dict[int, arena.Buffer]:
+    def _plan(self) -> dict[int, arena.Buffer]:
         buffers = {0: self._buffer(0, 0)} if self._plans_input else {}
         for segment in self.segments:
             for call in segment.calls:

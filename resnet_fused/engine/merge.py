@@ -24,6 +24,7 @@ from resnet_fused.backends import (
     onednn,
     requested,
 )
+from resnet_fused.backends._sizes import is_product
 from resnet_fused.engine.capture import Call, Captured, Ref, fill, refs
 from resnet_fused.engine.kernels import CONV, HEAD, MAX_POOL, pool_arguments
 from resnet_fused.ops._checks import FLOAT_DTYPES
@@ -145,11 +146,10 @@ def pairs(captured: Captured) -> Iterator[tuple[Call, Call]]:
 
 def _is_pair(first: Call, second: Call) -> bool:
     """Return whether the second convolution is pointwise, and the first dense, without residual."""
-    weight, (stride, padding) = second.args[1], map(tuple, second.args[5:7])
-    if not isinstance(weight, Tensor) or tuple(weight.shape[2:]) != (1, 1):
+    weight, (stride, padding, _, groups) = second.args[1], second.args[5:9]
+    if not isinstance(weight, Tensor) or not is_product(weight.shape, stride, padding, groups):
         return False
-    pointwise = stride == (1, 1) and padding == (0, 0)
-    return pointwise and first.args[4] is None and first.args[8] == second.args[8] == 1
+    return first.args[4] is None and first.args[8] == 1
 
 
 def _readers(captured: Captured) -> Counter[int]:

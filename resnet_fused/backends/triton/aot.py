@@ -27,8 +27,6 @@ from resnet_fused.backends.triton.pair_tiles import Pair
 from resnet_fused.backends.triton.shapes import Config, Problem
 from resnet_fused.backends.triton.stem import Stem, StemConfig
 
-#: Registers of a thread, beyond which values are spilled to memory.
-MOST_REGISTERS = 255
 _MMA = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
 _TMA = "cp.async.bulk.tensor"
 
@@ -81,10 +79,8 @@ def compile_conv(
     return [compile_launch(step, capability) for step in steps]
 
 
-def compile_pair(
-    problem: Pair, dtype: torch.dtype, config: Config, capability: int, act: str | None = "relu"
-) -> Compiled:
-    """Compile the kernel of one conv_bn_act_conv_bn_act, likewise.
+def compile_pair(problem: Pair, dtype: torch.dtype, config: Config, capability: int) -> Compiled:
+    """Compile the kernel of one conv_bn_act_conv_bn_act, likewise, with a ReLU behind each.
 
     Raises:
         RuntimeError: kernels are interpreted in this process.
@@ -96,14 +92,14 @@ def compile_pair(
     vector, vector2 = (_meta(torch.float32, n) for n in (first.o, o))
     vectors = (vector, vector, weight2, vector2, vector2)
     residual = y if problem.residual else None
-    step = launch.pair(x, weight, *vectors, residual, y, problem, config, act, act)
+    step = launch.pair(x, weight, *vectors, residual, y, problem, config, "relu", "relu")
     return compile_launch(step, capability)
 
 
 def compile_stem(
-    problem: Stem, dtype: torch.dtype, config: StemConfig, capability: int, act: str | None = "relu"
+    problem: Stem, dtype: torch.dtype, config: StemConfig, capability: int
 ) -> list[Compiled]:
-    """Compile the kernel of one conv_bn_act_max_pool with scale and shift.
+    """Compile the kernel of one conv_bn_act_max_pool with scale, shift and ReLU.
 
     Raises:
         RuntimeError: kernels are interpreted in this process.
@@ -114,7 +110,7 @@ def compile_stem(
         _meta(dtype, conv.o, conv.c, *conv.kernel),
     )
     vector, y = _meta(torch.float32, conv.o), _meta(dtype, conv.n, conv.o, *problem.out_size)
-    step = launch_ends.stem(x, weight, vector, vector, y, problem, config, act)
+    step = launch_ends.stem(x, weight, vector, vector, y, problem, config, "relu")
     return [compile_launch(step, capability)]
 
 
