@@ -67,7 +67,7 @@ def test_shares_kept_for_backward(name):
     assert low <= 0.60 * eager, f"{low / eager:.3f} of eager"
 
 
-@pytest.mark.skipif(not rf.backends()[0].available, reason="about the native kernels")
+@pytest.mark.skipif(cpu.available() is not None, reason="about the native kernels")
 def test_shares_kept_for_backward_by_the_convolutions_that_pay(monkeypatch):
     """At batch 1 of 224x224 images the first 1x1 is torch's, which keeps its activation."""
     monkeypatch.setattr(cpu, "FASTER_IN_TRAINING", FASTER_IN_TRAINING)
@@ -76,7 +76,7 @@ def test_shares_kept_for_backward_by_the_convolutions_that_pay(monkeypatch):
     assert low <= 0.56 * eager, f"{low / eager:.3f} of eager"
 
 
-@pytest.mark.skipif(not rf.backends()[0].available, reason="about the native kernels")
+@pytest.mark.skipif(cpu.available() is not None, reason="about the native kernels")
 def test_a_block_end_in_16_bits_keeps_a_bit_for_each_value():
     """Beside what the next convolution keeps of it anyway; the last one's result is not kept."""
     model = rf.fuse(stage(2, channels=16)).bfloat16()
@@ -107,7 +107,7 @@ def padded_shortcut() -> nn.Module:
     return rf.models.create_model("cifar_resnet20").layer2
 
 
-NATIVE = [("cpu", torch.float32), ("cpu", torch.bfloat16)] if rf.backends()[0].available else []
+NATIVE = [("cpu", torch.float32), ("cpu", torch.bfloat16)] if cpu.available() is None else []
 
 
 @pytest.mark.parametrize("make", [stage, SmallNet, padded_shortcut])

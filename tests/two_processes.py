@@ -19,11 +19,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import resnet_fused as rf
+from resnet_fused.backends import cpu
 from resnet_fused.ops import _bn, _shared
 
 WORLD, IMAGES = 2, 8
 #: The native CPU kernels where they are there.
-NATIVE = "cpu" if rf.backends()[0].available else "reference"
+NATIVE = "cpu" if cpu.available() is None else "reference"
 Results = dict[str, Tensor]
 
 

@@ -170,8 +170,3 @@ def test_errors_name_argument_value_and_what_is_accepted(name, options, words):
     with pytest.raises(ValueError) as caught:
         on_meta(name, **options)
     assert all(word in str(caught.value) for word in words)
-
-
-def test_default_stride_in_is_accepted_by_all():
-    for name in MODELS:
-        on_meta(name, stride_in="3x3")
