@@ -125,3 +125,14 @@ class Maps:
 def new_vector(channels: int, device: torch.device) -> Tensor:
     """Return an empty float32 vector."""
     return torch.empty(channels, dtype=torch.float32, device=device)
+
+
+def new_bits(x: Tensor, *, summed: bool, act: str | None) -> Tensor | None:
+    """Return empty bits of ReLU for a map like ``x``, None where the op writes none."""
+    shape = _bn_math.bits_for(x, summed, act)
+    return None if shape is None else empty_channels_last(shape, torch.uint8, x.device)
+
+
+def with_bits(y: Tensor, bits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the two results of an op that writes bits, or writes none."""
+    return y, _bn_math.no_bits(y) if bits is None else bits

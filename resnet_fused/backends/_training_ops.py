@@ -12,6 +12,7 @@ from resnet_fused.backends import _bn_math, native
 from resnet_fused.backends import _training_kernels as kernels
 from resnet_fused.backends._outputs import empty_channels_last
 from resnet_fused.backends._training_kernels import gradient_vectors, scale_shift
+from resnet_fused.backends._training_maps import new_bits, with_bits
 
 
 def bn_act(
@@ -25,14 +26,9 @@ def bn_act(
     act: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Run the op."""
-    bits = _new_bits(x, residual is not None, act)
+    bits = new_bits(x, summed=residual is not None, act=act)
     y = kernels.bn_act(x, mean, var, weight, bias, eps, residual, act == "relu", bits)
-    return y, _bn_math.no_bits(x) if bits is None else bits
-
-
-def _new_bits(x: Tensor, summed: bool, act: str | None) -> Tensor | None:
-    shape = _bn_math.bits_for(x, summed, act)
-    return None if shape is None else empty_channels_last(shape, torch.uint8, x.device)
+    return with_bits(y, bits)
 
 
 def dual_bn_act(
@@ -53,9 +49,9 @@ def dual_bn_act(
     """Run the op."""
     own = scale_shift(mean, var, weight, bias, eps)
     theirs = scale_shift(residual_mean, residual_var, residual_weight, residual_bias, residual_eps)
-    bits = _new_bits(x, True, act)
+    bits = new_bits(x, summed=True, act=act)
     y = kernels.bn_apply(x, *own, residual, *theirs, relu=act == "relu", bits=bits)
-    return y, _bn_math.no_bits(x) if bits is None else bits
+    return with_bits(y, bits)
 
 
 def bn_act_backward(

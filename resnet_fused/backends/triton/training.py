@@ -15,6 +15,7 @@ from torch import Tensor
 
 from resnet_fused.backends import _bn_math
 from resnet_fused.backends._sizes import pool_shape
+from resnet_fused.backends._training_maps import new_bits, with_bits
 
 if TYPE_CHECKING:
     from resnet_fused.backends.triton.launch import Launch
@@ -47,16 +48,11 @@ def bn_act(
     """Run the op in one pass, in float32, rounded once."""
     from resnet_fused.backends.triton import bn_launch
 
-    y, bits = empty_map(x, x.shape), _new_bits(x, residual is not None, act)
+    y, bits = empty_map(x, x.shape), new_bits(x, summed=residual is not None, act=act)
     if y.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
         run_on(x, [bn_launch.bn_act(x, y, own, act, residual, bits=bits)])
-    return y, _bn_math.no_bits(x) if bits is None else bits
-
-
-def _new_bits(x: Tensor, summed: bool, act: str | None) -> Tensor | None:
-    shape = _bn_math.bits_for(x, summed, act)
-    return None if shape is None else empty_map(x, shape, torch.uint8)
+    return with_bits(y, bits)
 
 
 def dual_bn_act(
@@ -77,14 +73,14 @@ def dual_bn_act(
     """Run the op in one pass, in float32, rounded once."""
     from resnet_fused.backends.triton import bn_launch
 
-    y, bits = empty_map(x, x.shape), _new_bits(x, True, act)
+    y, bits = empty_map(x, x.shape), new_bits(x, summed=True, act=act)
     if y.numel():
         own = bn_launch.BatchNorm(mean, var, weight, bias, eps)
         theirs = bn_launch.BatchNorm(
             residual_mean, residual_var, residual_weight, residual_bias, residual_eps
         )
         run_on(x, [bn_launch.bn_act(x, y, own, act, residual, theirs, bits)])
-    return y, _bn_math.no_bits(x) if bits is None else bits
+    return with_bits(y, bits)
 
 
 def bn_act_max_pool(
