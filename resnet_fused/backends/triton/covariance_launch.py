@@ -23,13 +23,15 @@ from resnet_fused.backends.triton.kernels.covariance import (
 from resnet_fused.backends.triton.launch import Launch, channels_last, is_wide
 from resnet_fused.backends.triton.shapes import power
 
-#: Programs of a covariance: two for each processor of an H100. By the shape alone, as the order of
-#: a sum's terms follows from it.
-_PROGRAMS = 264
-#: Steps of a part at least, and parts at most: each is a matrix to be written and read.
-_STEPS, _MOST_PARTS = 8, 128
-#: The side of a tile of the covariance; of what a program merges, and of how many parts at once.
-_TILE, _MERGED, _PARTS = 128, 16, 16
+#: Processors of an H100, and how many programs of smaller tiles than the largest one has at once.
+#: By the shape alone, as the order of a sum's terms follows from it.
+_PROCESSORS, _SMALL = 132, 4
+#: Steps of a part at least: each part is a matrix to be written and read.
+_STEPS = 8
+#: The side of a tile of the covariance.
+_TILE = 128
+#: Of what a program merges: columns, which are a sector of memory; parts at most, and values.
+_COLUMNS, _PARTS, _VALUES = 8, 128, 4096
 #: The least side of a product; and the input channels that a program has at most at once.
 _LEAST, _WIDEST = 16, 256
 #: Bytes of the covariance that a program fetches at once.
@@ -49,10 +51,11 @@ class Cut(NamedTuple):
     def of(pixels: int, channels: int, itemsize: int) -> Cut:
         """Return the cut for so many pixels and channels of so many bytes."""
         tile = min(_TILE if itemsize == 2 else _TILE // 2, max(_LEAST, power(channels)))
-        block_k = 128 // itemsize if itemsize == 2 else 16
+        block_k = 64 if itemsize == 2 else 16
         across = math.ceil(channels / tile)
         blocks = math.ceil(pixels / block_k)
-        wanted = min(_PROGRAMS // (across * (across + 1) // 2), blocks // _STEPS, _MOST_PARTS)
+        programs = _PROCESSORS * (1 if tile == _TILE else _SMALL)
+        wanted = min(programs // (across * (across + 1) // 2), blocks // _STEPS)
         steps = math.ceil(blocks / max(wanted, 1))
         return Cut(tile, block_k, math.ceil(blocks / steps), steps)
 
@@ -71,16 +74,21 @@ def channel_covariance(x: Tensor, capability: int) -> tuple[list[Launch], Tensor
         "CHANNELS": c, "PRECISION": "ieee", "WIDE": is_wide(x.numel(), rows * c, parts.numel()),
         "BLOCK_C": cut.tile, "BLOCK_K": cut.block_k,
     }  # fmt: skip
+    at_once = min(_PARTS, power(cut.parts))
+    merged = {
+        "CHANNELS": c, "TILE": cut.tile, "BLOCK_M": _VALUES // (_COLUMNS * at_once),
+        "BLOCK_N": _COLUMNS, "BLOCK_P": at_once,
+    }  # fmt: skip
     merge = {
         "parts_ptr": parts, "mean_ptr": mean, "cov_ptr": cov, "m": pixels, "parts": cut.parts,
-        "CHANNELS": c, "BLOCK": _MERGED, "TILE": cut.tile, "BLOCK_P": _PARTS,
+        **merged,
     }  # fmt: skip
-    side = math.ceil(c / _MERGED)
-    # On sm_100 eight would have 128 registers each, and spill one or two.
-    warps = 8 if cut.tile == _TILE and capability < 100 else 4
+    grid = math.ceil(c / merged["BLOCK_M"]), math.ceil(c / _COLUMNS), 1
+    warps = 8 if cut.tile == _TILE else 4
+    stages = 5 if across == 1 else 3  # of one block, not of two
     launches = [
-        Launch(covariance_kernel, (across * across, cut.parts, 1), products, warps, 3),
-        Launch(merge_covariance_kernel, (side, side, 1), merge),
+        Launch(covariance_kernel, (across * across, cut.parts, 1), products, warps, stages),
+        Launch(merge_covariance_kernel, grid, merge),
     ]
     return launches, mean, cov
 

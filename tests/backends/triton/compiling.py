@@ -48,3 +48,14 @@ def compiled_launches(build, precision, capability, *args):
 
     torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     return [aot.compile_launch(step, capability) for step in build(*args)]
+
+
+def left_running(build, precision, capability, *args):
+    """Of each such kernel, its name and the operands of products that it leaves running."""
+    from async_dots import pending_operands
+
+    from resnet_fused.backends.triton import aot
+
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    made = [(step, aot.built(step, capability)) for step in build(*args)]
+    return [(s.kernel.fn.__name__, pending_operands(kernel.asm["ttgir"])) for s, kernel in made]

@@ -16,6 +16,11 @@ def covariance_kernel(
 
     A part of ``parts_ptr`` is (CHANNELS + 1, CHANNELS): the sums of products, and in its last row
     those of x.
+
+    Tensor cores cut off what a sum has no digits for, always towards zero, and the sums of a
+    channel far from zero are large beside its variance. So they sum one block alone, and blocks are
+    added to each other as float32 rounds: what is lost of Σ x xᵀ is some 2^-23 of it however many
+    pixels there are, and of a variance 1 + (mean / deviation)² times as much.
     """
     TILES: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     part, tile = tl.program_id(1), tl.program_id(0)
@@ -32,11 +37,18 @@ def covariance_kernel(
         for step in range(steps):
             pixels = (part * steps + step) * BLOCK_K + ks
             pixel_in, offsets = (pixels < m)[:, None], pixels[:, None] * CHANNELS
-            a = tl.load(x_ptr + offsets + rows[None, :], mask=pixel_in & row_in[None, :], other=0.0)
             b = tl.load(
                 x_ptr + offsets + columns[None, :], mask=pixel_in & column_in[None, :], other=0.0
             )
-            acc = multiply(a.T, b, acc, PRECISION)
+            a = b
+            if TILES > 1:
+                inside = pixel_in & row_in[None, :]
+                a = tl.load(x_ptr + offsets + rows[None, :], mask=inside, other=0.0)
+            block = multiply(a.T, b, tl.zeros((BLOCK_C, BLOCK_C), dtype=tl.float32), PRECISION)
+            # Triton would make one accumulator of a product and a plus. That this waits for the
+            # product also keeps the copies of later blocks, of which b has no more buffers than
+            # fly, from what the product still reads.
+            acc = tl.fma(block, 1.0, acc)
             sums += tl.sum(b.to(tl.float32), 0)
         out = parts_ptr + part * ((CHANNELS + 1) * CHANNELS)
         offsets = rows[:, None] * CHANNELS + columns[None, :]
@@ -47,44 +59,45 @@ def covariance_kernel(
 
 @triton.jit(do_not_specialize=["m", "parts"])
 def merge_covariance_kernel(
-    parts_ptr, mean_ptr, cov_ptr, m, parts, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, BLOCK_P: tl.constexpr,
+    parts_ptr, mean_ptr, cov_ptr, m, parts, CHANNELS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK x BLOCK of the covariance, from all parts in order, BLOCK_P of them at a time.
+    """BLOCK_M x BLOCK_N of the covariance, and what mirrors it, from all parts, BLOCK_P at a time.
 
     In double precision, as little may be left of Σ x xᵀ once the product of the means is taken out.
     """
     block_m, block_n = tl.program_id(0), tl.program_id(1)
-    rows, columns = block_m * BLOCK + tl.arange(0, BLOCK), block_n * BLOCK + tl.arange(0, BLOCK)
-    row_in, column_in = rows < CHANNELS, columns < CHANNELS
-    inside = row_in[:, None] & column_in[None, :]
-    offsets = rows[:, None] * CHANNELS + columns[None, :]
-    if block_m * BLOCK // TILE > block_n * BLOCK // TILE:  # only its mirror image was computed
-        offsets = columns[None, :] * CHANNELS + rows[:, None]
-    PART: tl.constexpr = (CHANNELS + 1) * CHANNELS
-    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float64)
-    row_sums = tl.zeros((BLOCK,), dtype=tl.float64)
-    column_sums = tl.zeros((BLOCK,), dtype=tl.float64)
-    for first in range(0, parts, BLOCK_P):
-        part = first + tl.arange(0, BLOCK_P)
-        part_in, starts = part < parts, part.to(tl.int64) * PART
-        wanted = part_in[:, None, None] & inside[None, :, :]
-        source = parts_ptr + starts[:, None, None] + offsets[None, :, :]
-        total += tl.sum(tl.load(source, mask=wanted, other=0.0).to(tl.float64), 0)
-        sums = parts_ptr + CHANNELS * CHANNELS + starts[:, None]
-        row_sums += _sum(sums + rows[None, :], part_in[:, None] & row_in[None, :])
-        column_sums += _sum(sums + columns[None, :], part_in[:, None] & column_in[None, :])
-    row_means, column_means = row_sums / m, column_sums / m
-    cov = total / m - row_means[:, None] * column_means[None, :]
-    offsets = rows[:, None] * CHANNELS + columns[None, :]
-    tl.store(cov_ptr + offsets, cov.to(tl.float32), mask=inside)
-    if block_m == 0:
-        tl.store(mean_ptr + columns, column_means.to(tl.float32), mask=column_in)
+    tile_m, tile_n = block_m * BLOCK_M // TILE, block_n * BLOCK_N // TILE
+    if tile_m <= tile_n:
+        rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_in, column_in = rows < CHANNELS, columns < CHANNELS
+        inside = row_in[:, None] & column_in[None, :]
+        offsets = rows[:, None] * CHANNELS + columns[None, :]
+        PART: tl.constexpr = (CHANNELS + 1) * CHANNELS
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64)
+        row_sums = tl.zeros((BLOCK_M,), dtype=tl.float64)
+        column_sums = tl.zeros((BLOCK_N,), dtype=tl.float64)
+        for first in range(0, parts, BLOCK_P):
+            part = first + tl.arange(0, BLOCK_P)
+            part_in, starts = part < parts, part.to(tl.int64) * PART
+            source = parts_ptr + starts[:, None, None] + offsets[None, :, :]
+            total += _sum(source, part_in[:, None, None] & inside[None, :, :])
+            sums = parts_ptr + CHANNELS * CHANNELS + starts[:, None]
+            row_sums += _sum(sums + rows[None, :], part_in[:, None] & row_in[None, :])
+            column_sums += _sum(sums + columns[None, :], part_in[:, None] & column_in[None, :])
+        row_means, column_means = row_sums / m, column_sums / m
+        cov = (total / m - row_means[:, None] * column_means[None, :]).to(tl.float32)
+        tl.store(cov_ptr + offsets, cov, mask=inside)
+        if tile_m < tile_n:
+            tl.store(cov_ptr + columns[None, :] * CHANNELS + rows[:, None], cov, mask=inside)
+        if block_m == 0:
+            tl.store(mean_ptr + columns, column_means.to(tl.float32), mask=column_in)
 
 
 @triton.jit
 def _sum(ptr, inside):
-    """Return the sums of columns in double precision."""
+    """Return sums over the first axis in double precision."""
     return tl.sum(tl.load(ptr, mask=inside, other=0.0).to(tl.float64), 0)
 
 
