@@ -355,6 +355,30 @@ def test_a_parameter_that_is_written_unseen_is_cast_again():
         assert _casts.cast(weight, torch.bfloat16).tolist() == [7, 7, 7]
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_another_stream_waits_for_what_the_first_cast_made(cuda, waits, monkeypatch):
+    """Also where a step meets its first cast on a stream beside its own."""
+    if not waits:  # the detector then sees it
+        monkeypatch.setattr(_casts.Casts, "_wait", lambda self, narrow: None)
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    own, beside = cuda.caller_stream(), cuda.caller_stream()
+    with _casts.together() as casts, cuda.device(CPU):
+        with cuda.on(own):
+            for weight in (first, second):
+                _casts.cast(weight, torch.bfloat16)
+        for _ in range(2):
+            casts.begin()
+            beside.wait_stream(own)
+            with cuda.on(beside):
+                _casts.cast(first, torch.bfloat16).sum()
+            with cuda.on(own):
+                made = _casts.cast(second, torch.bfloat16)
+                made.sum()
+            own.wait_stream(beside)
+    assert made.grad_fn.name() == "_MadeBackward"
+    assert bool(cuda.races) != waits
+
+
 def test_casts_of_parameters_that_are_gone_are_not_made():
     with _casts.together() as casts:
         for _ in range(3):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from resnet_fused.backends import _derived
 from resnet_fused.backends._derived import stamp
 
 
@@ -33,6 +34,9 @@ class Casts:
         #: What the parameters were when they were last cast together.
         self._stamps: dict[tuple[int, torch.dtype], Any] = {}
         self._due = False
+        #: Behind the last making on a GPU, and the streams whose work from now on comes after it.
+        self._event: Any = None
+        self._ordered: set[Any] = set()
 
     def begin(self) -> None:
         """Have the next cast make all that were noted, as a step begins."""
@@ -45,7 +49,7 @@ class Casts:
 
     @torch.no_grad()
     def _make(self) -> None:
-        """Cast what was noted, in a few launches."""
+        """Cast what was noted, in a few launches on the current stream."""
         pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for key, twin in self._twins.items():
             parameter = twin.parameter()
@@ -56,6 +60,21 @@ class Casts:
                 wide.append(parameter)
         for narrow, wide in pairs.values():
             torch._foreach_copy_(narrow, wide)
+            if _derived.on_gpu(narrow[0]):
+                stream = torch.cuda.current_stream(narrow[0].device)
+                self._event, self._ordered = torch.cuda.Event(), {stream}
+                self._event.record(stream)
+
+    def _wait(self, narrow: Tensor) -> None:
+        """Have the current stream read only what is made: another may have met the first cast.
+
+        Also in a recording, as every step of one makes its own.
+        """
+        if _derived.on_gpu(narrow):
+            stream = torch.cuda.current_stream(narrow.device)
+            if stream not in self._ordered:
+                stream.wait_event(self._event)
+                self._ordered.add(stream)
 
     def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a parameter in another dtype, from those that were made if it is as it was.
@@ -71,6 +90,7 @@ class Casts:
             self._twins[key] = _Twin(weakref.ref(parameter), parameter.detach().to(dtype))
             self._stamps.pop(key, None)
         elif self._stamps.get(key) == stamp(parameter):
+            self._wait(twin.narrow)
             narrow: Tensor = _Made.apply(parameter, twin.narrow)
             return narrow
         return parameter.to(dtype)

@@ -210,6 +210,9 @@ class FakeCuda:
             written = {memory(t) for t in tensors(out)} - {memory(t) for t in given}
             if func._schema.is_mutable:
                 written |= {memory(t) for t in tensors(out)}
+            for value, known in zip(inputs[0], func._schema.arguments, strict=False):
+                if known.alias_info is not None and known.alias_info.is_write:
+                    written |= {memory(t) for t in tensors(value)}
             for place in {memory(t) for t in [*given, *tensors(out)]}:
                 writes = place in written
                 for name, time, wrote, what in self._uses[place]:
