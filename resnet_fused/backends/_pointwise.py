@@ -59,13 +59,13 @@ def pointwise_bn_act_backward(
     assert sum_g is not None
     g = grad if y is None else masked
     product = call("conv_backward_weight", g, x, weight.shape, *GEOMETRY, False, mean.dtype)
-    grad_weight, grad_bn_weight, of_g, of_x, shift = call(
+    grad_weight, grad_bn_weight, of_g, of_x, *affine = call(
         "pointwise_bn_gradients", weight.to(x.dtype), product, sum_g, mean, var, x_mean, x_cov,
         bn_weight, eps, max(x.numel() // x.shape[1], 1), weight.dtype,
     )  # fmt: skip
     grad_x = nothing
     if wanted[0]:
-        turned = call("conv_bn_act", x, of_x, None, shift, None, *GEOMETRY, None)
+        turned = call("conv_bn_act", x, of_x, *affine, None, *GEOMETRY, None)
         grad_x = call("conv_backward_data", g, of_g, x.shape, *GEOMETRY, turned)
     # Of what came in, a copy: an op's result is no argument.
     own = sum_g.clone() if given else sum_g

@@ -7,6 +7,9 @@ that needs z follows from the product P = Σ g xᵀ, from W, and from the mean �
 * Σ g · (z - μ_z) is the sum of P ∘ W over each row, less μ_z Σ g;
 * Σ ∂z xᵀ, the weight's gradient, is a (P - Σ g μᵀ) + M b W C;
 * Wᵀ ∂z, x's gradient, is (a W)ᵀ g + (Wᵀ b W) x, less its mean.
+
+b is a mean over pixels, far below g, and would vanish in float16 where g does not: what turns x is
+divided by a power of two near the largest b, which is its convolution's scale.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from resnet_fused.ops import _bn, _checks, pointwise_bn_stats
 from resnet_fused.ops._op import Op
 
 NAME = "pointwise_bn_gradients"
-Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def check(
@@ -74,8 +77,8 @@ def reference(
     Returns:
         The gradients of weight, in ``dtype``, and of bn_weight; then for x's gradient by
         convolutions of 1x1: what turns g, (O, C, 1, 1), what turns x, (C, C, 1, 1), both in
-        weight's dtype, and the shift, (C,), by which what they give, as they are rounded, has no
-        mean.
+        weight's dtype, the scale of what that gives, (C,), all one power of two, and the shift,
+        (C,), by which what both give, as they are rounded, has no mean.
     """
     w, p = weight.flatten(1).to(product.dtype), product.flatten(1)
     rstd = _bn_math.invstd(var, eps)
@@ -85,15 +88,24 @@ def reference(
     grad_w = scale[:, None] * (p - sum_g.outer(x_mean) - slope[:, None] * (w @ x_cov))
     of_g = (scale[:, None] * w).to(weight.dtype)
     # Symmetric: as a weight (out, in) it is its own transpose.
-    of_x = (w.t() @ ((scale * slope / -count)[:, None] * w)).to(weight.dtype)
-    shift = -(of_g.to(w.dtype).t() @ (sum_g / count)) - of_x.to(w.dtype) @ x_mean
+    slope_x = scale * slope / -count
+    power = _power_below(slope_x.abs().max())
+    of_x = (w.t() @ ((slope_x / power)[:, None] * w)).to(weight.dtype)
+    shift = -(of_g.to(w.dtype).t() @ (sum_g / count)) - power * (of_x.to(w.dtype) @ x_mean)
     return (
         grad_w.to(dtype).view(weight.shape),
         rstd * sum_gz,
         of_g.view(weight.shape),
         of_x[..., None, None],
+        power.expand(len(x_mean)).clone(),
         shift,
     )
+
+
+def _power_below(value: Tensor) -> Tensor:
+    """Return the largest power of two that is not above; one for zero and what is not finite."""
+    mantissa, _ = torch.frexp(value)
+    return torch.where(value.isfinite() & (value > 0), value / (2 * mantissa), 1)
 
 
 def fake(
@@ -117,6 +129,7 @@ def fake(
         mean.new_empty(o),
         weight.new_empty(o, c, 1, 1),
         weight.new_empty(c, c, 1, 1),
+        mean.new_empty(c),
         mean.new_empty(c),
     )
 
@@ -143,7 +156,7 @@ def nbytes(
     """All arguments read once, the results written once."""
     given = (weight, product, sum_g, mean, var, x_mean, x_cov, bn_weight)
     o, c = weight.shape[:2]
-    written = (o + c) * c * weight.itemsize + o * c * dtype.itemsize + (o + c) * mean.itemsize
+    written = (o + c) * c * weight.itemsize + o * c * dtype.itemsize + (o + 2 * c) * mean.itemsize
     return written + sum(t.nbytes for t in given if t is not None)
 
 
@@ -164,7 +177,7 @@ OP = Op(
     schema=(
         "(Tensor weight, Tensor product, Tensor sum_g, Tensor mean, Tensor var, Tensor x_mean, "
         "Tensor x_cov, Tensor? bn_weight, float eps, SymInt count, ScalarType dtype) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     check=check,
     reference=reference,

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resnet_fused as rf
-from resnet_fused.testing import gradient_rule
+from resnet_fused.ops import channel_covariance, pointwise_bn_stats
+from resnet_fused.testing import gradient_rule, to_float64
 
 OPS = torch.ops.resnet_fused
 EPS = 1e-5
@@ -166,6 +167,34 @@ def test_what_is_not_finite_spoils_what_it_spoils_in_torch(value):
     given[0][1, 3, 2, 2] = value
     ours = rf.functional.pointwise_bn_act(*given, act="relu")
     assert torch.equal(ours.isnan(), eager(*given).isnan())
+
+
+def small_gradients(size: float) -> tuple:
+    """pointwise_bn_gradients' arguments in float16, with g of about this size at 10,000 pixels."""
+    x, weight, gamma, *_ = inputs(torch.float16)
+    mean, cov = channel_covariance.reference(x)
+    moments = pointwise_bn_stats.reference(weight, mean, cov, None, None, EPS)[:2]
+    product, sum_g = size * draw(8, *weight.shape), size * draw(9, len(weight))
+    given = (product.to(mean), sum_g.to(mean), *moments, mean, cov, gamma)
+    return weight, *given, EPS, 10000, mean.dtype
+
+
+@pytest.mark.parametrize("size", [1e3, 1.0, 1e-3, 1e-8])
+def test_what_turns_x_does_not_vanish_in_float16(size):
+    args = small_gradients(size)
+    *_, of_x, scale, _ = OPS.pointwise_bn_gradients(*args)
+    *_, exact, theirs, _ = OPS.pointwise_bn_gradients(*to_float64(args))
+    exact = exact * theirs.view(-1, 1, 1, 1)
+    ours = of_x.double() * scale.double().view(-1, 1, 1, 1)
+    assert (ours - exact).abs().max() < torch.finfo(torch.float16).eps * exact.abs().max()
+    assert torch.frexp(scale)[0].eq(0.5).all()
+
+
+def test_no_gradient_at_all():
+    *_, of_x, scale, shift = OPS.pointwise_bn_gradients(*small_gradients(0.0))
+    assert scale.eq(1).all()
+    assert not of_x.any()
+    assert not shift.any()
 
 
 X, WEIGHT, VECTOR = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 1, 1), torch.ones(5)

@@ -139,7 +139,8 @@ def pointwise_bn_gradients(
     """Return the launches of the op, and what receives its results."""
     o, c = weight.shape[:2]
     grad_w, of_g = weight.new_empty(o, c, 1, 1, dtype=dtype), weight.new_empty(o, c, 1, 1)
-    of_x, shift = weight.new_empty(c, c, 1, 1), x_mean.new_empty(c)
+    of_x = weight.new_empty(c, c, 1, 1)
+    scale, shift = x_mean.new_empty(c), x_mean.new_empty(c)
     grad_weight, slope = x_mean.new_empty(o), x_mean.new_empty(o)
     weight, sum_g, x_mean = weight.contiguous(), sum_g.contiguous(), x_mean.contiguous()
     grid, blocks, warps = _by_outputs(weight)
@@ -154,12 +155,13 @@ def pointwise_bn_gradients(
     sizes = {"OUT": o, "CHANNELS": c}
     block_c = min(32, max(_LEAST, power(c)))
     turn = {
-        "w_ptr": weight, "slope_ptr": slope, "of_x_ptr": of_x, **sizes, "BLOCK_O": 64,
-        "BLOCK_C": block_c,
+        "w_ptr": weight, "slope_ptr": slope, "of_x_ptr": of_x, "scale_ptr": scale, **sizes,
+        "BLOCK_O": 64, "BLOCK_C": block_c,
     }  # fmt: skip
     shifting = {
-        "of_g_ptr": of_g, "of_x_ptr": of_x, "sum_g_ptr": sum_g, "x_mean_ptr": x_mean,
-        "shift_ptr": shift, "count": count, **sizes, "BLOCK_O": 256, "BLOCK_C": _LEAST,
+        "of_g_ptr": of_g, "of_x_ptr": of_x, "scale_ptr": scale, "sum_g_ptr": sum_g,
+        "x_mean_ptr": x_mean, "shift_ptr": shift, "count": count, **sizes, "BLOCK_O": 256,
+        "BLOCK_C": _LEAST,
     }  # fmt: skip
     side = math.ceil(c / block_c)
     launches = [
@@ -167,4 +169,4 @@ def pointwise_bn_gradients(
         Launch(pointwise_turn_kernel, (side, side, 1), turn, num_stages=2),
         Launch(pointwise_shift_kernel, (math.ceil(c / _LEAST), 1, 1), shifting),
     ]
-    return launches, (grad_w, grad_weight, of_g, of_x, shift)
+    return launches, (grad_w, grad_weight, of_g, of_x, scale, shift)

@@ -13,6 +13,7 @@ from formulas import call
 from hypothesis import given, settings
 from nets import SmallNet
 from test_drawn import calls
+from test_pointwise import small_gradients
 from test_training_ops import fresh, peak, rounded_to, terms
 
 import resnet_fused as rf
@@ -376,6 +377,12 @@ def test_a_covariance_keeps_what_is_not_finite(value):
     assert not cov[:, 3].isfinite().any()
     assert (~cov.isfinite()).sum() == 2 * 24 - 1
     assert not mean[:3].isnan().any()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e3, 1e-8])
+def test_what_turns_x_does_not_vanish_in_float16(size):
+    args = small_gradients(size)
+    assert_right("pointwise_bn_gradients", args, results("pointwise_bn_gradients", args))
 
 
 @each_dtype

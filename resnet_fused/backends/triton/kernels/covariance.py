@@ -199,10 +199,11 @@ def pointwise_gradients_kernel(
 
 @triton.jit
 def pointwise_turn_kernel(
-    w_ptr, slope_ptr, of_x_ptr, OUT: tl.constexpr, CHANNELS: tl.constexpr,
+    w_ptr, slope_ptr, of_x_ptr, scale_ptr, OUT: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C x BLOCK_C of what turns x, Wᵀ slope W."""
+    """BLOCK_C x BLOCK_C of what turns x, Wᵀ slope W over a power of two, and that as its scale."""
+    power = _power_below(slope_ptr, OUT, BLOCK_O)
     rows = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     row_in, column_in = rows < CHANNELS, columns < CHANNELS
@@ -212,16 +213,33 @@ def pointwise_turn_kernel(
         output_in = outputs < OUT
         a = _block(w_ptr, outputs, rows, output_in, row_in, CHANNELS)
         b = _block(w_ptr, outputs, columns, output_in, column_in, CHANNELS)
-        b *= vector(slope_ptr, outputs, output_in)[:, None]
+        b *= tl.div_rn(vector(slope_ptr, outputs, output_in), power)[:, None]
         acc = tl.dot(a.T, b, acc, input_precision="tf32x3")
     offsets = rows[:, None] * CHANNELS + columns[None, :]
     value = rounded(acc, of_x_ptr.dtype.element_ty)
     tl.store(of_x_ptr + offsets, value, mask=row_in[:, None] & column_in[None, :])
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr + columns, power + tl.zeros((BLOCK_C,), tl.float32), mask=column_in)
+
+
+@triton.jit
+def _power_below(ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the largest power of two that is not above the largest of a vector's sizes.
+
+    One where that is zero or not finite.
+    """
+    largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, SIZE, BLOCK):
+        places = first + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(vector(ptr, places, places < SIZE)))
+    bits = tl.max(largest, 0).to(tl.int32, bitcast=True)
+    power = (bits & 0x7F800000).to(tl.float32, bitcast=True)  # as it is without its mantissa
+    return tl.where((power > 0.0) & (power < float("inf")), power, 1.0)
 
 
 @triton.jit(do_not_specialize=["count"])
 def pointwise_shift_kernel(
-    of_g_ptr, of_x_ptr, sum_g_ptr, x_mean_ptr, shift_ptr, count,
+    of_g_ptr, of_x_ptr, scale_ptr, sum_g_ptr, x_mean_ptr, shift_ptr, count,
     OUT: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_C channels of the shift that takes the mean out of what both turns, rounded, give."""
@@ -238,7 +256,7 @@ def pointwise_shift_kernel(
     for first in range(0, CHANNELS, BLOCK_O):
         rows = first + tl.arange(0, BLOCK_O)
         row_in = rows < CHANNELS
-        mean = vector(x_mean_ptr, rows, row_in)
+        mean = vector(x_mean_ptr, rows, row_in) * vector(scale_ptr, rows, row_in)
         shift -= tl.sum(
             _block(of_x_ptr, rows, columns, row_in, column_in, CHANNELS) * mean[:, None], 0
         )
