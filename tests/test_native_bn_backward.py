@@ -1,5 +1,6 @@
 """BatchNorm's backward kernels, and that no sum depends on the number of threads."""
 
+import copy
 import itertools
 import math
 
@@ -19,7 +20,9 @@ from native_maps import (
     rule,
     vectors,
 )
+from torch import nn
 
+import resnet_fused as rf
 from resnet_fused.backends import _training_kernels as kernels
 from resnet_fused.testing import two_x_rule
 
@@ -218,6 +221,57 @@ def test_the_whole_backward_is_torch_s(isa):
     for ours, theirs, exact in zip(got, plain, oracle, strict=True):
         check = two_x_rule(ours, theirs, exact, n)
         assert check.ok, check
+
+
+# --- behind an average pool ----------------------------------------------------------------------
+
+
+def same_everywhere(grad):
+    """Return what the backward of a global average pool gives: one value a map of a channel."""
+    same = grad[:, :, :1, :1].expand_as(grad)
+    return same.contiguous(memory_format=torch.channels_last)
+
+
+@each_run
+@pytest.mark.parametrize("shape", [(4, 33, 14, 14), (8, 72, 56, 56)], ids=str)
+def test_a_gradient_that_is_the_same_everywhere(shape, isa, dtype):
+    """Every addition rounds the same way, so the sum is held without the √terms of random ones."""
+    _C.set_cpu_isa(isa)
+    grad, x, x2, y = backward_maps(shape, dtype)
+    grad = same_everywhere(grad)
+    mean, mean2 = vectors(shape[1], 2)
+    for relu, second in itertools.product((False, True), ({}, {"x2": x2, "mean2": mean2})):
+        g = masked_formula(grad, y, relu)
+        sum_g = kernels.bn_act_backward_reduce(grad, x, mean, y=y, relu=relu, **second)[0]
+        rule(sum_g, sum_formula, g, reduced=0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("seed", range(3))
+def test_what_such_a_gradient_gives_the_layers_before(seed, isa):
+    """BatchNorm's backward takes the mean off it, and the next one's sums are of what is left."""
+    _C.set_cpu_isa(isa)
+    torch.manual_seed(seed)
+    plain = nn.Sequential(*conv_bn_relu(33, 36), *conv_bn_relu(36, 33))
+    fused, exact = rf.fuse(copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    x = torch.randn(4, 33, 14, 14).relu()
+    grad = torch.randn(4, 33, 1, 1).expand(4, 33, 14, 14)
+    with rf.use_backend("cpu"):
+        fused(x).backward(grad)
+    plain(x).backward(grad)
+    exact(x.double()).backward(grad.double())
+    for (name, ours), theirs, oracle in zip(
+        fused.named_parameters(), plain.parameters(), exact.parameters(), strict=True
+    ):
+        check = two_x_rule(ours.grad, theirs.grad, oracle.grad, x[:, 0].numel())
+        assert check.ok, f"{name}: {check}"
+
+
+def conv_bn_relu(c, o):
+    return nn.Conv2d(c, o, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()
+
+
+# --- in one call ---------------------------------------------------------------------------------
 
 
 WANTED = [w for w in itertools.product((True, False), repeat=5) if any(w)]

@@ -2,6 +2,10 @@
 
 // Sums run in float32 over this many rows, then in double.
 constexpr int64_t kBlock = 256;
+// Those of gradients in float32 over no more than so many. Behind an average pool a gradient is the same
+// at every pixel, and then each addition rounds the same way; in bfloat16 such a sum is exact.
+template <class T>
+constexpr int64_t kGradientBlock = sizeof(T) == 4 ? 40 : kBlock;
 
 // The arguments by value here and below: through a reference, every store might change them.
 template <class E, Shortcut S, bool RELU, bool BITS>
@@ -181,7 +185,8 @@ static inline void add_products(const BnReduceArgs g, int64_t row, float* work) 
   const int64_t c = g.c;
   each_vector(c, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
     const auto mean = get<F32>(g.mean + j, lanes);
-    auto sum = get<F32>(work + j, lanes), product = get<F32>(work + c + j, lanes);
+    // The gradients among themselves first: fewer roundings at the size of the whole sum.
+    auto sum = Vec::zero(), product = get<F32>(work + c + j, lanes);
     auto mean2 = mean, product2 = product;
     if constexpr (DUAL) {
       mean2 = get<F32>(g.mean2 + j, lanes);
@@ -199,14 +204,14 @@ static inline void add_products(const BnReduceArgs g, int64_t row, float* work) 
       }
       const auto x = get<E>(static_cast<const T*>(g.x) + i, lanes);
       const auto v = masked_gradient<E, M>(g, x, i, j, lanes);
-      sum = Vec::add(sum, v);
+      sum = r == 0 ? v : Vec::add(sum, v);
       product = bn_add_product<Vec>(product, v, x, mean);
       if constexpr (DUAL)
         product2 =
             bn_add_product<Vec>(product2, v, get<E>(static_cast<const T*>(g.x2) + i, lanes), mean2);
       if constexpr (STORE) put<E>(static_cast<T*>(g.masked) + i, v, lanes);
     }
-    put<F32>(work + j, sum, lanes);
+    put<F32>(work + j, Vec::add(get<F32>(work + j, lanes), sum), lanes);
     put<F32>(work + c + j, product, lanes);
     if constexpr (DUAL) put<F32>(work + 2 * c + j, product2, lanes);
   });
@@ -228,9 +233,11 @@ static void reduce(const BnReduceArgs& args) {
       double* total = totals + p * width;
       float* work = works + p * width;
       for (int64_t j = 0; j < width; ++j) total[j] = 0;
-      const int64_t last = part_begin(g.rows, parts, p + 1);
-      for (int64_t row = part_begin(g.rows, parts, p); row < last;) {
-        const int64_t end = min64(last, row + kBlock);
+      const int64_t first = part_begin(g.rows, parts, p), n = part_begin(g.rows, parts, p + 1) - first;
+      const int64_t blocks = ceil_div(n, kGradientBlock<typename E::T>);
+      for (int64_t b = 0; b < blocks; ++b) {
+        int64_t row = first + part_begin(n, blocks, b);
+        const int64_t end = first + part_begin(n, blocks, b + 1);
         for (int64_t j = 0; j < width; ++j) work[j] = 0;
         for (; several && row + 2 <= end; row += 2)
           add_products<E, M, DUAL, STORE, 2>(g, row, work);

@@ -11,14 +11,20 @@ namespace {
 template <Mask M, bool DUAL>
 constexpr int kRows = M == Mask::none ? (DUAL ? 2 : 4) : (DUAL ? 1 : 2);
 
+// In float32 a thread adds so many rows of g among themselves, then to those before. Behind an average
+// pool a gradient is the same at every pixel, and then each addition rounds the same way; of 16-bit
+// values such a sum is exact.
+constexpr int kRun = 16;
+
 // Of each part, channel by channel: the sums of g, those of g * (x - mean), those with x2.
 template <class E, int W, Mask M, bool DUAL>
 __global__ void __launch_bounds__(kThreads, 3) bn_reduce_parts_kernel(const Tiled<BnReduceArgs> g) {
   constexpr int R = kRows<M, DUAL>, sums = DUAL ? 3 : 2;
+  constexpr bool in_runs = sizeof(typename E::T) == 4;
   __shared__ PutDown<sums, W> put_down;
   using Maps = GradientRows<E, W, M, DUAL, R>;
   const Thread t(g.tiling, W);
-  float sum[sums][W] = {};
+  float sum[sums][W] = {}, before[W] = {};
   const MaskVectors<W, M> mask(g, t);
   if (t.inside) {
     const Channels<W> mean(g.mean, t.channel), mean2(DUAL ? g.mean2 : g.mean, t.channel);
@@ -45,6 +51,12 @@ __global__ void __launch_bounds__(kThreads, 3) bn_reduce_parts_kernel(const Tile
       const Maps maps(g, [&](int i) { return at + i * pitch; });
 #pragma unroll
       for (int i = 0; i < R; ++i) add(maps, i);
+      if (in_runs && rows % kRun < R)
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+          before[j] += sum[0][j];
+          sum[0][j] = 0;
+        }
     }
     if (R > 1 && rows > 0) {  // what is not there is read as the first and not added
       const Maps maps(g, [&](int i) { return at + (i < rows ? i : 0) * pitch; });
@@ -53,6 +65,9 @@ __global__ void __launch_bounds__(kThreads, 3) bn_reduce_parts_kernel(const Tile
         if (i < rows) add(maps, i);
     }
   }
+  if (in_runs)
+#pragma unroll
+    for (int j = 0; j < W; ++j) sum[0][j] += before[j];
 #pragma unroll
   for (int k = 0; k < sums; ++k) put_down.put(k, sum[k]);
   __syncthreads();
