@@ -32,7 +32,6 @@ from resnet_fused.bench.networks import (
     Network,
     calibrate,
     float64_answers,
-    longest_sum,
 )
 from resnet_fused.bench.options import UsageError
 from resnet_fused.bench.results import OP
@@ -40,6 +39,7 @@ from resnet_fused.flops import count
 from resnet_fused.functional import avg_pool_linear
 from resnet_fused.models import create_model
 from resnet_fused.models.resnet import BasicBlock, Bottleneck
+from resnet_fused.testing import longest_sum
 from resnet_fused.tuning.calls import Call, harvest
 
 #: Different rows of a drawn input; a larger batch repeats them.

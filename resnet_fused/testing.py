@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def to_float64(value: Any) -> Any:
@@ -83,6 +83,14 @@ def two_x_rule(
     eager_error = max_error(eager, oracle)
     allowed = 2 * (eager_error if math.isfinite(eager_error) else 0.0) + floor
     return ErrorCheck(max_error(value, oracle), eager_error, allowed)
+
+
+def longest_sum(model: nn.Module) -> int:
+    """Return the most products that one output of a convolution or linear layer sums."""
+    weights = (
+        module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    )
+    return max((weight[0].numel() for weight in weights), default=1)
 
 
 def factors_dtype(x: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused.backends import cpu, onednn
+from resnet_fused.testing import max_error
 from resnet_fused.verify import verify
 
 X = image(2, 3, 32, 32)
@@ -25,6 +26,37 @@ def test_every_layer_and_both_outputs(dtype):
     assert [row.name for row in report.outputs] == ["output of fuse", "output of freeze"]
     assert "every row is within it" in str(report)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_without_batchnorm_the_output_is_allowed_the_rounding_of_its_longest_sum():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(7200, 5)).eval()
+    report = verify(model, X)
+    assert report.layers == []
+    for row in report.outputs:
+        floor = row.check.allowed - 2 * row.check.eager_error
+        assert floor == pytest.approx(row.peak * torch.finfo(torch.float32).eps * (1 + 7200**0.5))
+
+
+def test_the_larger_error_of_eagers_two_layouts_counts():
+    """What an engine runs in channels_last adds in another order than the model as it is given."""
+    for seed in range(8):  # the larger is now one's, now the other's
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+        x = torch.randn(2, 64, 16, 16)
+        report = verify(model, x)
+        with torch.no_grad():
+            oracle = copy.deepcopy(model).double()(x.double())
+            last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+            errors = [max_error(eager(x), oracle) for eager in (model, last)]
+        assert errors[0] != errors[1]
+        assert [r.check.eager_error for r in report.outputs] == [pytest.approx(max(errors))] * 2
+
+
+def test_it_tells_how_far_it_is():
+    told = []
+    report = verify(small_net(), X, on_step=lambda done, of_all: told.append((done, of_all)))
+    whole = len(report.layers) + 1
+    assert told == [(done, whole) for done in range(whole + 1)]
 
 
 def test_a_fused_model_is_verified_like_its_original():

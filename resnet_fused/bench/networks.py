@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from resnet_fused.testing import longest_sum
+
 CALIBRATION_BATCH = 8
 CALIBRATION_PASSES = 2
 #: Images whose float64 answers are worked out: a float64 ResNet-152 takes a second an image.
@@ -80,11 +82,3 @@ def float64_answers(model: nn.Module, crops: Tensor) -> Tensor:
     with torch.inference_mode():
         answers: Tensor = copy.deepcopy(model).double()(crops.double())
     return answers
-
-
-def longest_sum(model: nn.Module) -> int:
-    """Return the most products that one output of a convolution or linear layer sums."""
-    weights = (
-        module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)
-    )
-    return max((weight[0].numel() for weight in weights), default=1)
