@@ -14,9 +14,8 @@ from resnet_fused.bench import chart
 from resnet_fused.bench.chart import COLOURS
 from resnet_fused.bench.contenders import FROZEN, REFERENCE
 from resnet_fused.bench.options import SHORT_DTYPES
-from resnet_fused.bench.results import INFERENCE, OP, TRAINING, Record, Row
+from resnet_fused.bench.results import INFERENCE, OP, TRAINING, Record, Row, write_file
 from resnet_fused.bench.tables import conditions_line
-from resnet_fused.files import write_atomically
 
 
 def save(record: Record, out: Path) -> list[Path]:
@@ -155,5 +154,5 @@ def _panels(
     )  # fmt: skip
     legend.get_title().set(color="#555", ha="center")
     figure.suptitle(title)
-    write_atomically(path, lambda temporary: figure.savefig(temporary))
+    write_file(path, lambda temporary: figure.savefig(temporary))
     return path

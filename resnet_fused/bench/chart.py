@@ -9,9 +9,8 @@ from typing import Any
 
 from resnet_fused.bench.contenders import FROZEN, FUSED, FUSED_LOW, REFERENCE
 from resnet_fused.bench.options import SHORT_DTYPES, UsageError
-from resnet_fused.bench.results import OK, SKIPPED, Case, Record, Row, cases_of
+from resnet_fused.bench.results import OK, SKIPPED, Case, Record, Row, cases_of, write_file
 from resnet_fused.bench.tables import conditions_line
-from resnet_fused.files import write_atomically
 
 COLOURS = {
     REFERENCE: "#b8bcc4",
@@ -36,7 +35,7 @@ TOP, BOTTOM, PANEL, LEGEND = 0.75, 1.25, 2.6, 1.25
 def save(record: Record, path: Path) -> None:
     """Draw the record into a PNG file: a panel per dtype, a group of bars per model and batch.
 
-    Raises `UsageError` where matplotlib is missing.
+    Raises `UsageError` where matplotlib is missing, or the file cannot be written.
     """
     figure_of = figure_class()
     dtypes = list(dict.fromkeys(case.dtype for case in cases_of(record.rows)))
@@ -56,7 +55,7 @@ def save(record: Record, path: Path) -> None:
         "Throughput against eager torch in channels_last (higher is better)", y=1 - 0.12 / height
     )
     _below(figure, record.conditions, contenders)
-    write_atomically(path, lambda temporary: figure.savefig(temporary))
+    write_file(path, lambda temporary: figure.savefig(temporary))
 
 
 def figure_class() -> Any:

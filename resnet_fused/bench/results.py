@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 import statistics
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from resnet_fused.bench.contenders import FROZEN, FUSED_LOW, OWN, REFERENCE
-from resnet_fused.bench.options import SHORT_DTYPES, UsageError
+from resnet_fused.bench.options import PRECISIONS, SHORT_DTYPES, UsageError
 from resnet_fused.bench.timing import Spread, paired_ratio
 from resnet_fused.files import write_atomically
 
@@ -27,6 +30,7 @@ CRASHED = "CRASHED"
 HUNG = "HUNG"
 #: What makes a run a failed one. Running out of memory is an answer about a batch size.
 FAULTS = (WRONG, FAILED, CRASHED, HUNG)
+VERDICTS = (OK, SKIPPED, OUT_OF_MEMORY, *FAULTS)
 
 LEVELS = ("op", "block", "inference", "cold", "training", "epoch", "pass", "convolution")
 OP, BLOCK, INFERENCE, COLD, TRAINING, EPOCH, PASS, CONVOLUTION = LEVELS
@@ -169,12 +173,20 @@ def save(record: Record, path: Path) -> None:
 
 
 def save_text(text: str, path: Path) -> None:
-    """Write text to a file, whole or not at all."""
+    """Write text to a file, whole or not at all, or raise `UsageError`."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
-    write_atomically(path, write)
+    write_file(path, write)
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file, whole or not at all, or raise `UsageError` naming it."""
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from None
 
 
 def load(path: Path) -> Record:
@@ -190,10 +202,48 @@ def load(path: Path) -> Record:
         raise UsageError(f"{path}: its schema is {schema!r}; this version reads {SCHEMA!r}")
     try:
         return Record({**content["conditions"]}, [_row(fields) for fields in content["rows"]])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: not a whole benchmark record ({error!r})") from None
 
 
 def _row(fields: dict[str, Any]) -> Row:
     nested = {name: Spread(**fields[name]) if fields[name] else None for name in ("img_s", "ratio")}
-    return Row(**{**fields, **nested, "case": Case(**fields["case"])})
+    row = Row(**{**fields, **nested, "case": Case(**fields["case"])})
+    _check_types(row)
+    case, spreads = row.case, [s for s in (row.img_s, row.ratio) if s]
+    for name, value, accepted in (
+        ("dtype", case.dtype, tuple(PRECISIONS)),
+        ("level", case.level, LEVELS),
+        ("verdict", row.verdict, VERDICTS),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name} {value!r}")
+    if case.batch < 1:
+        raise ValueError(f"batch {case.batch}")
+    times = [*row.seconds, *(v for s in spreads for v in (s.median, s.p20, s.p80))]
+    if not all(0 < value < math.inf for value in times) or (row.img_s and not row.seconds):
+        raise ValueError(f"seconds {row.seconds}, {spreads} of {case} {row.contender}")
+    return row
+
+
+_hints: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
+
+
+def _check_types(value: Any) -> None:
+    """Raise `TypeError` where a field of a dataclass holds something else than it is annotated."""
+    for name, kind in _hints(type(value)).items():
+        if not _fits(found := getattr(value, name), kind):
+            raise TypeError(f"{name} {found!r}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(v, parts[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, parts[1]) for v in value.values())
+    if parts:  # a union
+        return any(_fits(value, part) for part in parts)
+    if isinstance(value, Case | Spread):
+        _check_types(value)
+    return isinstance(value, int | float if kind is float else kind) and not isinstance(value, bool)

@@ -42,6 +42,49 @@ def test_other_files_are_refused_by_name(tmp_path: Path, content: str, message: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("case.dtype", "int8"),
+        ("case.batch", "1"),
+        ("case.batch", 0),
+        ("case.level", "other"),
+        ("case.model", None),
+        ("seconds", "abc"),
+        ("seconds", []),
+        ("seconds", [0.0]),
+        ("seconds", ["x"]),
+        ("seconds", [float("nan")]),
+        ("img_s.median", "x"),
+        ("img_s.median", 0),
+        ("img_s", "x"),
+        ("ratio.p20", -1.0),
+        ("ratio.rounds", "2"),
+        ("verdict", None),
+        ("verdict", "fine"),
+        ("gmacs", True),
+        ("note", 3),
+        ("stages", {"import": "1"}),
+        ("uses", []),
+    ],
+)
+def test_a_record_with_a_wrong_value_is_refused(
+    path: str, value: object, record: Record, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.json"
+    results.save(record, file)
+    content = json.loads(file.read_text())
+    *parents, name = path.split(".")
+    fields = content["rows"][0]
+    for parent in parents:
+        fields = fields[parent]
+    assert name in fields
+    fields[name] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"x\.json: not a whole benchmark record"):
+        results.load(file)
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"gone\.json: No such file"):
         results.load(tmp_path / "gone.json")
