@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import asked, begin, bn, convolutions, digits, documents, epoch, suite
+from benchmarks import asked, begin, bn, convolutions, digits, documents, epoch, report, suite
 from benchmarks.begin import PROGRAM
 from benchmarks.suite import Suite
 from resnet_fused.backends import cpu
@@ -83,7 +83,7 @@ def _measuring(*levels: str) -> Callable[..., None]:
         graphs: asked.Graphs = None,
         image_size: asked.ImageSize = 224,
         threads: asked.Threads = None,
-        backend: asked.Backend = "auto",
+        backend: asked.Backend = None,
         seed: asked.Seed = 0,
         images: asked.Photographs = None,
         limit: asked.Limit = 900.0,
@@ -102,7 +102,7 @@ def _measuring(*levels: str) -> Callable[..., None]:
             if set(levels) - {OP, BLOCK}:  # before the run, not in its first case
                 photos.load(images, 1)
             by_level, absent = suite.peers_by_level(
-                "--peers", options.split(peers), settings.device, usual
+                "--peers", options.split("--peers", peers), settings.device, usual
             )
             wanted = Suite(
                 settings=settings,
@@ -170,7 +170,9 @@ def _bn(
     with terminal.one_line_errors(PROGRAM):
         if reason := cpu.available():
             raise UsageError(f"bn: needs the native kernels: {reason}")
-        dtypes = [options.dtype_name("--dtype", d, bn.PRECISIONS) for d in options.split(dtype)]
+        dtypes = [
+            options.dtype_name("--dtype", d, bn.PRECISIONS) for d in options.split("--dtype", dtype)
+        ]
         settings = options.checked(
             models=None, batches=[str(batch)], dtypes=dtypes or bn.PRECISIONS, threads=threads,
             device="cpu", backend="cpu", rounds=rounds, seed=0, images=None, peers=None,
@@ -205,7 +207,9 @@ def _convolutions(
     with terminal.one_line_errors(PROGRAM):
         if reason := cpu.available():
             raise UsageError(f"convolutions: needs the native kernels: {reason}")
-        dtypes = [options.dtype_name("--dtype", d, bn.PRECISIONS) for d in options.split(dtype)]
+        dtypes = [
+            options.dtype_name("--dtype", d, bn.PRECISIONS) for d in options.split("--dtype", dtype)
+        ]
         settings = options.checked(
             models=model or convolutions.MODELS, batches=[str(batch)],
             dtypes=dtypes or bn.PRECISIONS, threads=1, device="cpu", backend="cpu", rounds=rounds,
@@ -234,7 +238,7 @@ def _epoch(
         int | None, typer.Option(help="Epochs.", show_default=str(epoch.EPOCHS))
     ] = None,
     threads: asked.Threads = None,
-    backend: asked.Backend = "auto",
+    backend: asked.Backend = None,
     seed: asked.Seed = 0,
     limit: asked.Limit = 900.0,
     minutes: asked.Minutes = None,
@@ -250,7 +254,7 @@ def _epoch(
         digits.load()  # before the run, not in its first case
         usual = suite.usual((EPOCH,), settings.device)
         by_level, absent = suite.peers_by_level(
-            "--peers", options.split(peers), settings.device, usual
+            "--peers", options.split("--peers", peers), settings.device, usual
         )
         wanted = _of_one(EPOCH, settings, None, limit, minutes)
         whole = replace(wanted, peers=by_level, image_size=epoch.SIDE)
@@ -292,8 +296,6 @@ def compare(
     ] = None,
 ) -> None:
     with terminal.one_line_errors(PROGRAM):
-        if threshold is not None and threshold < 0:
-            raise UsageError(f"--threshold: {threshold:g} given; accepted: 0 or more, as 0.05")
         terminal.compare_files(PROGRAM, before, after, threshold)
 
 
@@ -306,7 +308,8 @@ def _report(
     """Write tables, pictures and the page of a record again; nothing is measured."""
     with terminal.one_line_errors(PROGRAM):
         begin.written(
-            results.load(record), options.writable_directory("--out", out or record.parent)
+            results.load(record),
+            options.writable_directory("--out", out or record.parent, report.FILES),
         )
 
 
@@ -327,4 +330,4 @@ def keep(
 
 
 if __name__ == "__main__":
-    app(prog_name=PROGRAM)
+    terminal.run(app, PROGRAM)

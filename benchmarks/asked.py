@@ -54,7 +54,12 @@ ImageSize: TypeAlias = Annotated[int, typer.Option(help="Height and width of the
 Threads: TypeAlias = Annotated[
     int | None, typer.Option(help="CPU threads, for all.", show_default="torch's")
 ]
-Backend: TypeAlias = Annotated[str, typer.Option(help="The package's backend to use.")]
+Backend: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="The package's backend to use.", show_default="RESNET_FUSED_BACKEND, or auto"
+    ),
+]
 Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of weights, crops and inputs.")]
 Photographs: TypeAlias = Annotated[
     Path | None, typer.Option("--images", help="Your own photographs instead of two samples.")

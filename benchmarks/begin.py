@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import typer
@@ -95,17 +95,27 @@ def _measure(wanted: Suite, begun: Record) -> None:
     path = wanted.settings.out / report.RECORD
     try:
         with terminal.progress() as watch:
-            record = runner.Runner(wanted, begun, lambda r: results.save(r, path), watch).run()
+            made = runner.Runner(wanted, begun, lambda r: results.save(r, path), watch)
+            options.writable_directory("--out", path.parent, report.FILES)
+            record = made.run()
     except KeyboardInterrupt:
         typer.echo(f"{PROGRAM}: interrupted; the same command with --resume goes on", err=True)
         raise typer.Exit(130) from None
-    report.show(record, terminal.console())
-    written(record, wanted.settings.out)
+    try:  # before it is shown, which may fail
+        files = report.write(record, wanted.settings.out)
+    finally:
+        report.show(record, terminal.console())
+    _say(files)
     raise typer.Exit(0 if record.right else 1)
 
 
 def written(record: Record, out: Path) -> None:
     """Write every format of a record, and say so."""
-    files = report.write(record, out)
+    _say(report.write(record, out))
+
+
+def _say(files: Sequence[Path]) -> None:
     names = ", ".join(path.name for path in files)
-    terminal.console().print(f"written to {out}: {names}", highlight=False, soft_wrap=True)
+    terminal.console().print(
+        f"written to {files[0].parent}: {names}", highlight=False, soft_wrap=True
+    )

@@ -61,8 +61,7 @@ def _started(file: Path, name: str, network: Network, case: Case, backend: str) 
         # Compilers keep what they made for the next process, and exported files lie about for the
         # next contender; here each one is the first.
         changed = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
-        if backend != "auto":
-            changed["RESNET_FUSED_BACKEND"] = backend
+        changed["RESNET_FUSED_BACKEND"] = backend
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.cold", str(file), name, empty],
             cwd=Path(__file__).parents[1],

@@ -109,8 +109,11 @@ def keep(record: Record, name: str) -> Path:
         UsageError: the record is unfinished, has nothing to show, or would take the place of one
             that shows other levels; the name is no file's.
     """
-    if Path(name).name != name:
-        raise UsageError(f"NAME: {name!r} given; accepted: a name without folders")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UsageError(
+            f"NAME: {name!r} given; accepted: letters, digits, '.', '_' and '-', one of the first "
+            "two at the beginning"
+        )
     if left := record.conditions.get("unfinished"):
         raise UsageError(f"{name}: {left} cases of the record are left; --resume measures them")
     levels = _shown(record)

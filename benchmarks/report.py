@@ -40,6 +40,11 @@ from resnet_fused.bench.tables import NONE, Grid, conditions_line, ratio_text
 from resnet_fused.bench.timing import spread
 
 RECORD = "suite.json"
+#: Every file that a record may become.
+FILES = (
+    RECORD, "suite.csv", "suite.md", "suite.html", "peers.png", "throughput.png", "roofline.png",
+    "memory.png",
+)  # fmt: skip
 CSV_COLUMNS = (
     "level", "model", "layer", "uses", "dtype", "batch", "contender", "verdict", "p20_s", "p50_s",
     "p80_s",
@@ -127,7 +132,8 @@ def write(record: Record, out: Path) -> list[Path]:
     """Write every format into a directory and return the files.
 
     Raises:
-        UsageError: matplotlib is missing; all but pictures and page are then written.
+        UsageError: a file cannot be written, or matplotlib is missing: all but pictures and page
+            are then written.
     """
     save(record, out / RECORD)
     save_text(csv_text(record), out / "suite.csv")

@@ -214,6 +214,8 @@ def gaps(found: Sequence[Step]) -> str:
         [after.begin - before.end for before, after in zip(s.kernels, s.kernels[1:], strict=False)]
         for s in found
     ]
+    if not any(waits):
+        return "between kernels: no gap, as a step calls no two"
     each = statistics.median(wait for step in waits for wait in step)
     count, whole = statistics.median(map(len, waits)), statistics.median(map(sum, waits))
     return (
@@ -233,12 +235,6 @@ def _trainer(name: str, settings: Settings) -> training.Trainer:
     return training.Trainer(model, images, target, kind, training.OWN[FUSED])
 
 
-def _threads(asked_for: int | None) -> int:
-    return (
-        torch.get_num_threads() if asked_for is None else options.positive("--threads", asked_for)
-    )
-
-
 def main(
     model: Annotated[str, typer.Argument(help="A ResNet of the package.")],
     dtype: Annotated[str, typer.Option("--dtype", "-d", help="fp32 or bf16.")] = "fp32",
@@ -250,10 +246,11 @@ def main(
         if reason := cpu.available():
             raise UsageError(f"needs the native kernels: {reason}")
         kind = options.dtype_name("--dtype", dtype, ("float32", "bfloat16"))
-        (name,) = options.usable_models("--model", [model])
+        (name,) = options.usable_models("MODEL", [model])
         settings = Settings(
             models=(name,), dtypes=(kind,), batches=(options.positive("--batch", batch),),
-            device="cpu", threads=_threads(threads), backend="auto", rounds=None, seed=0,
+            device="cpu", threads=options.thread_count("--threads", threads),
+            backend=options.usable_backend("--backend", None), rounds=None, seed=0,
             images=None, out=Path(), peers=(),
         )  # fmt: skip
         step = _trainer(name, settings)
@@ -270,4 +267,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    terminal.run(app, PROGRAM)

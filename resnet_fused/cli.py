@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from resnet_fused.bench.results import Record
 
 PROGRAM = "resnet-fused"
+FILES = ("bench.json", "bench.md", "bench.png")
 
 app = typer.Typer(
     name=PROGRAM,
@@ -77,7 +78,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the random weights and crops.")
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name=PROGRAM)
+    terminal.run(app, PROGRAM)
 
 
 @app.callback(invoke_without_command=True)
@@ -95,6 +96,7 @@ def _root(
 
 @app.command(epilog=BENCH_EPILOG)
 def bench(
+    context: typer.Context,
     model: BenchModels = None,
     batch: Annotated[
         list[str] | None, typer.Option("--batch", "-b", help="Batch sizes.", show_default="1,8")
@@ -110,8 +112,12 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[
-        str, typer.Option(help="The one backend to use; `doctor` lists them.")
-    ] = "auto",
+        str | None,
+        typer.Option(
+            help="The one backend to use; `doctor` lists them.",
+            show_default="RESNET_FUSED_BACKEND, or auto",
+        ),
+    ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(help="Rounds per case.", show_default="as a time budget allows"),
@@ -140,18 +146,22 @@ def bench(
     checked against float64 first: one that is off by more than twice eager's
     own error is reported as [red]WRONG[/red], has no speed, and makes the exit code 1.
     """
-    with _one_line_errors():
+    kept = "nothing was written; `python -m benchmarks models` keeps each case as it is done"
+    with _one_line_errors(kept):
         if compare:
+            terminal.refuse_beside(context, "--compare", "compare", "threshold")
             terminal.compare_files(PROGRAM, *compare, threshold)
             return
         if threshold is not None:
             _refuse("--threshold: belongs to --compare A.json B.json")
-        from resnet_fused.bench import options
+        from resnet_fused.bench import options, photos
 
         settings = options.checked(
             models=model, batches=batch, dtypes=dtype, threads=threads, device=device,
             backend=backend, rounds=rounds, seed=seed, images=images, out=out, peers=peers,
         )  # fmt: skip
+        photos.load(images, 1)
+        options.writable_directory("--out", out, FILES)
         record = _run(settings)
         _report(record, settings.out)
         raise typer.Exit(0 if record.right else 1)
@@ -159,6 +169,7 @@ def bench(
 
 @app.command()
 def flops(
+    context: typer.Context,
     model: Annotated[
         list[str] | None,
         typer.Option("--model", "-m", help="A model.", show_default="the paper's table"),
@@ -179,7 +190,9 @@ def flops(
     with _one_line_errors():
         from resnet_fused.bench import counts, options
 
-        names = options.usable_models("--model", options.split(model))
+        names = options.usable_models("--model", options.split("--model", model))
+        if not names:
+            terminal.refuse_beside(context, "the paper's table, without --model")
         for line in counts.lines(names, input_size=input_size, stride_in=stride_in, layers=layers):
             typer.echo(line)
 
@@ -225,22 +238,13 @@ def verify(
 
     Exits with 1 if any layer is off by more than twice eager's error.
     """
-    with _one_line_errors():
-        import torch
+    with _one_line_errors("nothing is kept"):
+        from resnet_fused.bench import certificate
 
-        from resnet_fused.bench import networks, options, photos
-        from resnet_fused.models import create_model
-        from resnet_fused.verify import verify as certify
-
-        (name,) = options.usable_models("MODEL", [model])
-        kind = options.DTYPES[options.dtype_name("--dtype", dtype)]
-        size = options.positive("--batch", batch)
-        loaded, _ = photos.load(images, size)
-        crops = photos.batch(loaded, size, seed=seed)
-        torch.manual_seed(seed)
-        network = create_model(name)
-        networks.calibrate(network, crops)
-        report = certify(network.to(kind), crops.to(kind))
+        report = certificate.run(
+            model, dtype=dtype, batch=batch, seed=seed, images=images,
+            console=terminal.console(stderr=True),
+        )  # fmt: skip
         typer.echo(str(report))
         raise typer.Exit(0 if report.ok else 1)
 
@@ -268,7 +272,7 @@ def tune(
     themselves; those measured on the CPU hold only in programs that call `rf.tune`.
     Exits with 1 if a layer has no candidate that answers rightly.
     """
-    with _one_line_errors():
+    with _one_line_errors("choices made so far are kept; the same command goes on"):
         from resnet_fused.bench import tune as tuning
 
         report = tuning.run(
@@ -281,6 +285,7 @@ def tune(
 
 @app.command(epilog=INSPECT_EPILOG)
 def inspect(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Every distinct call of a model.")
     ] = None,
@@ -329,10 +334,12 @@ def inspect(
         from resnet_fused import inspection
         from resnet_fused.bench import options
 
+        if shape is not None and "batch" in terminal.given(context):
+            _refuse("--batch: belongs to --model; the first number of --shape is the images")
         geometry = {"groups": groups, "dilation": dilation}
         clean = inspection.show(
             terminal.console(), terminal.console(stderr=True), op=op, model=model, batch=batch,
-            dtype=dtype, archs=options.split(arch), shape=shape, every=every,
+            dtype=dtype, archs=options.split("--arch", arch), shape=shape, every=every,
             geometry={name: value for name, value in geometry.items() if value is not None},
         )  # fmt: skip
         raise typer.Exit(0 if clean else 1)
@@ -351,8 +358,8 @@ def doctor(
     raise typer.Exit(1 if strict and missing else 0)
 
 
-def _one_line_errors() -> contextlib.AbstractContextManager[None]:
-    return terminal.one_line_errors(PROGRAM)
+def _one_line_errors(interrupted: str = "") -> contextlib.AbstractContextManager[None]:
+    return terminal.one_line_errors(PROGRAM, interrupted)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -370,14 +377,16 @@ def _run(settings: Settings) -> Record:
 def _report(record: Record, out: Path) -> None:
     from resnet_fused.bench import chart, options, results, tables
 
-    console = terminal.console()
-    tables.show(record, console)
-    results.save(record, out / "bench.json")
-    results.save_text(tables.markdown(record), out / "bench.md")
-    written = ["bench.json", "bench.md"]
+    data, text, picture = (out / name for name in FILES)
+    # All before it is shown, which may fail.
+    results.save(record, data)
+    results.save_text(tables.markdown(record), text)
+    written = [data.name, text.name]
     try:
-        chart.save(record, out / "bench.png")
-        written.append("bench.png")
+        chart.save(record, picture)
+        written.append(picture.name)
     except options.UsageError as error:  # no matplotlib: the numbers are worth keeping all the same
         typer.echo(f"{PROGRAM}: {error}", err=True)
+    console = terminal.console()
+    tables.show(record, console)
     console.print(f"written to {out}: {', '.join(written)}", highlight=False, soft_wrap=True)

@@ -118,7 +118,28 @@ def diagnose() -> list[Finding]:
     for backend in rf.backends():
         state = "available" if backend.available else backend.reason
         findings.append(Finding(backend.name, backend.available, state, backend.advice))
-    return [*findings, *_hopper_findings()]
+    return [*findings, *_hopper_findings(), *_environment_findings()]
+
+
+def _environment_findings() -> list[Finding]:
+    """Return what the environment asks for and cannot have: a backend, a place for choices."""
+    from resnet_fused.backends import _tuned_file, backends, requested
+
+    found, fault = [], ""
+    try:
+        if requested() in [backend.name for backend in backends() if not backend.available]:
+            fault = f"RESNET_FUSED_BACKEND: {requested()} is not available"
+    except ValueError as error:
+        fault = str(error)
+    if fault:
+        found.append(Finding("asked for", False, fault))
+    folder = _tuned_file.directory()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        state = f"{folder} cannot be written to, so `resnet-fused tune` keeps nothing"
+        advice = "let RESNET_FUSED_CACHE_DIR name a directory of yours"
+        found.append(Finding("choices", False, state, advice))
+    return found
 
 
 def _hopper_findings() -> list[Finding]:
@@ -132,6 +153,8 @@ def _hopper_findings() -> list[Finding]:
 
 def facts() -> list[tuple[str, str]]:
     """Return `collect` as labelled lines for reading."""
+    from resnet_fused.backends import _requested
+
     found = collect()
     packages = ", ".join(f"{name} {number}" for name, number in found["packages"].items())
     cpu = f"{found['cpu']}, {found['cores']} cores, {found['cpu_isa']}"
@@ -144,6 +167,7 @@ def facts() -> list[tuple[str, str]]:
         ("driver", found["driver"] or "no NVIDIA driver"),
         ("cpu", cpu),
         ("threads", str(found["threads"])),
+        ("backend", _requested.name()),
         ("gpus", ", ".join(found["gpus"]) or "none that torch can use"),
         *[("tuned", _tuned(device)) for device in _devices()],
     ]
@@ -235,4 +259,5 @@ def _tuned(device: torch.device) -> str:
         return f"{file} cannot be used: {fault}"
     if choices:
         return f"{len(choices)} calls in {file}"
-    return f"no calls yet; `resnet-fused tune` writes {file}"
+    command = f"resnet-fused tune MODEL{' --device cpu' if device.type == 'cpu' else ''}"
+    return f"no calls yet; `{command}` writes {file}"

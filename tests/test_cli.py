@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import subprocess
@@ -13,7 +12,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from resnet_fused.bench import contenders, job, measure
+from resnet_fused.backends import _requested
+from resnet_fused.bench import certificate, contenders, job, measure
 from resnet_fused.cli import app
 
 
@@ -185,12 +185,12 @@ def test_verify_shows_the_report_and_its_verdict_decides(
 ) -> None:
     seen: list[tuple[torch.dtype, torch.Size]] = []
 
-    def certify(model: nn.Module, example: torch.Tensor) -> Certificate:
+    def certify(model: nn.Module, example: torch.Tensor, **told: object) -> Certificate:
         assert not model.training
         seen.append((next(model.parameters()).dtype, example.shape))
         return Certificate(ok)
 
-    monkeypatch.setattr(importlib.import_module("resnet_fused.verify"), "verify", certify)
+    monkeypatch.setattr(certificate, "verify", certify)
     result = call("verify", "resnet18", "--dtype", "bf16", "--batch", "3")
     assert result.exit_code == (0 if ok else 1)
     assert result.stdout == "conv1 1e-7\n"
@@ -246,19 +246,25 @@ def test_tune_exits_with_1_where_nothing_answers_rightly(
     assert "none was right" in result.stdout
 
 
-def test_tune_says_in_a_line_that_the_cache_cannot_be_written(
+def test_tune_refuses_a_cache_that_cannot_be_written_before_it_measures(
     small_tune: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (small_tune / "file").write_text("")
     monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(small_tune / "file"))
+    monkeypatch.setattr("resnet_fused.bench.tune.tune_calls", lambda *args: pytest.fail("it ran"))
+    result = tune("-d", "fp32")
+    assert result.exit_code == 2, result.output
+    said = f"RESNET_FUSED_CACHE_DIR: cannot write to {small_tune / 'file'}: File exists"
+    assert result.stderr == f"resnet-fused: {said}\n"
+
+
+def test_tune_says_where_choices_are_not_in_force(
+    small_tune: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_requested, "_name", "reference")
     result = tune("-d", "fp32")
     assert result.exit_code == 0, result.output
-    lines = [line for line in result.stderr.splitlines() if "cannot be written to" in line]
-    assert lines == [
-        f"resnet_fused: {small_tune / 'file'} cannot be written to: File exists; "
-        "what was tuned holds in this process"
-    ]
-    assert result.stdout.splitlines()[-1] == "kept in this process only"
+    assert "RESNET_FUSED_BACKEND is reference: choices are in force where it" in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -106,12 +106,35 @@ def test_the_facts_say_how_many_calls_are_tuned_and_where(cache: Path) -> None:
 
     device = env._devices()[0]
     file = _tuned_file.path(device)
-    assert dict(env.facts())["tuned"] == f"no calls yet; `resnet-fused tune` writes {file}"
+    place = " --device cpu" if device.type == "cpu" else ""
+    command = f"resnet-fused tune MODEL{place}"
+    assert dict(env.facts())["tuned"] == f"no calls yet; `{command}` writes {file}"
     _tuned_file.merge(device, {("add_relu",): _tuned_file.Choice("cpu", "default", 1.0, None)})
     assert dict(env.facts())["tuned"] == f"1 calls in {file}"
     file.write_text("garbage")
     assert dict(env.facts())["tuned"].startswith(f"{file} cannot be used: it is not JSON")
     assert file.read_text() == "garbage"  # the doctor only looks
+
+
+def test_what_the_environment_asks_for_in_vain_is_found(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resnet_fused.backends import _requested, cudnn
+
+    def states() -> list[str]:
+        return [f.state for f in env.diagnose() if f.name in ("asked for", "choices")]
+
+    assert states() == []
+    monkeypatch.setattr(_requested, "_name", "bogus")
+    (cache / "file").write_text("")
+    monkeypatch.setenv("RESNET_FUSED_CACHE_DIR", str(cache / "file" / "below"))
+    asked, choices = states()
+    assert asked.startswith("RESNET_FUSED_BACKEND: unknown backend 'bogus'")
+    assert choices.startswith(f"{cache / 'file' / 'below'} cannot be written to")
+    monkeypatch.setattr(cudnn, "available", lambda: "no GPU")
+    monkeypatch.setattr(_requested, "_name", "cudnn")
+    assert states()[0] == "RESNET_FUSED_BACKEND: cudnn is not available"
+    assert ("backend", "cudnn") in env.facts()
 
 
 def test_each_gpu_is_named_and_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,13 @@ DTYPES = {
 TF32 = "tf32"
 #: What can be measured: the dtypes, and one of them at another precision.
 PRECISIONS = {**DTYPES, TF32: torch.float32}
+#: More than processors have; from some ten thousand on OpenMP's runtime crashes.
+MOST_THREADS = 1024
 SHORT_DTYPES = {"float32": "fp32", TF32: "tf32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+#: The environment variable that names a backend where no option does.
+BACKEND = "RESNET_FUSED_BACKEND"
 
 
 class UsageError(ValueError):
@@ -50,10 +56,17 @@ class Settings:
     peers: tuple[str, ...]
 
 
-def split(values: Iterable[str] | None) -> list[str]:
-    """`["a,b", "c"]` as `["a", "b", "c"]`: every repeatable option also takes commas."""
-    parts = (part.strip() for value in values or () for part in value.split(","))
-    return list(dict.fromkeys(part for part in parts if part))
+def split(option: str, values: Iterable[str] | None) -> list[str]:
+    """`["a,b", "c"]` as `["a", "b", "c"]`: every repeatable option also takes commas.
+
+    Raises `UsageError` for values that name nothing.
+    """
+    given = list(values or ())
+    parts = (part.strip() for value in given for part in value.split(","))
+    found = list(dict.fromkeys(part for part in parts if part))
+    if given and not found:
+        raise UsageError(f"{option}: {','.join(given)!r} given, which names nothing; leave it out")
+    return found
 
 
 def one_of(option: str, value: str, accepted: Iterable[str]) -> str:
@@ -69,15 +82,28 @@ def one_of(option: str, value: str, accepted: Iterable[str]) -> str:
     raise UsageError(f"{option}: unknown value {value!r}; {hint}accepted: {', '.join(names)}")
 
 
-def positive(option: str, value: str | int, *, least: int = 1) -> int:
-    """Return `value` as a whole number of at least `least`, or raise `UsageError`."""
+def positive(option: str, value: str | int, *, least: int = 1, most: int | None = None) -> int:
+    """Return `value` as a whole number from `least` to `most`, or raise `UsageError`."""
     try:
         number = int(value)
     except ValueError:
         number = least - 1
-    if number < least:
-        raise UsageError(f"{option}: {value!r} given; accepted: a whole number, {least} or more")
+    if number < least or (most is not None and number > most):
+        end = "or more" if most is None else f"to {most}"
+        raise UsageError(f"{option}: {value!r} given; accepted: a whole number, {least} {end}")
     return number
+
+
+def thread_count(option: str, value: int | None) -> int:
+    """Return the number of threads that was asked for, or else torch's, or raise `UsageError`."""
+    if value is None:
+        return torch.get_num_threads()
+    return positive(option, value, most=max(MOST_THREADS, os.cpu_count() or 1))
+
+
+def usable_seed(option: str, value: int) -> int:
+    """Return the seed if torch's generators take it, or raise `UsageError`."""
+    return positive(option, value, least=0, most=2**64 - 1)
 
 
 def input_size(option: str, value: str) -> tuple[int, ...]:
@@ -125,10 +151,16 @@ def usable_device(option: str, value: str) -> str:
     return name
 
 
-def usable_backend(option: str, value: str) -> str:
-    """Return the backend's name; one that is known but not available is refused with its reason."""
-    import resnet_fused as rf
+def usable_backend(option: str, value: str | None) -> str:
+    """Return the backend's name, without a value that of the environment, or else "auto".
 
+    One that is known but not available is refused with its reason.
+    """
+    import resnet_fused as rf
+    from resnet_fused.backends import _requested
+
+    if value is None:
+        option, value = BACKEND, _requested.name()
     known = {backend.name: backend for backend in rf.backends()}
     name = one_of(option, value, ["auto", *known])
     if name != "auto" and not known[name].available:
@@ -144,8 +176,11 @@ def usable_models(option: str, values: Sequence[str]) -> tuple[str, ...]:
     return tuple(one_of(option, value, known) for value in values)
 
 
-def writable_directory(option: str, path: Path) -> Path:
-    """Make `path` a directory that was just written to, or raise `UsageError`."""
+def writable_directory(option: str, path: Path, names: Iterable[str] = ()) -> Path:
+    """Make `path` a directory that was just written to, or raise `UsageError`.
+
+    `names` are files that shall be written there, whose places no directories may take.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         handle, probe = tempfile.mkstemp(dir=path, prefix=".writable-")
@@ -153,6 +188,9 @@ def writable_directory(option: str, path: Path) -> Path:
         os.unlink(probe)
     except OSError as error:
         raise UsageError(f"{option}: cannot write to {path}: {error.strerror}") from None
+    for name in names:
+        if (path / name).is_dir():
+            raise UsageError(f"{option}: cannot write {path / name}: Is a directory")
     return path
 
 
@@ -163,28 +201,32 @@ def checked(
     dtypes: Iterable[str] | None,
     threads: int | None,
     device: str,
-    backend: str,
+    backend: str | None,
     rounds: int | None,
     seed: int,
     images: Path | None,
     out: Path,
     peers: Iterable[str] | None,
 ) -> Settings:
-    """Return the settings that the benchmark's options ask for, or raise `UsageError`."""
+    """Return the settings that the benchmark's options ask for, or raise `UsageError`.
+
+    `out` is not made yet: what is refused leaves nothing behind.
+    """
     from resnet_fused.bench.peers import usable_peers
 
     device = usable_device("--device", device)
     return Settings(
-        models=usable_models("--model", split(models)) or MODELS,
-        dtypes=tuple(precision_name("--dtype", d, device) for d in split(dtypes))
+        models=usable_models("--model", split("--model", models)) or MODELS,
+        dtypes=tuple(precision_name("--dtype", d, device) for d in split("--dtype", dtypes))
         or default_dtypes(device),
-        batches=tuple(positive("--batch", size) for size in split(batches)) or BATCHES[device],
+        batches=tuple(positive("--batch", size) for size in split("--batch", batches))
+        or BATCHES[device],
         device=device,
-        threads=torch.get_num_threads() if threads is None else positive("--threads", threads),
+        threads=thread_count("--threads", threads),
         backend=usable_backend("--backend", backend),
         rounds=None if rounds is None else positive("--rounds", rounds),
-        seed=positive("--seed", seed, least=0),
+        seed=usable_seed("--seed", seed),
         images=images,
-        peers=usable_peers("--peers", split(peers)),
-        out=writable_directory("--out", out),
+        peers=usable_peers("--peers", split("--peers", peers)),
+        out=out,
     )

@@ -18,10 +18,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from resnet_fused.backends import _tuned_file
 from resnet_fused.bench import options
 from resnet_fused.tuning import tune_calls
 from resnet_fused.tuning.calls import Call, harvest, harvest_merged, with_parts
 from resnet_fused.tuning.report import Row, TuneReport
+
+#: The environment variable that says where choices are kept.
+CACHE = "RESNET_FUSED_CACHE_DIR"
 
 
 def run(
@@ -45,9 +49,16 @@ def run(
     if dtype is not None:
         kind = options.dtype_name("--dtype", dtype)
     size = options.positive("--image-size", image_size)
+    backend = options.usable_backend("--backend", None)
     shape = (options.positive("--batch", batch), 3, size, size)
     where = torch.empty(0, device=place).device  # a GPU with its number
     calls = (_calls_of_a_step if training else _calls)(name, shape, options.DTYPES[kind], where)
+    options.writable_directory(CACHE, _tuned_file.directory())
+    if backend != "auto":
+        console.print(
+            f"{options.BACKEND} is {backend}: choices are in force where it is not set",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught, _shown(console, len(calls)) as told:
         warnings.simplefilter("default")
         report = tune_calls(calls, where, force=force, on_row=told.row, on_compiled=told.compiled)

@@ -17,8 +17,10 @@ class Backend(NamedTuple):
 
 
 def test_commas_and_repetition_both_list() -> None:
-    assert options.split(["a, b", "c", "a"]) == ["a", "b", "c"]
-    assert options.split(None) == []
+    assert options.split("--model", ["a, b", "c", "a"]) == ["a", "b", "c"]
+    assert options.split("--model", None) == []
+    with pytest.raises(UsageError, match="--model: ', ' given, which names nothing"):
+        options.split("--model", [", "])
 
 
 def test_the_nearest_names_are_offered() -> None:

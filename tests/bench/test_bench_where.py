@@ -98,12 +98,19 @@ def test_the_parts_add_up_to_the_step() -> None:
     assert where.gaps(found).startswith("between kernels: 1 gaps of 100000 us (median), 100.0 ms")
 
 
+def test_a_step_of_a_single_kernel_has_no_gaps() -> None:
+    """As of a VGG, which `fuse` leaves to torch: the optimizer alone is counted."""
+    alone = where.Step(1.0, [where.Kernel(where.OPTIMIZER, "torch's", 0.4, 0.5)])
+    assert where.gaps([alone] * 3) == "between kernels: no gap, as a step calls no two"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["resnt50"], "--model: unknown value 'resnt50'; did you mean resnet50"),
+        (["resnt50"], "MODEL: unknown value 'resnt50'; did you mean resnet50"),
         (["resnet50", "-d", "fp16"], "--dtype: unknown value 'fp16'"),
         (["resnet50", "-b", "0"], "--batch: 0 given; accepted: a whole number, 1 or more"),
+        (["resnet50", "--threads", "100000"], "--threads: 100000 given; accepted: a whole number"),
     ],
 )
 def test_bad_input_gets_one_clear_line(words: list[str], message: str) -> None:

@@ -52,6 +52,9 @@ def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         (["models", "--peers", "cudnn"], "--peers: cudnn runs on cuda only"),
         (["ops", "-m", "vgg16"], "--model: vgg16 makes no fused call; accepted: ResNets"),
         (["compare", "/no/a", "/no/b", "--threshold", "-1"], "--threshold: -1 given"),
+        (["compare", "/no/a", "/no/b", "--threshold", "nan"], "--threshold: nan given"),
+        (["ops", "--threads", "100000"], "--threads: 100000 given"),
+        (["bn", "--threads", "100000"], "--threads: 100000 given"),
         (["training", "--images", "/no/folder"], "--images: /no/folder: no such directory"),
         (["models", "--device", "tpu"], "--device: unknown value 'tpu'"),
         (["models", "--graphs"], "--graphs: CUDA graphs need --device cuda"),
@@ -82,8 +85,9 @@ def _nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_bad_input_gets_one_clear_line(words: list[str], message: str, tmp_path: Path) -> None:
     measuring = words[0] not in ("compare", "report", "--save-table")
-    result = call(*words, *(["--out", tmp_path] if measuring else []))
+    result = call(*words, *(["--out", tmp_path / "out"] if measuring else []))
     assert result.exit_code == 2, result.output
+    assert not (tmp_path / "out").exists()
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("python -m benchmarks: ")
     assert message in result.stderr
@@ -243,8 +247,9 @@ def test_a_record_is_not_kept_in_the_place_of_one_that_shows_more(
     documents.keep(record, "some-cpu")
     with pytest.raises(UsageError, match="the record kept under it shows inference"):
         documents.keep(trained, "some-cpu")
-    with pytest.raises(UsageError, match="accepted: a name without folders"):
-        documents.keep(trained, "../some-cpu")
+    for name in ("../some-cpu", "", ".", "..", ".hidden", "a/b"):
+        with pytest.raises(UsageError, match=r"NAME: .* given; accepted: letters, digits"):
+            documents.keep(trained, name)
     with pytest.raises(UsageError, match="no timed row of inference, training"):
         documents.keep(replace(record, rows=[]), "empty")
 

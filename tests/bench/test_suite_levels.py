@@ -304,12 +304,15 @@ def test_a_cold_start_tells_its_stages(small: Suite, tmp_path: Path,
     """With the new process's work done in this one: the first import of torch is not repeated."""
     commands: list[list[str]] = []
     folders: list[list[Path]] = []
+    backends = []
+    monkeypatch.setenv("RESNET_FUSED_BACKEND", "reference")
 
     class Finished:
         returncode, stderr = 0, ""
 
-        def __init__(self, command: list[str], **options: object) -> None:
+        def __init__(self, command: list[str], env: dict[str, str], **options: object) -> None:
             commands.append(command)
+            backends.append(env["RESNET_FUSED_BACKEND"])
             folders.append(list(Path(command[-1]).iterdir()))
             self.stdout = "a word from a library\n" + json.dumps(cold._start(*command[3:]))
 
@@ -318,6 +321,7 @@ def test_a_cold_start_tells_its_stages(small: Suite, tmp_path: Path,
     rows = levels.run_case(small, case, ("eager", "frozen"), None, tmp_path, watch=Watch())
     assert [command[1:3] for command in commands] == [["-m", "benchmarks.cold"]] * 4
     assert folders == [[]] * 4
+    assert backends == ["auto"] * 4  # what was asked for, not what the environment says
     assert len({command[-1] for command in commands}) == 4
     for row in rows:
         assert row.verdict == OK
