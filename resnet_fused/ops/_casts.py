@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from resnet_fused.backends import _derived
 from resnet_fused.backends._derived import stamp
@@ -41,10 +40,6 @@ class Casts:
     def begin(self) -> None:
         """Have the next cast make all that were noted, as a step begins."""
         self._due = True
-        self._stamps.clear()
-
-    def forget(self, *_: object) -> None:
-        """Take nothing that was made so far: an optimizer has written, of which not all tell."""
         self._stamps.clear()
 
     @torch.no_grad()
@@ -123,11 +118,9 @@ def together() -> Iterator[Casts]:
     """Have this thread's autocast take what the casts that it yields have made."""
     before, casts = _active.casts, Casts()
     _active.casts = casts
-    forgetting = register_optimizer_step_post_hook(casts.forget)
     try:
         yield casts
     finally:
-        forgetting.remove()
         _active.casts = before
 
 
