@@ -47,6 +47,7 @@ def test_a_run_is_kept_before_it_is_shown(
 
 def test_a_character_that_the_output_lacks_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["program"])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="latin-1"))
     small = typer.Typer()
     small.command()(lambda: terminal.console().print("ratio ≈1.00x"))
