@@ -149,7 +149,7 @@ POINTERS = {
         APPLY, ("grad", "x", "a", "b", "d", "a2", "b2", "d2", "grad_x", "grad_x2"),
     ),
     "add_relu": (ADD, ("x", "residual", "y")),
-    "max_pool_index": (POOL, ("x", "scale", "shift", "y", "index", "taken")),
+    "max_pool_index": (POOL, ("x", "scale", "shift", "y", "index")),
     "max_pool_backward": (POOL_BACK, ("grad", "index", "grad_x")),
 }  # fmt: skip
 
@@ -274,3 +274,9 @@ def test_no_instruction_set():
     _C.set_cpu_isa("none")
     with pytest.raises(ValueError, match=r"^dtype: no kernels for it on none"):
         kernels.bn_stats(X)
+
+
+def test_what_a_pool_took_need_not_be_written():
+    _C.max_pool_index(**POOL | {"taken": 0})
+    with pytest.raises(ValueError, match=r"^taken: must be aligned"):
+        _C.max_pool_index(**POOL | {"taken": POOL["taken"] + 1})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import gc
 import inspect
 import operator
 import weakref
@@ -107,11 +108,14 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         proxy = _Proxy(node, self)
-        self._made.append(weakref.ref(proxy))
+        if node.op != "get_attr":  # of which fx keeps one
+            self._made.append(weakref.ref(proxy))
         return proxy
 
     def keeps_values(self) -> bool:
         """Return whether the forward has put a symbol away where somebody may read it."""
+        if any(made() is not None for made in self._made):
+            gc.collect()  # it may be of a frame that has ended
         return any(made() is not None for made in self._made)
 
     def create_arg(self, a: Any) -> Any:
