@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from resnet_fused.backends import _derived
 from resnet_fused.convert import fuse
-from resnet_fused.engine.capture import capture
+from resnet_fused.engine.constancy import capture_for_any_values
 from resnet_fused.engine.graph import graphs_on
 from resnet_fused.engine.plan import Plan
 from resnet_fused.nn.bn import BATCH_NORMS
@@ -38,7 +39,11 @@ def freeze(
     The model is copied, fused and run once on the example; from then on its calls are a fixed list
     over one block of memory. BatchNorm stays a float32 scale and shift in the convolutions'
     epilogue, at any ``dtype``, so that nothing is lost by folding. Later changes of ``model`` do
-    not reach the engine.
+    not reach the engine. Forward hooks run while a plan is made, so that what they do to tensors
+    is kept, and never again, as an engine calls no modules: a warning names who has some.
+
+    A plan is made from two runs, the second on other values, so that what only the example's own
+    can answer is refused: results or values that leave tensors, and numbers drawn outside of torch.
 
     An input of another batch or image size gets a plan of its own on first sight (the last
     ``MAX_PLANS`` shapes are kept). Results are the caller's own. Calls from several threads are
@@ -61,13 +66,14 @@ def freeze(
         A module without parameters. It cannot be trained or moved; it can be copied and pickled.
 
     Raises:
-        TypeError: ``model`` is no module, ``example_input`` no floating point tensor, or ``dtype``
-            not one of the four.
+        TypeError: ``model`` is no module, ``example_input`` no floating point tensor, ``dtype``
+            not one of the four, or the result has other things in it than tensors and constants.
         ValueError: ``example_input`` is not (N, C, H, W) or on another device; ``model`` is in
-            training mode, has no convolution, is frozen already, branches on values, or writes
-            its own buffers.
+            training mode, has no convolution, is frozen already, branches on values, writes its
+            own buffers, or answers with constants that are the example's or of one call.
     """
     _check_arguments(model, example_input, dtype)
+    _warn_of_hooks(model)
     dtype = dtype or example_input.dtype
     # Tensors made in inference mode count no versions and cannot be written to outside of it.
     with torch.inference_mode(False), torch.no_grad():
@@ -106,6 +112,24 @@ def _check_arguments(model: Any, example: Any, dtype: Any) -> None:
     if elsewhere:
         raise ValueError(f"freeze: example_input must be on the model's device "
                          f"{', '.join(sorted(elsewhere))}, got {example.device}")  # fmt: skip
+
+
+def _warn_of_hooks(model: nn.Module) -> None:
+    """Warn of hooks, whose effects beside tensors end; those of torch itself have none."""
+    hooked = [
+        name or "the model itself"
+        for name, module in model.named_modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not str(getattr(hook, "__module__", "")).startswith("torch.nn.")
+    ]
+    if hooked:
+        names = ", ".join(dict.fromkeys(hooked))
+        warnings.warn(
+            f"freeze: the forward hooks of {names} run while a plan is made, so that what they do "
+            "to tensors is kept, and not when the engine is called: remove those that observe",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 class FrozenModule(nn.Module):
@@ -210,7 +234,8 @@ class FrozenModule(nn.Module):
                 x.shape, dtype=self._dtypes[0], device=x.device, memory_format=torch.channels_last
             )
             example.copy_(x)
-            return Plan(capture(self.__dict__["_source"], example), example, self._graphs)
+            captured = capture_for_any_values(self.__dict__["_source"], example)
+            return Plan(captured, example, self._graphs)
 
     def extra_repr(self) -> str:
         """Return what the engine was frozen for and what it keeps."""

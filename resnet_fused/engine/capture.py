@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import operator
+import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from resnet_fused.nn.bn import scale_shift, uses_batch_statistics
 from resnet_fused.nn.fused import program_of
 
 _DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
+
+#: What a result may consist of: in anything else tensors could hide. Sizes are tuples of integers.
+_LEAVES = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+#: How values leave tensors unseen by the trace, and what that is called.
+_LEAVING = {
+    Tensor.data.__get__: ".data",  # type: ignore[attr-defined]
+    Tensor.numpy: ".numpy()",
+    Tensor.tolist: ".tolist()",
+    Tensor.__array__: "NumPy",
+    Tensor.__dlpack__: "DLPack",
+}
 
 
 @dataclass(frozen=True)
@@ -72,17 +88,22 @@ class Captured:
 def capture(model: nn.Module, x: Tensor) -> Captured:
     """Record what ``model`` runs on an input of x's shape; parameters become constants.
 
+    What it holds fixed was so for x's values: ``constancy`` says whether it is for others.
+
     Raises:
-        ValueError: the forward branches on values of tensors, or changes the model's own.
+        TypeError: the result has something in it that is neither a tensor nor a plain constant.
+        ValueError: the forward branches on values of tensors, changes the model's own, or draws
+            random numbers of Python or NumPy.
     """
     results: list[tuple[list[Any], pytree.TreeSpec]] = []
 
     def forward(x: Tensor) -> list[Tensor]:
-        results.append(pytree.tree_flatten(model(x)))
+        with _Inside():
+            results.append(pytree.tree_flatten(model(x)))
         return [leaf for leaf in results[-1][0] if isinstance(leaf, Tensor)]
 
     _prepare(model)
-    before = _state(model)
+    before, drawn = _state(model), _drawn()
     try:
         module = make_fx(forward, pre_dispatch=True)(x)
     except RuntimeError as error:
@@ -92,16 +113,43 @@ def capture(model: nn.Module, x: Tensor) -> Captured:
                 f"fixed plan can follow: {str(error).splitlines()[0]}"
             ) from error
         raise
-    after = _state(model)
-    changed = sorted(name for name in before | after if before.get(name) != after.get(name))
-    if changed:
-        raise ValueError(f"freeze: the model's forward changes its own {', '.join(changed)}: "
-                         "an engine holds constants")  # fmt: skip
+    _check_unchanged(model, before, drawn)
     leaves, spec = results[-1]
+    _check_leaves(leaves)
     calls, tensors, examples = _Recorder(module).record()
     found = iter(tensors)
     outputs = tuple(next(found) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     return Captured(calls, outputs, spec, examples)
+
+
+class _Inside(TorchFunctionMode):
+    """Refuses to give values of traced tensors away: what comes back of them is a constant."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _LEAVING and _depends_on_input(args[0]):
+            raise ValueError(
+                f"freeze: the model's forward takes values out of the trace by {_LEAVING[func]}, "
+                "which an engine would repeat for every input: it must stay in torch's operators"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _depends_on_input(tensor: Tensor) -> bool:
+    mode = get_proxy_mode()
+    proxy = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    if proxy is None:
+        return False
+    waiting, seen = [proxy.proxy.node], set()
+    while waiting:
+        node = waiting.pop()
+        if node.op == "placeholder":
+            return True
+        if node not in seen:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return False
 
 
 def _prepare(model: nn.Module) -> None:
@@ -117,9 +165,61 @@ def _prepare(model: nn.Module) -> None:
                 scale_shift(conv, bn)
 
 
-def _state(model: nn.Module) -> dict[str, tuple[int, int]]:
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: (id(tensor), tensor._version) for name, tensor in named}
+def _check_unchanged(model: nn.Module, before: _State, drawn: tuple[Any, ...]) -> None:
+    after = _state(model)
+    changed = {name for (name, _), stamp in before.items() - after.items() if stamp.registered}
+    changed |= {n for (n, _), stamp in after.items() - before.items() if stamp.registered}
+    changed |= {key[0] for key in before.keys() & after.keys() if before[key] != after[key]}
+    if changed:
+        raise ValueError(f"freeze: the model's forward changes its own "
+                         f"{', '.join(sorted(changed))}: an engine holds constants")  # fmt: skip
+    if drawn != _drawn():
+        raise ValueError("freeze: the model's forward draws random numbers of Python or NumPy, "
+                         "which an engine would repeat: accepted are torch's")  # fmt: skip
+
+
+def _check_leaves(leaves: list[Any]) -> None:
+    kinds = {type(leaf) for leaf in leaves if not isinstance(leaf, _LEAVES)}
+    if kinds:
+        names = ", ".join(sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds))
+        raise TypeError(
+            f"freeze: the model returns {names}, which an engine cannot fill anew for each input: "
+            "accepted are tensors, None, bool, int, float, str, torch.Size, torch.dtype and "
+            "torch.device, in tuples, lists, dicts and what torch.utils._pytree knows besides"
+        )
+
+
+class _Stamp(NamedTuple):
+    version: int
+    #: Whether it is a parameter or buffer; another attribute may become another tensor.
+    registered: bool
+
+
+#: By name and tensor.
+_State = dict[tuple[str, int], _Stamp]
+
+
+def _state(model: nn.Module) -> _State:
+    state = {}
+    for prefix, module in model.named_modules():
+        for registered, named in (
+            (False, vars(module)), (True, module._parameters), (True, module._buffers)
+        ):  # fmt: skip
+            for name, tensor in named.items():
+                # Tensors made in inference mode count no versions.
+                if isinstance(tensor, Tensor) and not tensor.is_inference():
+                    where = f"{prefix}.{name}" if prefix else name
+                    state[where, id(tensor)] = _Stamp(tensor._version, registered)
+    return state
+
+
+def _drawn() -> tuple[Any, ...]:
+    """Return how far the random numbers outside of torch are: they end as constants."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return (random.getstate(),)
+    _, keys, *rest = numpy.random.get_state()
+    return random.getstate(), keys.tobytes(), *rest
 
 
 class _Recorder:
