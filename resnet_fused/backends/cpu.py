@@ -18,6 +18,7 @@ from resnet_fused.backends import (
     _training_kernels,
     _training_ops,
     native,
+    onednn,
 )
 from resnet_fused.backends._cpu_conv import Call, Convolution
 from resnet_fused.backends._cpu_once import Norm, convolve_once
@@ -93,9 +94,10 @@ def faster_unmeasured(op: str, x: Tensor, weight: Tensor, *args: Any) -> bool:
     Emerald Rapids at batch 4, in float32, oneDNN took 0.12 of the time with one channel in each of
     64 groups, 0.61 with 4, 0.73 with 8, 0.94 with 16, 1.13 with 32. Nor where oneDNN has AMX for
     groups in bfloat16, which these kernels have not: 0.20 to 0.46 there, 0.07 with one channel.
+    What oneDNN has no right answer to is not left to torch, whose own it is.
     """
     groups = x.shape[1] // weight.shape[1]
-    if groups == 1:
+    if groups == 1 or onednn.supports(op, x, weight, *args):
         return True
     return weight.shape[0] // groups >= _LANES and not _cpu_conv.multiplies_tiles(x.dtype)
 
@@ -140,9 +142,7 @@ def conv_bn_act(
 ) -> Tensor:
     """Run the op; the packed weights are kept until the weight changes."""
     conv = Convolution(x.shape, weight, stride, padding, dilation, groups)
-    x = x.contiguous(memory_format=torch.channels_last)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
+    x, residual = native.as_image(x), None if residual is None else native.as_image(residual)
     y = empty_channels_last(conv.output_shape, x.dtype)
     work = scratch(conv.scratch_bytes)
     conv.bind(x, as_vector(scale), as_vector(shift), residual, y, work, act)()
@@ -178,7 +178,7 @@ def avg_pool_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     float32 1.1x, 2.3x, 1.6x and 0.9x, 2.0x, 1.7x; two threads, the caller's time, bfloat16 1.7x and
     more.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = native.as_image(x)
     n, c = x.shape[:2]
     y = torch.empty(n, len(weight), dtype=x.dtype)
     bind_head(x, weight, bias, y, scratch(4 * n * c))()

@@ -87,6 +87,12 @@ def as_map(t: Tensor) -> Tensor:
     return t.clone() if t.data_ptr() % ALIGNMENT else t
 
 
+def as_image(t: Tensor) -> Tensor:
+    """Return an input as the CPU's kernels read it: channels_last, each element aligned."""
+    t = t.contiguous(memory_format=torch.channels_last)
+    return t.clone() if t.data_ptr() % t.element_size() else t
+
+
 def as_vector(vector: Tensor | None) -> Tensor | None:
     """Return a scale or shift as the kernels read it: float32, contiguous."""
     if vector is None or (vector.dtype == torch.float32 and vector.is_contiguous()):

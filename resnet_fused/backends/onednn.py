@@ -7,7 +7,7 @@ and :func:`available` probes them once before the first use.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends._derived import derived
+from resnet_fused.backends._sizes import output_size
 
 ADVICE = "Use a torch build with oneDNN (the official wheels for x86-64 and ARM have it)."
+
+#: Packed copies kept of a weight, each for one shape of input: the one unused for longest goes.
+MAX_PACKED = 4
 
 
 @functools.cache
@@ -52,9 +56,42 @@ def supports(op: str, x: Tensor, weight: Tensor, *args: Any) -> str | None:
         return "this processor has no bfloat16 support in oneDNN (AVX-512 needed)"
     if x.numel() == 0:
         return "x is empty"
-    if args[2] is not None and len(weight) == 1:
+    _, _, *rest = args
+    residual = rest.pop(0) if op == "conv_bn_act" else None
+    if residual is not None and len(weight) == 1:
         return "its add fails on a single channel (torch 2.11)"
+    return breaks_at(x, weight, *rest[:3])
+
+
+def breaks_at(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> str | None:
+    """Return why oneDNN has no right answer to a convolution that it takes, or None.
+
+    Its process dies, or memory beyond the map is summed (torch 2.13 on an Emerald Rapids): seen
+    where all rows or columns of the output lay in padding, under dilation, and in 16 bits, by AMX,
+    where a stride and a kernel of several columns give one column. So torch's own too.
+    """
+    geometry = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    if any(_meets_padding_alone(*side) for side in geometry):
+        return "some rows or columns of the output have all taps in padding, which ends the process"
+    columns = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)[1]
+    if x.dtype == torch.bfloat16 and columns == 1 and weight.shape[3] > 1 and stride[1] > 1:
+        return "its bfloat16 is wrong where a stride leaves one column"
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _meets_padding_alone(side: int, kernel: int, stride: int, padding: int, dilation: int) -> bool:
+    windows = (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    starts = range(-padding, windows * stride - padding, stride)
+    return any(
+        all(not 0 <= start + tap * dilation < side for tap in range(kernel)) for start in starts
+    )
 
 
 def conv_bn_act(
@@ -70,12 +107,10 @@ def conv_bn_act(
     act: str | None,
 ) -> Tensor:
     """Run the op; the scale is folded into packed weights, kept until weight or scale change."""
-    key = ("onednn", *stride, *padding, *dilation, groups, tuple(x.shape))
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
     packed = derived(
-        (weight, scale),
-        key,
-        lambda: _pack(weight, scale, stride, padding, dilation, groups, x.shape),
-    )
+        (weight, scale), ("onednn", *geometry), lambda: _packer(weight, scale, geometry)
+    )(tuple(x.shape))
     y = _run(x, packed, shift, residual, stride, padding, dilation, groups)
     # oneDNN's own ReLU turns NaN into 0; torch.relu keeps it.
     return torch.relu_(y) if act == "relu" else y
@@ -99,6 +134,17 @@ def conv_bn_act_max_pool(
     y = conv_bn_act(x, weight, scale, shift, None, stride, padding, dilation, groups, act)
     y = F.max_pool2d(y, list(pool_size), list(pool_stride), list(pool_padding))
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def _packer(
+    weight: Tensor, scale: Tensor | None, geometry: tuple[Any, ...]
+) -> Callable[[Sequence[int]], Tensor]:
+    """Return a function from an input's shape to weights packed for it, of which it keeps a few."""
+    # Not the tensors themselves: what is derived of a parameter must not keep it alive.
+    weight, scale = weight.detach(), None if scale is None else scale.detach()
+    return functools.lru_cache(maxsize=MAX_PACKED)(
+        functools.partial(_pack, weight, scale, *geometry)
+    )
 
 
 def _pack(

@@ -47,7 +47,9 @@ def _other_values(x: Tensor) -> Tensor:
         return x
     low, high = x.aminmax()
     width = torch.where(high > low, high - low, torch.ones_like(low))
-    return (low + width * torch.rand_like(x)).contiguous(memory_format=torch.channels_last)
+    generator = torch.Generator(x.device).manual_seed(0)
+    drawn = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return (low + width * drawn).contiguous(memory_format=torch.channels_last)
 
 
 def _difference(a: Captured, b: Captured) -> str | None:

@@ -17,8 +17,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_tensor(op: str, name: str, value: object) -> None:
+    """Check that an argument is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
 def check_feature_map(op: str, x: torch.Tensor, name: str = "x") -> None:
     """Check that ``x`` is a floating point (N, C, H, W) tensor."""
+    check_tensor(op, name, x)
     if x.dim() != 4:
         raise ValueError(
             f"{op}: {name} must have 4 dimensions (N, C, H, W), got {x.dim()}: {tuple(x.shape)}"

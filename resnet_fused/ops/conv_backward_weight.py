@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends._sizes import output_shape
+from resnet_fused.backends._torch_conv import maps_of_weight_gradient
 from resnet_fused.ops import _checks, _samples, conv_bn_stats
 from resnet_fused.ops._op import Op
 from resnet_fused.ops.conv_bn_act import check_geometry
@@ -72,6 +73,7 @@ def reference(
     Where ``dtype`` is wide, kernels may leave out the rounding to x's.
     """
     weight = grad.new_empty(()).expand(tuple(weight_size))
+    grad, x = maps_of_weight_gradient(grad, x, weight_size, stride)
     grad_weight = torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
         [False, True, False],

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.backends._sizes import output_shape
+from resnet_fused.backends._torch_conv import maps_of_weight_gradient
 from resnet_fused.ops import _checks
 from resnet_fused.ops._op import Op
 
@@ -48,6 +49,7 @@ def check_convolution(
 ) -> tuple[int, ...]:
     """Check what every convolution takes, but the weight's dtype; return the output's shape."""
     _checks.check_feature_map(op, x)
+    _checks.check_tensor(op, "weight", weight)
     if weight.dim() != 4:
         raise ValueError(
             f"{op}: weight must have 4 dimensions (O, C/groups, KH, KW), "
@@ -62,8 +64,12 @@ def check_convolution(
             f"{tuple(weight.shape)}: x must have weight.shape[1] * groups channels, "
             "and weight.shape[0] must be a multiple of groups"
         )
+    if min(weight.shape) < 1:
+        raise ValueError(
+            f"{op}: weight {tuple(weight.shape)} has an empty dimension: each must be at least 1"
+        )
     shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
-    if min(weight.shape) < 1 or shape[2] < 1 or shape[3] < 1:
+    if shape[2] < 1 or shape[3] < 1:
         raise ValueError(
             f"{op}: x of shape {tuple(x.shape)} with padding {tuple(padding)} is smaller than "
             f"the kernel of weight {tuple(weight.shape)} with dilation {tuple(dilation)}"
@@ -191,6 +197,8 @@ def _convolution_gradient(
 ) -> Tensor:
     stride, padding, dilation, groups = geometry
     mask = [which == 0, which == 1, False]
+    if which == 1:
+        grad, x = maps_of_weight_gradient(grad, x, weight.shape, stride)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
     )[which]

@@ -36,7 +36,7 @@ CASES = [
     ("conv_bn_act", {"x": torch.complex64}, TypeError, ["x must be one of", "complex64"]),
     ("conv_bn_act", {"x": (2, 4, 1, 5), "padding": 0}, ValueError, ["(2, 4, 1, 5)", "smaller"]),
     ("conv_bn_act", {"weight": (8, 4, 3)}, ValueError, ["weight must have 4 dim", "(8, 4, 3)"]),
-    ("conv_bn_act", {"weight": (0, 4, 3, 3)}, ValueError, ["weight (0, 4, 3, 3)"]),
+    ("conv_bn_act", {"weight": (0, 4, 3, 3)}, ValueError, ["weight (0, 4, 3, 3) has an empty"]),
     ("conv_bn_act", {"weight": D}, TypeError, ["weight must have x's dtype", "float64"]),
     ("conv_bn_act", {"weight": "meta"}, ValueError, ["weight must be on x's device", "meta"]),
     ("conv_bn_act", {"groups": 3}, ValueError, ["groups=3", "4 channels"]),
@@ -210,3 +210,12 @@ def test_no_memory_left(op, monkeypatch):
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
     if "weight" in GOOD[op]:
         assert f"weight {GOOD[op]['weight']}" in str(caught.value)
+
+
+def test_conv_bn_act_of_what_is_no_tensor_or_has_no_channels():
+    x, weight = torch.randn(1, 4, 5, 5), torch.randn(2, 4, 1, 1)
+    for given, named in (([x, weight.tolist()], "weight"), ([x.numpy(), weight], "x")):
+        with pytest.raises(TypeError, match=f"conv_bn_act: {named} must be a tensor, got"):
+            functional.conv_bn_act(*given)
+    with pytest.raises(ValueError, match=r"weight \(2, 0, 1, 1\) has an empty dimension"):
+        functional.conv_bn_act(x[:, :0], weight[:, :0])
