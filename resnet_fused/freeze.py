@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resnet_fused.backends import _derived
 from resnet_fused.convert import fuse
+from resnet_fused.engine.capture import capture
 from resnet_fused.engine.constancy import capture_for_any_values
 from resnet_fused.engine.graph import graphs_on
 from resnet_fused.engine.plan import Plan
@@ -42,7 +43,7 @@ def freeze(
     not reach the engine. Forward hooks run while a plan is made, so that what they do to tensors
     is kept, and never again, as an engine calls no modules: a warning names who has some.
 
-    A plan is made from two runs, the second on other values, so that what only the example's own
+    The first plan is made from two runs, the second on other values, so that what only the example's own
     can answer is refused: results or values that leave tensors, and numbers drawn outside of torch.
 
     An input of another batch or image size gets a plan of its own on first sight (the last
@@ -234,8 +235,9 @@ class FrozenModule(nn.Module):
                 x.shape, dtype=self._dtypes[0], device=x.device, memory_format=torch.channels_last
             )
             example.copy_(x)
-            captured = capture_for_any_values(self.__dict__["_source"], example)
-            return Plan(captured, example, self._graphs)
+            # Once: of further shapes the forward is the same, and a run takes seconds.
+            record = capture if self._plans else capture_for_any_values
+            return Plan(record(self.__dict__["_source"], example), example, self._graphs)
 
     def extra_repr(self) -> str:
         """Return what the engine was frozen for and what it keeps."""
