@@ -43,8 +43,9 @@ def freeze(
     not reach the engine. Forward hooks run while a plan is made, so that what they do to tensors
     is kept, and never again, as an engine calls no modules: a warning names who has some.
 
-    The first plan is made from two runs, the second on other values, so that what only the example's own
-    can answer is refused: results or values that leave tensors, and numbers drawn outside of torch.
+    The first plan is made from two runs, the second on other values, so that what only the
+    example's own can answer is refused: results or values that leave tensors, and numbers drawn
+    outside of torch.
 
     An input of another batch or image size gets a plan of its own on first sight (the last
     ``MAX_PLANS`` shapes are kept). Results are the caller's own. Calls from several threads are
