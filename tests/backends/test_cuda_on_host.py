@@ -136,6 +136,27 @@ def test_the_pool_at_every_edge(window, size, channels):
     torch.testing.assert_close(grad_x.double(), wide.grad, atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("size", [(3, 3), (5, 8), (22, 7), (9, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_stems_pool_takes_what_the_one_for_all_takes(dtype, size, padding):
+    """Two channels at once, down a strip: with ties, zeros, NaN and infinity in the windows."""
+    x = torch.randn(2, 72, *size, generator=torch.Generator().manual_seed(0)).mul_(2).round_()
+    flat = x.permute(0, 2, 3, 1).reshape(-1)
+    flat[::31], flat[7::53], flat[11::71] = torch.nan, torch.inf, -torch.inf
+    x = flat.view(2, *size, 72).permute(0, 3, 1, 2).to(dtype)
+    # Not aligned to 16 bytes, for which there is the kernel for all windows alone.
+    odd = torch.empty(x.numel() + 1, dtype=dtype)[1:].as_strided(x.shape, x.stride()).copy_(x)
+    scale = torch.linspace(-2, 2, 72)
+    with kernels_of(on_host.load()):
+        found, expected = (
+            kernels.max_pool_index(given, scale, scale.roll(5), 3, 2, padding) for given in (x, odd)
+        )
+    assert expected[0].isnan().any()
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.nan_to_num(nan=-1.0), b.nan_to_num(nan=-1.0))
+
+
 @pytest.mark.skipif(native.extension() is None, reason="the extension is not built")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", list(native.DTYPE_NAMES), ids=str)
