@@ -39,11 +39,12 @@ LAYERS = {
         "testing",
         "tuning",
         "env",
+        "verify",
         "backends",
         "files",
     },
     "inspection": {PACKAGE, "bench", "engine", "models", "backends"},
-    "cli": {"inspection", "bench", "models", "roofline", "verify", "env"},
+    "cli": {"inspection", "bench", "roofline", "env"},
     "__main__": {"cli"},
     "__init__": {
         "functional",

@@ -274,7 +274,10 @@ def _is_plain(op: str, func: Any, args: tuple[Any, ...]) -> bool:
     named = zip(argument_names(op), args, strict=True)
     tensors = [(name, a) for name, a in named if isinstance(a, Tensor)]
     bytes_too = ("y", "index")
-    return all(t.numel() and (name in bytes_too or t.is_floating_point()) for name, t in tensors)
+    return all(
+        (t.numel() or name == "taken") and (name in bytes_too or t.is_floating_point())
+        for name, t in tensors
+    )
 
 
 def draw(call: Call, device: torch.device) -> tuple[Any, ...]:

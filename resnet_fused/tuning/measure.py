@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import APART, REFERENCE, candidates
-from resnet_fused.ops import OPS, TRAINING, _bn
+from resnet_fused.ops import OPS, TRAINING, _bn, bn_act_max_pool
 from resnet_fused.testing import factors_dtype, to_float64, two_x_rule
 from resnet_fused.tuning import block_end
 from resnet_fused.tuning.calls import argument_names
@@ -122,14 +122,15 @@ class _Answers:
     def __init__(self, op: str, args: Sequence[Any]) -> None:
         reference, x = OPS[op].reference, args[0]
         self._args, self._of_all = tuple(args), op in TRAINING
-        #: How many results are numbers to compare; bits behind them are held to these.
-        self._numbers = 1 if op in _bn.WITH_BITS else None
+        #: How many results are numbers to compare. Bits behind them are held to these; what a pool
+        #: took is not compared, as the oracle's dtype has none.
+        self._numbers = 1 if op in _bn.WITH_BITS else 2 if op == bn_act_max_pool.NAME else None
         batch = len(x)
         self._images = torch.linspace(0, batch - 1, min(batch, CHECKED_IMAGES)).round().long()
         part = self._of_images(op, self._images.to(x.device))
         eager, oracle = _several(reference(*part)), _several(reference(*to_float64(part)))
         self._eager, self._oracle = eager[: self._numbers], oracle[: self._numbers]
-        self._bits = eager[len(self._eager) :]
+        self._bits = eager[1:] if op in _bn.WITH_BITS else []
         shapes = [a.shape if isinstance(a, Tensor) else a for a in part]
         given = [o.shape for o in self._oracle]
         flops = OPS[op].flops(*shapes, out_shape=given if len(given) > 1 else given[0])
@@ -140,7 +141,7 @@ class _Answers:
             # What is summed over a channel; its terms may cancel.
             self._reduced = max(self._reduced, x.numel() // x.shape[1])
             floats = (a for a in part if isinstance(a, Tensor) and a.is_floating_point())
-            self._size = max(float(a.abs().max()) for a in floats)
+            self._size = max(float(a.abs().max()) for a in floats if a.numel())
         # A channel as a whole: NaN at one pixel would be spread further by some algorithms.
         self._spoiled = x.clone()
         self._spoiled[:, 0] = torch.nan
@@ -161,10 +162,10 @@ class _Answers:
         """Return what is wrong with the answers of ``run``, or None."""
         try:
             values = _several(run(*self._args))
-            for given, bits in zip(self._bits, values[len(self._eager) :], strict=True):
+            for given, bits in zip(self._bits, values[1:], strict=False):
                 if not torch.equal(bits, _bn.bits_of(values[0]) if given.numel() else given):
                     return "wrong: the bits are not those of the values"
-            faults = map(self._fault, values, self._eager, self._oracle)
+            faults = map(self._fault, values[: self._numbers], self._eager, self._oracle)
             if fault := next(filter(None, faults), None):
                 return fault
             spoiled = _several(run(self._spoiled, *self._args[1:]))[: self._numbers]
