@@ -14,6 +14,7 @@ from torch import nn
 import resnet_fused as rf
 from resnet_fused import step_graph
 from resnet_fused.backends import _requested
+from resnet_fused.backends import _derived
 from resnet_fused.ops import _casts
 
 sys.path.append(str(Path(__file__).parent / "engine"))
@@ -359,7 +360,7 @@ def test_a_parameter_that_is_written_unseen_is_cast_again():
 def test_another_stream_waits_for_what_the_first_cast_made(cuda, waits, monkeypatch):
     """Also where a step meets its first cast on a stream beside its own."""
     if not waits:  # the detector then sees it
-        monkeypatch.setattr(_casts.Casts, "_wait", lambda self, narrow: None)
+        monkeypatch.setattr(_derived.Made, "wait", lambda self: None)
     first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     own, beside = cuda.caller_stream(), cuda.caller_stream()
     with _casts.together() as casts, cuda.device(CPU):

@@ -177,7 +177,7 @@ def pooled_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what bn_act_max_pool_backward does, by ops; the map behind the pool is written.
 
-    Where it is known what the pool took, the sums are over that.
+    Where it is known what the pool took, the sums are over that, else over the map.
 
     Args:
         parts: bn_act_backward_reduce, max_pool_backward and bn_act_backward_apply.
@@ -185,14 +185,12 @@ def pooled_gradients(
     """
     reduce, pool_backward, apply = parts
     vectors, pool = (mean, var, weight, bias), (pool_size, pool_stride, pool_padding)
-    if not taken.numel():
+    known, grad_a, grad_x = taken.numel() > 0, grad, x.new_empty(0)
+    if wanted[0] or not known:
         grad_a = pool_backward(grad, index, x.shape, *pool)
-        every = (*wanted, False)
-        return gradients(reduce, apply, grad_a, x, *vectors, None, eps, act, every, means)[:3]
-    sum_g, sum_gx, _ = reduce(grad, taken, *vectors, None, eps, act, False)
-    grad_x = x.new_empty(0)
+    summed = (grad, taken) if known else (grad_a, x)
+    sum_g, sum_gx, _ = reduce(*summed, *vectors, None, eps, act, False)
     if wanted[0]:
-        grad_a = pool_backward(grad, index, x.shape, *pool)
         sums, count = _over_batch(x, sum_g, sum_gx, means)
         grad_x = apply(grad_a, x, *vectors, None, *sums, eps, act, count)
     return grad_x, *_affine_gradients(x, var, weight, bias, eps, sum_g, sum_gx, wanted[1:])

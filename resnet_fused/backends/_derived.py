@@ -60,7 +60,7 @@ def _recordings_read() -> bool:
     return getattr(_thread, "constant", False)
 
 
-class _Made:
+class Made:
     """Where on a GPU a value was made: what other streams wait for."""
 
     def __init__(self, device: torch.device, value: Any) -> None:
@@ -75,13 +75,17 @@ class _Made:
         """Return whether what follows on the current stream may read it, which waits if it must."""
         if torch.cuda.is_current_stream_capturing():
             return _recordings_read()
+        self.wait()
+        return True
+
+    def wait(self) -> None:
+        """Have what follows on the current stream come behind it."""
         stream = torch.cuda.current_stream(self._device)
         if stream not in self._ordered:
             stream.wait_event(self._event)
             for tensor in self._tensors:
                 hold(tensor, stream)
             self._ordered.add(stream)
-        return True
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -103,7 +107,7 @@ def on_gpu(tensor: Tensor) -> bool:
 class _Kept:
     """A value and the state of its sources when it was made."""
 
-    def __init__(self, sources: tuple[Tensor | None, ...], value: Any, made: _Made | None) -> None:
+    def __init__(self, sources: tuple[Tensor | None, ...], value: Any, made: Made | None) -> None:
         # None answers "is it the same tensor" like any other source that has gone.
         self._sources = [(_nothing if s is None else weakref.ref(s), stamp(s)) for s in sources]
         self.value = value
@@ -126,8 +130,8 @@ def derived(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[]
     A source counts as changed when it is another tensor, lives in other memory, was written in
     place (its version counter moved), or had a step of an optimizer. Writing through
     ``tensor.data`` elsewhere moves no counter and is not seen: write under ``torch.no_grad()``
-    instead. Tensors made in inference mode have no counter,
-    and those of torch's function transforms and fake tensors no memory; nothing is kept for them.
+    instead. Tensors made in inference mode have no counter, and those of torch's function
+    transforms and fake tensors no memory; nothing is kept for them.
 
     Args:
         sources: the tensors the value depends on; the value lives as long as the first one.
@@ -145,7 +149,7 @@ def derived(sources: tuple[Tensor | None, ...], key: Hashable, make: Callable[[]
         if on_gpu(first):
             if torch.cuda.is_current_stream_capturing():
                 return value
-            made = _Made(first.device, value)
+            made = Made(first.device, value)
         if values is None:
             values = _cache.setdefault(id(first), {})
             _finalizers[id(first)] = weakref.finalize(first, _gone, id(first))

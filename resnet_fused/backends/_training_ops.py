@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -215,6 +216,11 @@ def max_pool_backward(
     )
 
 
+bn_act_max_pool_backward_by_parts = functools.partial(
+    _bn_math.pooled_gradients, (bn_act_backward_reduce, max_pool_backward, bn_act_backward_apply)
+)
+
+
 def bn_act_max_pool_backward(
     grad: Tensor,
     index: Tensor,
@@ -233,12 +239,11 @@ def bn_act_max_pool_backward(
 ) -> tuple[Tensor, ...]:
     """Run the op by the kernels that only a GPU has: the activation's gradient is not written.
 
-    Where nobody says what the pool took, it is, and is what the sums are over.
+    But where nobody says what the pool took: there the sums are over that gradient.
     """
     if not taken.numel():
-        parts = (bn_act_backward_reduce, max_pool_backward, bn_act_backward_apply)
         saved = (x, mean, var, weight, bias, eps, act, pool_size, pool_stride, pool_padding)
-        return _bn_math.pooled_gradients(parts, grad, index, taken, *saved, wanted)
+        return bn_act_max_pool_backward_by_parts(grad, index, taken, *saved, wanted)
     pool = (pool_size[0], pool_stride[0], pool_padding[0])
     found = kernels.bn_act_max_pool_backward(
         grad, index, taken, x, mean, var, weight, bias, eps, *pool, act == "relu", wanted

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import (
-    _bn_math,
     _cpu_conv,
     _cpu_once,
     _cpu_weight_gradient,
@@ -266,9 +265,7 @@ def conv_backward_weight(
 bn_act_conv_backward = _training_ops.chained_backward(conv_backward_data, conv_backward_weight)
 bn_act_conv_backward_data = _training_ops.chained_backward_data(conv_backward_data)
 bn_act_conv_backward_weight = _training_ops.chained_backward_weight(conv_backward_weight)
-bn_act_max_pool_backward = functools.partial(
-    _bn_math.pooled_gradients, (bn_act_backward_reduce, max_pool_backward, bn_act_backward_apply)
-)
+bn_act_max_pool_backward = _training_ops.bn_act_max_pool_backward_by_parts
 
 
 def bn_apply(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import operator
-import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from resnet_fused.nn.bn import scale_shift, uses_batch_statistics
 from resnet_fused.nn.fused import program_of
+from resnet_fused.nn.watch import random_outside_torch, same_state
 
 _DROPOUTS = (torch.ops.aten.dropout.default, torch.ops.aten.feature_dropout.default)
 
@@ -103,7 +102,8 @@ def capture(model: nn.Module, x: Tensor) -> Captured:
         return [leaf for leaf in results[-1][0] if isinstance(leaf, Tensor)]
 
     _prepare(model)
-    before, drawn = _state(model), _drawn()
+    before, sources = _state(model), [*random_outside_torch()]
+    drawn = [source.get() for source in sources]
     try:
         module = make_fx(forward, pre_dispatch=True)(x)
     except RuntimeError as error:
@@ -113,7 +113,10 @@ def capture(model: nn.Module, x: Tensor) -> Captured:
                 f"fixed plan can follow: {str(error).splitlines()[0]}"
             ) from error
         raise
-    _check_unchanged(model, before, drawn)
+    _check_unchanged(model, before)
+    if not all(same_state(s.get(), then) for s, then in zip(sources, drawn, strict=True)):
+        raise ValueError("freeze: the model's forward draws random numbers of Python or NumPy, "
+                         "which an engine would repeat: accepted are torch's")  # fmt: skip
     leaves, spec = results[-1]
     _check_leaves(leaves)
     calls, tensors, examples = _Recorder(module).record()
@@ -165,7 +168,7 @@ def _prepare(model: nn.Module) -> None:
                 scale_shift(conv, bn)
 
 
-def _check_unchanged(model: nn.Module, before: _State, drawn: tuple[Any, ...]) -> None:
+def _check_unchanged(model: nn.Module, before: _State) -> None:
     after = _state(model)
     changed = {name for (name, _), stamp in before.items() - after.items() if stamp.registered}
     changed |= {n for (n, _), stamp in after.items() - before.items() if stamp.registered}
@@ -173,9 +176,6 @@ def _check_unchanged(model: nn.Module, before: _State, drawn: tuple[Any, ...]) -
     if changed:
         raise ValueError(f"freeze: the model's forward changes its own "
                          f"{', '.join(sorted(changed))}: an engine holds constants")  # fmt: skip
-    if drawn != _drawn():
-        raise ValueError("freeze: the model's forward draws random numbers of Python or NumPy, "
-                         "which an engine would repeat: accepted are torch's")  # fmt: skip
 
 
 def _check_leaves(leaves: list[Any]) -> None:
@@ -211,15 +211,6 @@ def _state(model: nn.Module) -> _State:
                     where = f"{prefix}.{name}" if prefix else name
                     state[where, id(tensor)] = _Stamp(tensor._version, registered)
     return state
-
-
-def _drawn() -> tuple[Any, ...]:
-    """Return how far the random numbers outside of torch are: they end as constants."""
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
-        return (random.getstate(),)
-    _, keys, *rest = numpy.random.get_state()
-    return random.getstate(), keys.tobytes(), *rest
 
 
 class _Recorder:

@@ -136,11 +136,12 @@ def trace(module: nn.Module, chains: Chains) -> Trace:
     """
     required = _required_arguments(module)
     graph, inlined = _graph(module, required, chains, training=False)
+    text = _text(graph)
     with _other_modes():
-        if _text(_graph(module, required, chains, training=False)[0]) != _text(graph):
+        if _text(_graph(module, required, chains, training=False)[0]) != text:
             raise TraceError("forward depends on the grad mode or on autocast")
     try:
-        eval_only = _text(_graph(module, required, chains, training=True)[0]) != _text(graph)
+        eval_only = _text(_graph(module, required, chains, training=True)[0]) != text
     except TraceError:
         eval_only = True
     return Trace(graph, len(required), inlined, eval_only)

@@ -77,41 +77,48 @@ class Watch:
                 changed.append(name)
                 _restore(value, kept)
         for source, drawn in zip(self._random, self._drawn, strict=True):
-            if not _same_state(source.get(), drawn):
+            if not same_state(source.get(), drawn):
                 changed.append("the state of random numbers")
                 source.set(drawn)
         self.changed = sorted(set(changed))
 
 
-class _Random(NamedTuple):
+class Random(NamedTuple):
     """Where random numbers come from: its state."""
 
     get: Callable[[], Any]
     set: Callable[[Any], Any]
 
 
-def _sources_of_random(values: Iterator[Any]) -> Iterator[_Random]:
-    """Return torch's, Python's and NumPy's own, and the generators among some values."""
-    yield _Random(random.getstate, random.setstate)
-    yield _Random(torch.get_rng_state, torch.set_rng_state)
+def random_outside_torch() -> Iterator[Random]:
+    """Return what Python's and NumPy's own random numbers come from."""
+    yield Random(random.getstate, random.setstate)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        yield _Random(numpy.random.get_state, numpy.random.set_state)
+        yield Random(numpy.random.get_state, numpy.random.set_state)
+
+
+def _sources_of_random(values: Iterator[Any]) -> Iterator[Random]:
+    """Return those, torch's own, and the generators among some values."""
+    yield from random_outside_torch()
+    yield Random(torch.get_rng_state, torch.set_rng_state)
+    numpy = sys.modules.get("numpy")
     for value in values:
         if isinstance(value, random.Random):
-            yield _Random(value.getstate, value.setstate)
+            yield Random(value.getstate, value.setstate)
         elif isinstance(value, torch.Generator) or (
             numpy is not None and isinstance(value, numpy.random.RandomState)
         ):
-            yield _Random(value.get_state, value.set_state)
+            yield Random(value.get_state, value.set_state)
         elif numpy is not None and isinstance(value, numpy.random.Generator):
             bits = value.bit_generator
-            yield _Random(
+            yield Random(
                 functools.partial(getattr, bits, "state"), functools.partial(setattr, bits, "state")
             )
 
 
-def _same_state(a: Any, b: Any) -> bool:
+def same_state(a: Any, b: Any) -> bool:
+    """Return whether two states of a source of random numbers are the same."""
     if isinstance(a, Tensor):
         return torch.equal(a, b)
     # NumPy's have arrays among their parts.

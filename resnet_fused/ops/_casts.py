@@ -33,9 +33,8 @@ class Casts:
         #: What the parameters were when they were last cast together.
         self._stamps: dict[tuple[int, torch.dtype], Any] = {}
         self._due = False
-        #: Behind the last making on a GPU, and the streams whose work from now on comes after it.
-        self._event: Any = None
-        self._ordered: set[Any] = set()
+        #: The last making on a GPU.
+        self._made: _derived.Made | None = None
 
     def begin(self) -> None:
         """Have the next cast make all that were noted, as a step begins."""
@@ -56,20 +55,7 @@ class Casts:
         for narrow, wide in pairs.values():
             torch._foreach_copy_(narrow, wide)
             if _derived.on_gpu(narrow[0]):
-                stream = torch.cuda.current_stream(narrow[0].device)
-                self._event, self._ordered = torch.cuda.Event(), {stream}
-                self._event.record(stream)
-
-    def _wait(self, narrow: Tensor) -> None:
-        """Have the current stream read only what is made: another may have met the first cast.
-
-        Also in a recording, as every step of one makes its own.
-        """
-        if _derived.on_gpu(narrow):
-            stream = torch.cuda.current_stream(narrow.device)
-            if stream not in self._ordered:
-                stream.wait_event(self._event)
-                self._ordered.add(stream)
+                self._made = _derived.Made(narrow[0].device, ())
 
     def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a parameter in another dtype, from those that were made if it is as it was.
@@ -85,7 +71,10 @@ class Casts:
             self._twins[key] = _Twin(weakref.ref(parameter), parameter.detach().to(dtype))
             self._stamps.pop(key, None)
         elif self._stamps.get(key) == stamp(parameter):
-            self._wait(twin.narrow)
+            if self._made is not None:
+                # Another stream may have met the first cast. Also in a recording, as every step of
+                # one makes its own.
+                self._made.wait()
             narrow: Tensor = _Made.apply(parameter, twin.narrow)
             return narrow
         return parameter.to(dtype)

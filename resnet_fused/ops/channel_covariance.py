@@ -34,7 +34,6 @@ def reference(x: Tensor) -> Result:
 
 def fake(x: Tensor) -> Result:
     """Return an empty vector and an empty square matrix."""
-    check(x)
     mean = _bn.vector_like(x)
     return mean, mean.new_empty(x.shape[1], x.shape[1])
 
@@ -69,8 +68,6 @@ OP = Op(
     check=check,
     reference=reference,
     fake=fake,
-    setup_context=None,
-    backward=None,
     autocast=(),
     flops=flops,
     nbytes=nbytes,

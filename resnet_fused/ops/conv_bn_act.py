@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resnet_fused.backends._sizes import output_shape
 from resnet_fused.backends._torch_conv import maps_of_weight_gradient
-from resnet_fused.ops import _checks
+from resnet_fused.ops import _checks, _samples
 from resnet_fused.ops._op import Op
 
 NAME = "conv_bn_act"
@@ -125,7 +125,6 @@ def fake(
     act: str | None,
 ) -> Tensor:
     """Return an empty channels_last tensor of the output's shape."""
-    check(x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
     shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
     return _checks.empty_channels_last(x, shape)
 
@@ -258,11 +257,7 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield arguments over :data:`GEOMETRIES`, with and without vectors, residual and ReLU."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, to)
-
+    draw = _samples.normal(0, device, dtype)
     for i, (shape, o, k, s, p, d, groups) in enumerate(GEOMETRIES):
         kernel, stride, padding, dilation = map(pair, (k, s, p, d))
         weight = draw(o, shape[1] // groups, *kernel)

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from resnet_fused.backends import _bn_math, _pointwise
 from resnet_fused.backends._pointwise import GEOMETRY
-from resnet_fused.ops import _bn, _checks, _past_relu, channel_covariance, pointwise_bn_stats
+from resnet_fused.ops import (
+    _bn,
+    _checks,
+    _past_relu,
+    _samples,
+    channel_covariance,
+    pointwise_bn_stats,
+)
 from resnet_fused.ops._direct import call
 from resnet_fused.ops._op import Op
 from resnet_fused.ops.conv_bn_act import check_convolution
@@ -85,7 +92,6 @@ def fake(
     act: str | None,
 ) -> Result:
     """Return an empty channels_last map, three empty vectors and an empty matrix."""
-    check(x, weight, bn_weight, bn_bias, residual, eps, act)
     o, c = weight.shape[:2]
     y = _checks.empty_channels_last(x, (len(x), o, *x.shape[2:]))
     x_mean = _bn.vector_like(x)
@@ -164,11 +170,7 @@ def nbytes(
 
 def samples(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Yield odd and many channels, with and without affine vectors, residual and ReLU."""
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape: int, to: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, to)
-
+    draw = _samples.normal(3, device, dtype)
     shapes = ((2, 16, 7, 5, 40), (3, 7, 6, 6, 5), (4, 64, 6, 9, 136), (2, 8, 5, 5, 3))
     for i, (n, c, h, w, o) in enumerate(shapes):
         x, wide = draw(n, c, h, w).relu(), _checks.accumulate_dtype(dtype)

@@ -122,15 +122,16 @@ class _Answers:
     def __init__(self, op: str, args: Sequence[Any]) -> None:
         reference, x = OPS[op].reference, args[0]
         self._args, self._of_all = tuple(args), op in TRAINING
-        #: How many results are numbers to compare. Bits behind them are held to these; what a pool
-        #: took is not compared, as the oracle's dtype has none.
-        self._numbers = 1 if op in _bn.WITH_BITS else 2 if op == bn_act_max_pool.NAME else None
+        self._with_bits = op in _bn.WITH_BITS
+        #: How many results are numbers to compare. Bits behind them are held to these; of what a
+        #: pool took only the shape is looked at, as the oracle's dtype has none.
+        self._numbers = 1 if self._with_bits else 2 if op == bn_act_max_pool.NAME else None
         batch = len(x)
         self._images = torch.linspace(0, batch - 1, min(batch, CHECKED_IMAGES)).round().long()
         part = self._of_images(op, self._images.to(x.device))
         eager, oracle = _several(reference(*part)), _several(reference(*to_float64(part)))
         self._eager, self._oracle = eager[: self._numbers], oracle[: self._numbers]
-        self._bits = eager[1:] if op in _bn.WITH_BITS else []
+        self._behind = eager[len(self._eager) :]
         shapes = [a.shape if isinstance(a, Tensor) else a for a in part]
         given = [o.shape for o in self._oracle]
         flops = OPS[op].flops(*shapes, out_shape=given if len(given) > 1 else given[0])
@@ -162,8 +163,11 @@ class _Answers:
         """Return what is wrong with the answers of ``run``, or None."""
         try:
             values = _several(run(*self._args))
-            for given, bits in zip(self._bits, values[1:], strict=False):
-                if not torch.equal(bits, _bn.bits_of(values[0]) if given.numel() else given):
+            for given, found in zip(self._behind, values[len(self._eager) :], strict=True):
+                if found.shape != given.shape:
+                    return f"wrong: gives the shape {tuple(found.shape)}"
+                held_to = _bn.bits_of(values[0]) if given.numel() else given
+                if self._with_bits and not torch.equal(found, held_to):
                     return "wrong: the bits are not those of the values"
             faults = map(self._fault, values[: self._numbers], self._eager, self._oracle)
             if fault := next(filter(None, faults), None):
