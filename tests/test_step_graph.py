@@ -13,8 +13,7 @@ from torch import nn
 
 import resnet_fused as rf
 from resnet_fused import step_graph
-from resnet_fused.backends import _requested
-from resnet_fused.backends import _derived
+from resnet_fused.backends import _derived, _requested
 from resnet_fused.ops import _casts
 
 sys.path.append(str(Path(__file__).parent / "engine"))
