@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from resnet_fused.backends import native
+from resnet_fused.ops.bn_act_max_pool import corners
 from resnet_fused.testing import two_x_rule
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -54,6 +55,15 @@ def rule(got, formula, *args, reduced=1, dtype=None, size=0.0):
     up = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
     check = two_x_rule(got, formula(*args).to(got.dtype), formula(*up), reduced, dtype, size)
     assert check.ok, f"{check} for {tuple(got.shape)}"
+
+
+def at_places(x, index, side, stride, padding):
+    """What of x the places of a square pool name, in channels_last."""
+    top, left = corners(index, (stride,) * 2, (padding,) * 2)
+    places = index.long()
+    at = (places // side + top) * x.shape[3] + places % side + left
+    taken = x.flatten(2).gather(2, at.flatten(2)).view(index.shape)
+    return taken.contiguous(memory_format=torch.channels_last)
 
 
 def is_channels_last(t):

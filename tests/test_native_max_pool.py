@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from native_maps import each_run, is_channels_last, maps, rule
+from native_maps import at_places, each_run, is_channels_last, maps, rule
 
 from resnet_fused.backends import _training_kernels as kernels
-from resnet_fused.ops.bn_act_max_pool import corners
 from resnet_fused.testing import max_error
 
 _C = pytest.importorskip("resnet_fused._C")
@@ -78,9 +77,7 @@ def test_what_is_taken_behind_relu(shape, pool, isa, dtype):
     if dtype == torch.float32:
         return
     assert torch.equal(kernels.bn_apply(taken, scale, shift * 9), y)
-    top, left = corners(y, *((side, side) for side in pool[1:]))
-    at = (places // pool[0] + top) * shape[3] + places % pool[0] + left
-    assert torch.equal(taken, x.flatten(2).gather(2, at.flatten(2)).view(y.shape))
+    assert torch.equal(taken, at_places(x, index, *pool))
 
 
 @each_run

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from native_maps import at_places
 from test_cuda_on_host import _OnGpu as OnGpu
 from test_cuda_on_host import each_dtype, kernels_of, maps
 
 from resnet_fused.backends import ORDER, _outputs, _tuned, choose, cuda
 from resnet_fused.backends import _training_kernels as kernels
 from resnet_fused.ops import OPS, _bn
-from resnet_fused.ops.bn_act_max_pool import corners
 from resnet_fused.testing import to_float64, two_x_rule
 
 sys.path.append(str(Path(__file__).parents[1] / "native"))
@@ -81,23 +81,12 @@ def test_the_mask_is_that_of_the_two_passes(module, window):
         grad_a, x, *vectors, eps, None, True, [*wanted, *[False] * 2]
     )
     assert not taken.numel()
-    at = _taken_at(x, index, window)
     by_kernel = kernels.bn_act_max_pool_backward(
-        grad, index, at, x, *vectors, eps, *window, True, wanted
+        grad, index, at_places(x, index, *window), x, *vectors, eps, *window, True, wanted
     )
     for found in (run(args), by_kernel):
         for got, same in zip(found, expected, strict=False):
             torch.testing.assert_close(got, same, rtol=1e-5, atol=1e-5)
-
-
-def _taken_at(x, index, window):
-    """What the places name, dense in channels_last."""
-    side, stride, padding = window
-    top, left = corners(index, (stride,) * 2, (padding,) * 2)
-    places = index.long()
-    at = (places // side + top) * x.shape[3] + places % side + left
-    taken = x.flatten(2).gather(2, at.flatten(2)).view(index.shape)
-    return taken.contiguous(memory_format=torch.channels_last)
 
 
 @each_dtype
