@@ -45,11 +45,11 @@ CXX_PROBE = """
 #include <omp.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 __m256 avx2(__m256 v) { return _mm256_fmadd_ps(v, v, v); }
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 __m512 avx512(__m512 v) { return _mm512_maskz_mov_ps(1, v); }
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 __m512 bf16(__m512 v, __m512bh w) { return _mm512_dpbf16_ps(v, w, w); }
 #endif
 int threads() { return omp_get_max_threads(); }

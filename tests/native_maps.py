@@ -9,7 +9,7 @@ from resnet_fused.backends import native
 from resnet_fused.ops.bn_act_max_pool import corners
 from resnet_fused.testing import two_x_rule
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _extension = native.extension()
 _BEST = "none" if _extension is None else _extension.cpu_isa()
 #: With amx_bf16 the training kernels are those of the last one.

@@ -11,7 +11,7 @@ from devices import device_of, moved
 from torch import nn
 
 import resnet_fused as rf
-from resnet_fused.backends import ORDER, _derived, _reason, choose, cpu, requested
+from resnet_fused.backends import ORDER, _derived, _reason, choose, cpu, onednn, requested
 from resnet_fused.ops import OPS, TRAINING
 
 X, WEIGHT = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3)
@@ -192,6 +192,24 @@ def test_auto_leaves_narrow_groups_to_onednn(channels, groups, dtype, tiles, exp
     assert rf.explain("conv_bn_act", *args).chosen == expected
     with rf.use_backend("cpu"):
         assert rf.explain("conv_bn_act", *args).chosen == "cpu"
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_auto_leaves_float16_to_torch_where_onednn_computes_in_it(computes, monkeypatch):
+    """But for what it has no right answer to: an output that meets padding alone."""
+    if reason := _reason(
+        ORDER["cpu"], "conv_bn_act", (torch.empty(0, 1, 1, 1), torch.empty(1, 1, 1, 1))
+    ):
+        pytest.skip(reason)
+    monkeypatch.setattr(onednn, "computes_in", lambda dtype: computes)
+    x, weight = torch.randn(1, 32, 8, 8).half(), torch.randn(32, 32, 3, 3).half()
+
+    def chosen(padding, dilation):
+        args = (None, None, None, (1, 1), padding, dilation, 1)
+        return rf.explain("conv_bn_act", x, weight, *args).chosen
+
+    assert chosen((1, 1), (1, 1)) == ("reference" if computes else "cpu")
+    assert chosen((9, 9), (1, 1)) == "cpu"
 
 
 def test_a_derived_value_is_kept_until_a_source_changes():

@@ -199,7 +199,7 @@ def test_null_and_misaligned_pointers(function):
 @pytest.mark.parametrize(
     ("function", "good", "changes"),
     [
-        ("bn_stats", STATS, {"dtype": "float16", "rows": -1, "c": 0, "scratch_bytes": 8}),
+        ("bn_stats", STATS, {"dtype": "float64", "rows": -1, "c": 0, "scratch_bytes": 8}),
         (
             "bn_apply",
             BN_APPLY,

@@ -9,7 +9,7 @@ import torch
 
 _C = pytest.importorskip("resnet_fused._C")
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ISAS = ["avx2", "avx512", "avx512_bf16", "amx_bf16"]
 ISAS = ISAS[: ISAS.index(_C.cpu_isa()) + 1] if _C.cpu_isa() in ISAS else []
 
@@ -195,8 +195,9 @@ SHAPES = {
     "long row": (1, 160, 3, 600, 16, 3, 1, 1),
     "no images": (0, 16, 8, 8, 16, 3, 1, 1),
 }
-RUNS = [(isa, torch.float32) for isa in ISAS if isa != "amx_bf16"]
-RUNS += [(isa, torch.bfloat16) for isa in ISAS if isa.endswith("_bf16")]
+RUNS = [
+    (isa, dtype) for isa in ISAS for dtype in NAMES if isa != "amx_bf16" or dtype == torch.bfloat16
+]
 
 
 @pytest.mark.parametrize(("isa", "dtype"), RUNS, ids=str)
@@ -311,7 +312,7 @@ def test_arguments_are_checked():
     }
     _C.conv_bn_act_algorithms(**ok)
     for name, value in [
-        ("dtype", "float16"),
+        ("dtype", "float64"),
         ("n", -1),
         ("h", 0),
         ("c", 0),

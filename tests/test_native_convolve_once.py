@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_maps import DTYPES
 
 from resnet_fused.backends import _cpu_once, _training_kernels, native
 from resnet_fused.testing import gradient_rule
@@ -16,7 +17,6 @@ if _C.cpu_isa() == "none":
     pytest.skip("no kernels for this processor", allow_module_level=True)
 
 LAST = torch.channels_last
-DTYPES = [torch.float32] + [torch.bfloat16] * _C.cpu_isa().endswith("_bf16")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

@@ -19,7 +19,7 @@ import build_plan
 
 #: Of what the functions are called and take. With another, `native.INTERFACE` and the number in
 #: csrc/bindings.cpp are one more.
-SIGNATURES = {14: "cad446f3d7a1e73a"}
+SIGNATURES = {15: "cad446f3d7a1e73a"}
 
 STUB = """
 #include <Python.h>

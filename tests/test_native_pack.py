@@ -28,8 +28,7 @@ each_kind = pytest.mark.parametrize(
     [
         (isa, dtype, algorithm)
         for isa, dtype, algorithm in itertools.product(ISAS, NAMES, ALGORITHMS)
-        if dtype == torch.float32 or isa.endswith("_bf16")
-        if algorithm not in ("narrow", "amx") or dtype == torch.bfloat16
+        if algorithm not in ("narrow", "amx") or (dtype == torch.bfloat16 and isa.endswith("_bf16"))
         if (algorithm == "amx") == (isa == "amx_bf16")
     ],
 )
@@ -93,15 +92,15 @@ def test_from_every_layout_the_same_bytes(size, isa, dtype, algorithm):
     assert torch.equal(packed(flipped, algorithm, dtype, groups, turned=True), expected)
 
 
-@pytest.mark.skipif("avx512_bf16" not in ISAS, reason="bfloat16 needs AVX-512 BF16")
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@each_kind
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_a_wide_weight_is_rounded_as_torch_rounds(size, algorithm):
-    if not takes(algorithm, size) or (algorithm == "amx" and "amx_bf16" not in ISAS):
-        pytest.skip("another algorithm's shape, or another processor's")
+def test_a_wide_weight_is_rounded_as_torch_rounds(size, isa, dtype, algorithm):
+    if dtype == torch.float32 or not takes(algorithm, size):
+        pytest.skip("nothing to round, or another algorithm's shape")
+    _C.set_cpu_isa(isa)
     weight, groups = drawn(size, torch.float32), size[-1]
-    weight.view(-1)[1::13] = 3e38  # beyond bfloat16's largest value half a step on
-    weight.view(-1)[2::13] = 1 + 2**-8  # half way between two values
+    weight.view(-1)[1::13] = 3e38  # an infinity in float16
+    weight.view(-1)[2::13] = 1 + torch.finfo(dtype).eps / 2  # half way between two values
     if algorithm.startswith("winograd"):  # the others' products take it for zero
         weight.view(-1)[3::13] = 1e-39
     last = weight.to(memory_format=torch.channels_last)
@@ -109,11 +108,11 @@ def test_a_wide_weight_is_rounded_as_torch_rounds(size, algorithm):
     for wide in (weight, last, across):
         for turned in (False, True):
             got, want = (
-                packed(w, algorithm, torch.bfloat16, groups, turned=turned)
-                for w in (wide, wide.bfloat16())
+                packed(w, algorithm, dtype, groups, turned=turned) for w in (wide, wide.to(dtype))
             )
             # There are many NaN.
-            kind = torch.float32 if algorithm.startswith("winograd") else torch.bfloat16
+            pairs = dtype == torch.bfloat16 and isa.endswith("_bf16")
+            kind = dtype if pairs and not algorithm.startswith("winograd") else torch.float32
             torch.testing.assert_close(
                 got.view(kind), want.view(kind), rtol=0, atol=0, equal_nan=True
             )

@@ -107,7 +107,7 @@ def test_a_block_is_one_node():
     assert [is_one(node) for node in nodes(y)] == [True, True]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("memory", ["default", "low"])
 def test_a_plan_gives_the_same_bits(memory, dtype, taped):
     if reason := cpu.declines(torch.empty(0, dtype=dtype)):
@@ -115,7 +115,7 @@ def test_a_plan_gives_the_same_bits(memory, dtype, taped):
     model = bottleneck(memory)
     other, x = copy.deepcopy(model), batch(dtype)
     z = x.detach().clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         y = model(x)
         assert is_planned(y)
         taped()

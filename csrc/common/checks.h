@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "conv_shape.h"
+
 namespace rf {
 
 [[noreturn]] inline void fail(const std::string& message) { throw std::invalid_argument(message); }
@@ -48,6 +50,13 @@ inline void need_apart(const Block& out, const Block& other) {
 inline size_t need_bytes(const char* name, double elements, size_t itemsize) {
   if (elements > 1e15) fail(std::string(name) + ": the tensors are too large");
   return size_t(elements) * itemsize;
+}
+
+inline DType parse_dtype(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "float16") return DType::f16;
+  fail("dtype: expected float32, bfloat16 or float16, got " + name);
 }
 
 template <class P>

@@ -8,7 +8,7 @@
 
 namespace rf {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };  // f16 on GPUs only
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 inline size_t itemsize(DType d) { return d == DType::f32 ? 4 : 2; }
 

@@ -32,7 +32,7 @@ struct Tiles {
         memcpy(a, &file[A][i][k], sizeof a);
         memcpy(b, file[B][k], sizeof b);
         for (int j = 0; j < R; ++j)
-          for (int l = 0; l < 2; ++l) file[D][i][j] += to_float(a[l]) * to_float(b[2 * j + l]);
+          for (int l = 0; l < 2; ++l) file[D][i][j] += bf16_to_float(a[l]) * bf16_to_float(b[2 * j + l]);
       }
   }
 #else

@@ -10,12 +10,6 @@
 
 namespace rf {
 
-inline DType parse_dtype(const std::string& name) {
-  if (name == "float32") return DType::f32;
-  if (name == "bfloat16") return DType::bf16;
-  fail("dtype: expected float32 or bfloat16, got " + name);
-}
-
 inline const cpu::KernelTable& table_for(DType dtype) {
   const cpu::KernelTable* table = cpu::kernels(dtype);
   if (!table) fail(std::string("dtype: no kernels for it on ") + cpu::isa_name(cpu::active_isa()));

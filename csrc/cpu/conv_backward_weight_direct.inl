@@ -69,10 +69,12 @@ static void put_sum(const ConvBackwardWeightArgs& args, int64_t o, int64_t tap, 
 template <class E>
 struct DirectBackwardWeight {
   using T = typename E::T;
+  using Operand = typename E::Operand;
   static constexpr int W = Vec::W, NR = E::NV * W, MR = E::MR, KU = E::KU;
   // Output channels and panels of a unit: each copied value is then used some 256 times. A panel's block
   // of pixels stays in the L1 cache while all of the unit's channels meet it.
-  static constexpr int64_t kRows = 256, kPanels = 256 / NR, kBlock = (int64_t(16) << 10) / (NR * sizeof(T));
+  static constexpr int64_t kRows = 256, kPanels = 256 / NR;
+  static constexpr int64_t kBlock = (int64_t(16) << 10) / (NR * sizeof(Operand));
   // Units enough for a few threads to get as many each; but no runs shorter than two blocks, nor sums
   // of more than this in all.
   static constexpr int64_t kUnits = 16, kMostSums = int64_t(12) << 20;
@@ -103,7 +105,7 @@ struct DirectBackwardWeight {
     p.units = p.parts * p.runs;
     p.grad_elements = p.ldg * kBlock;
     p.per_thread = 3 * kBlock * (int64_t)sizeof(const T*) +
-                   (p.grad_elements + kBlock * NR) * (int64_t)sizeof(T);
+                   (p.grad_elements + kBlock * NR) * (int64_t)sizeof(Operand);
     return p;
   }
 
@@ -136,8 +138,8 @@ struct DirectBackwardWeight {
     const T* x = static_cast<const T*>(args.x);
     const T** rows = reinterpret_cast<const T**>(work);
     const T **next_grad = rows + kBlock, **next_x = next_grad + kBlock;
-    T* g = reinterpret_cast<T*>(next_x + kBlock);
-    T* v = g + p.grad_elements;
+    Operand* g = reinterpret_cast<Operand*>(next_x + kBlock);
+    Operand* v = g + p.grad_elements;
     const int64_t ldu = p.columns * NR, height = at.o1 - at.o0, cuts = ceil_div(height, MR);
     const int64_t panels = at.j1 - at.j0, c0 = at.j0 % p.of_tap * NR, c1 = min64(s.c, c0 + panels * NR);
     if (at.p0 == at.p1) memset(u, 0, p.u_floats * sizeof(float));

@@ -27,14 +27,15 @@ const cpu::ConvAlgorithm& find(const ConvShape& s, const std::string& name) {
 }
 
 // Measured on two Zen 5 cores with ResNet shapes at 1, 2 and 8 images, weights from memory. With few
-// tiles, Winograd's larger weights cost more than its fewer products save; bfloat16 halves what there
-// is to save.
+// tiles, Winograd's larger weights cost more than its fewer products save; products of pairs of bfloat16
+// halve what there is to save.
 std::string likely_fastest(const ConvShape& s) {
   const int64_t tiles = s.n * ceil_div(s.oh(), 4) * ceil_div(s.ow(), 4);
   // Where that does not run the shape, the first of the others is taken.
-  if (s.dtype == DType::bf16 && cpu::active_isa() == cpu::Isa::amx_bf16) return "amx";
-  if (s.dtype == DType::bf16 && s.c % 2 && s.c < 16) return "narrow";
-  if (s.dtype == DType::bf16) return s.c >= 24 && s.o >= 24 && tiles >= 32 ? "winograd4" : "direct";
+  const bool pairs = s.dtype == DType::bf16 && cpu::active_isa() >= cpu::Isa::avx512_bf16;
+  if (pairs && cpu::active_isa() == cpu::Isa::amx_bf16) return "amx";
+  if (pairs && s.c % 2 && s.c < 16) return "narrow";
+  if (pairs) return s.c >= 24 && s.o >= 24 && tiles >= 32 ? "winograd4" : "direct";
   if (s.c < 16 || s.o < 16) return "direct";
   return tiles <= 16 && s.c * s.o >= 256 * 256 ? "winograd2" : "winograd4";
 }
@@ -233,7 +234,7 @@ void convolve_once(uintptr_t x, uintptr_t weight, uintptr_t residual, uintptr_t 
 void register_conv_bn_act(py::module_& m) {
   m.def("conv_bn_act_algorithms", &algorithms, py::arg("dtype"), RF_SHAPE,
         "Names that can run the shape, the likely fastest first; empty where this processor has no\n"
-        "kernels for the dtype ('float32' or 'bfloat16').");
+        "kernels for the dtype ('float32', 'bfloat16' or 'float16').");
   m.def("conv_bn_act_packed_bytes", &packed_bytes, py::arg("dtype"), py::arg("algorithm"), RF_WEIGHT,
         "Bytes of the packed weights. They depend on the algorithm and the instruction set too.");
   m.def("conv_bn_act_pack", &pack, py::arg("weight"), py::arg("packed"), py::arg("packed_bytes"),

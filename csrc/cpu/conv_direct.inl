@@ -1,14 +1,15 @@
 // Direct convolution: the taps are summed in registers, nothing is written but the result.
-// Where the input needs a border (padding) or an even channel count (bf16), each thread copies the
-// rows of one block of outputs, with zeros around them, into a buffer that stays in its L2 cache.
-
+// Where the input needs a border (padding), an even channel count (pairs of bf16) or to be widened, each
+// thread copies the rows of one block of outputs, with zeros around them, into a buffer that stays in its
+// L2 cache.
 //
-// NARROW, for the first layer in bf16: the columns of the kernel and the few channels are one run of
+// NARROW, for the first layer by pairs of bf16: the columns of the kernel and the few channels are one run of
 // elements, with one odd element per run instead of one per pixel.
 
 template <class E, bool NARROW = false>
 struct Direct {
   using T = typename E::T;
+  using Operand = typename E::Operand;
 
   struct Plan {
     ConvShape s;             // a 1x1 stride-1 convolution becomes one long row of pixels
@@ -38,11 +39,11 @@ struct Direct {
     p.cp = NARROW ? cg : round_up(cg, E::KU);
     // Rows of a tile that lie a multiple of 4 KiB apart share the same few sets of the L1 cache.
     const bool crowded = s.sw * s.c * (int64_t)sizeof(T) % 4096 == 0;
-    p.copy = s.ph || s.pw || p.cp != cg || crowded;
+    p.copy = s.ph || s.pw || p.cp != cg || crowded || !std::is_same_v<T, Operand>;
     p.xs = s.kw == 1 ? 1 : s.sw;
     p.pitch = p.copy ? s.groups * p.cp : s.c;
-    const int64_t apart = p.xs * p.pitch * (int64_t)sizeof(T);
-    if (p.copy && apart % 2048 == 0 && !NARROW) p.pitch += 64 / sizeof(T);
+    const int64_t apart = p.xs * p.pitch * (int64_t)sizeof(Operand);
+    if (p.copy && apart % 2048 == 0 && !NARROW) p.pitch += 64 / sizeof(Operand);
     p.merged = p.pitch == p.cp && s.dw == 1;
     p.taps = p.merged ? s.kh : s.kh * s.kw;
     const int64_t run = (p.merged ? s.kw : 1) * p.cp;
@@ -51,7 +52,7 @@ struct Direct {
     p.nv = og <= E::W ? 1 : E::NV;
     p.panels = ceil_div(og, p.nv * E::W);
     p.panel = p.taps * (p.run + p.tail) * E::KU * p.nv * E::W;
-    const int64_t fit = (p.copy ? 300 << 10 : 400 << 10) / (p.panel * (int64_t)sizeof(T));
+    const int64_t fit = (p.copy ? 300 << 10 : 400 << 10) / (p.panel * (int64_t)sizeof(Operand));
     p.chunks = ceil_div(p.panels, max64(1, min64(fit, p.panels)));
     p.chunk = ceil_div(p.panels, p.chunks);
     p.chunks = ceil_div(p.panels, p.chunk);
@@ -60,7 +61,7 @@ struct Direct {
     p.bh = max64(1, oh);
     p.bw = max64(1, ow);
     if (p.copy) {
-      const int64_t pixel = p.pitch * (int64_t)sizeof(T), budget = 480 << 10;
+      const int64_t pixel = p.pitch * (int64_t)sizeof(Operand), budget = 480 << 10;
       auto rows = [&](int64_t bh) { return (bh - 1) * s.sh + s.dh * (s.kh - 1) + 1; };
       auto cols = [&](int64_t bw) { return s.kw == 1 ? bw : (bw - 1) * s.sw + s.dw * (s.kw - 1) + 1; };
       while (p.bh > 1 && rows(p.bh) * cols(p.bw) * pixel > budget) p.bh = ceil_div(p.bh, 2);
@@ -80,7 +81,7 @@ struct Direct {
 
   static size_t packed_bytes(const ConvShape& s) {
     const Plan p = plan(s);
-    return s.groups * p.panels * p.panel * sizeof(T);
+    return s.groups * p.panels * p.panel * sizeof(Operand);
   }
 
   // -> [group][panel][kh][kw][step][NV * W][KU], zeros beyond the last channel.
@@ -92,10 +93,10 @@ struct Direct {
     const int64_t steps = ceil_div(length, E::KU);
     const int64_t along_o = weight.along_o, along_c = weight.along_c;
     const bool whole = !NARROW && cg % E::KU == 0;
-    if (whole && along_o == 1) return pack_rows(p, weight, static_cast<T*>(packed));
+    if (whole && along_o == 1) return pack_rows(p, weight, static_cast<Operand*>(packed));
 #pragma omp parallel for
     for (int64_t q = 0; q < s.groups * p.panels; ++q) {
-      T* out = static_cast<T*>(packed) + q * p.panel;
+      Operand* out = static_cast<Operand*>(packed) + q * p.panel;
       const int64_t o0 = q % p.panels * nr, valid = min64(nr, og - o0);
       const int64_t w = (q / p.panels * og + o0) * along_o;
       if (whole && along_c == 1) {
@@ -103,14 +104,14 @@ struct Direct {
           pack_columns(weight, w + t * weight.along_tap, valid, cg, nr, out);
         continue;
       }
-      if (valid < nr || length % E::KU) memset(out, 0, p.panel * sizeof(T));
+      if (valid < nr || length % E::KU) memset(out, 0, p.panel * sizeof(Operand));
       for (int64_t t = 0; t < runs; ++t, out += steps * nr * E::KU)
         for (int64_t x = 0; x < kk / runs; ++x) {
           const int64_t from = w + (t * (kk / runs) + x) * weight.along_tap;
           const auto copy = [&](int64_t j, int64_t c) {
             const int64_t e = x * cg + c;
             out[(e / E::KU * nr + j) * E::KU + e % E::KU] =
-                element<E>(weight, from + j * along_o + c * along_c);
+                operand<E>(weight, from + j * along_o + c * along_c);
           };
           // Along what is next to each other in memory.
           if (along_o < along_c)
@@ -124,7 +125,7 @@ struct Direct {
   }
 
   // Where output channels lie side by side: their rows, each read once and dealt out to the panels.
-  static void pack_rows(const Plan& p, const Weight& weight, T* packed) {
+  static void pack_rows(const Plan& p, const Weight& weight, Operand* packed) {
     constexpr int KU = E::KU;
     const ConvShape& s = p.s;
     const int64_t nr = p.nv * E::W, og = s.og(), steps = s.cg() / KU, of_group = s.kh * s.kw * steps;
@@ -145,7 +146,7 @@ struct Direct {
 
   // A tap of a panel where input channels lie side by side: transposed.
   static void pack_columns(const Weight& weight, int64_t w, int64_t valid, int64_t length, int64_t nr,
-                           T* out) {
+                           Operand* out) {
     constexpr int KU = E::KU, W = Vec::W;
     for (int64_t j0 = 0; j0 < nr; j0 += W)
       for (int64_t s0 = 0; s0 < length / KU; s0 += W) {
@@ -163,7 +164,7 @@ struct Direct {
 
   static size_t scratch_bytes(const ConvShape& s, int threads) {
     const Plan p = plan(s);
-    return round_up(p.taps * sizeof(int64_t), 64) + threads * round_up(p.buffer * sizeof(T), 64);
+    return round_up(p.taps * sizeof(int64_t), 64) + threads * round_up(p.buffer * sizeof(Operand), 64);
   }
 
   // How a block's outputs are cut into register tiles: two short rows to a tile, or a row in parts.
@@ -204,8 +205,21 @@ struct Direct {
     }
   };
 
+  static void copy_elements(const T* from, int64_t count, Operand* to) {
+    if constexpr (!std::is_same_v<T, Operand>) {
+      int64_t i = 0;
+      for (; i + E::W <= count; i += E::W) Vec::store(to + i, E::load(from + i));
+      const auto rest = Vec::first(count - i);
+      if (i < count) Vec::store(to + i, E::load(from + i, rest), rest);
+    } else if (count > 4) {
+      memcpy(to, from, count * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+    }
+  }
+
   // Copies the input under a block, zeros where there is none.
-  static void copy_block(const Plan& p, const T* x, const Place& at, T* out) {
+  static void copy_block(const Plan& p, const T* x, const Place& at, Operand* out) {
     const ConvShape& s = p.s;
     const int64_t n = at.n, y0 = at.y, x0 = at.x;
     const int64_t cg = s.cg(), pixel = p.pitch;
@@ -215,23 +229,20 @@ struct Direct {
     for (int64_t r = 0; r < p.xh; ++r, out += p.xw * pixel) {
       const int64_t iy = y0 * s.sh - s.ph + r;
       if (iy < 0 || iy >= s.h || first == last) {
-        memset(out, 0, p.xw * pixel * sizeof(T));
+        memset(out, 0, p.xw * pixel * sizeof(Operand));
         continue;
       }
-      memset(out, 0, first * pixel * sizeof(T));
-      memset(out + last * pixel, 0, (p.xw - last) * pixel * sizeof(T));
+      memset(out, 0, first * pixel * sizeof(Operand));
+      memset(out + last * pixel, 0, (p.xw - last) * pixel * sizeof(Operand));
       const T* in = x + ((n * s.h + iy) * s.w + left) * s.c;
       if (pixel == s.c && step == 1) {
-        memcpy(out + first * pixel, in + first * pixel, (last - first) * pixel * sizeof(T));
+        copy_elements(in + first * pixel, (last - first) * pixel, out + first * pixel);
       } else {
         for (int64_t i = first; i < last; ++i)
           for (int64_t g = 0; g < s.groups; ++g) {
-            T* to = out + i * pixel + g * p.cp;
+            Operand* to = out + i * pixel + g * p.cp;
             const T* from = in + i * step * s.c + g * cg;
-            if (cg > 4)
-              memcpy(to, from, cg * sizeof(T));
-            else
-              for (int64_t c = 0; c < cg; ++c) to[c] = from[c];
+            copy_elements(from, cg, to);
             for (int64_t c = cg; c < p.cp; ++c) to[c] = 0;
           }
       }
@@ -251,12 +262,12 @@ struct Direct {
     for (int64_t b = 0; b < p.nbh * p.nbw; ++b) per_image += cut_of(p, b).count;
     const int64_t units = s.groups * p.chunks * s.n * per_image;
     char* buffers = args.scratch + round_up(p.taps * sizeof(int64_t), 64);
-    const int64_t stride = round_up(p.buffer * sizeof(T), 64);
+    const int64_t stride = round_up(p.buffer * sizeof(Operand), 64);
 #pragma omp parallel num_threads(args.threads)
     {
       const int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
       const int64_t lo = units * me / all, hi = units * (me + 1) / all;
-      T* buffer = reinterpret_cast<T*>(buffers + me * stride);
+      Operand* buffer = reinterpret_cast<Operand*>(buffers + me * stride);
       int64_t held = -1;  // the block in the buffer
       for (int64_t u = lo; u < hi;) {
         const Place at(p, per_image, u);
@@ -271,7 +282,7 @@ struct Direct {
     }
   }
 
-  static void one_tile(const Plan& p, const ConvArgs& args, const int64_t* tap, const T* buffer,
+  static void one_tile(const Plan& p, const ConvArgs& args, const int64_t* tap, const Operand* buffer,
                        const Cut& cut, const Place& at, int64_t i) {
     const ConvShape& s = p.s;
     const int64_t n = at.n, q = at.chunk, by = at.y, bx = at.x;
@@ -284,7 +295,7 @@ struct Direct {
     const int64_t g = q / p.chunks, cg = p.copy ? p.cp : s.cg(), og = s.og();
     TileArgs t;
     int64_t down;  // elements from one output row's input to the next's
-    const T* a;
+    const Operand* a;
     if (p.copy) {
       t.lda = p.xs * p.pitch;
       down = s.sh * p.xw * p.pitch;
@@ -292,7 +303,7 @@ struct Direct {
     } else {
       t.lda = s.sw * s.c;
       down = s.sh * s.w * s.c;
-      a = static_cast<const T*>(args.x) + n * s.h * s.w * s.c + (by + row) * down + (bx + c0) * t.lda;
+      a = static_cast<const Operand*>(args.x) + n * s.h * s.w * s.c + (by + row) * down + (bx + c0) * t.lda;
     }
     t.a0 = a + g * cg;
     t.a1 = a + g * cg + (two ? down : half * t.lda);
@@ -309,12 +320,12 @@ struct Direct {
     // Where rows lie one behind the other, the next tile's begin where this one's end; each panel asks
     // for a part of them.
     const bool streams = !p.copy && s.sw == 1 && s.kw == 1;
-    const char* next = static_cast<const char*>(t.a0) + (streams ? rows * t.lda * sizeof(T) : 0);
-    t.ahead_step = streams ? ceil_div(rows * E::KU * (int64_t)sizeof(T), last - first) : 0;
+    const char* next = static_cast<const char*>(t.a0) + (streams ? rows * t.lda * sizeof(Operand) : 0);
+    t.ahead_step = streams ? ceil_div(rows * E::KU * (int64_t)sizeof(Operand), last - first) : 0;
     for (int64_t j = first; j < last; ++j) {
       const int64_t o = j * p.nv * E::W, to = g * og + o;
       t.ahead = next + (j - first) * p.run * t.ahead_step;
-      t.b = static_cast<const T*>(args.packed) + (g * p.panels + j) * p.panel;
+      t.b = static_cast<const Operand*>(args.packed) + (g * p.panels + j) * p.panel;
       t.scale = args.scale ? args.scale + to : nullptr;
       t.shift = args.shift ? args.shift + to : nullptr;
       t.residual = args.residual ? static_cast<const T*>(args.residual) + to : nullptr;

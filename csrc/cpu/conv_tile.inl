@@ -5,7 +5,7 @@ struct TileArgs {
   const void* a0;          // first row
   const void* a1;          // row (MR + 1) / 2, anywhere: a tile may lie in two image rows
   int64_t lda;             // elements from one row to the next
-  const void* b;           // packed weights: [tap][step][NV * W][KU]
+  const void* b;           // packed weights: [tap][step][NV * W][KU]; a0, a1 and b are Operands
   const int64_t* tap;      // element offset of each tap
   int64_t taps, steps;
   const char* ahead;       // what the next tile reads: asked of the memory, so many bytes a step
@@ -24,6 +24,7 @@ struct TileArgs {
 template <class E, int M, int NV, bool RAW>
 static void conv_tile(const TileArgs& g) {
   using T = typename E::T;
+  using Operand = typename E::Operand;
   using reg = typename E::reg;
   constexpr int H = (M + 1) / 2;
   reg acc[M][NV];
@@ -32,7 +33,7 @@ static void conv_tile(const TileArgs& g) {
 #pragma GCC unroll 4
     for (int j = 0; j < NV; ++j) acc[i][j] = E::zero();
 
-  const T* b = static_cast<const T*>(g.b);
+  const Operand* b = static_cast<const Operand*>(g.b);
   const int64_t lda = g.lda;
   const char* ahead = g.ahead;
   // The lines of the result and of the residual come from memory while the sums are formed.
@@ -49,8 +50,8 @@ static void conv_tile(const TileArgs& g) {
     }
   }
   for (int64_t t = 0; t < g.taps; ++t) {
-    const T* a0 = static_cast<const T*>(g.a0) + g.tap[t];
-    const T* a1 = static_cast<const T*>(g.a1) + g.tap[t];
+    const Operand* a0 = static_cast<const Operand*>(g.a0) + g.tap[t];
+    const Operand* a1 = static_cast<const Operand*>(g.a1) + g.tap[t];
     const auto step = [&](auto tail) __attribute__((always_inline)) {
       reg bv[NV];
 #pragma GCC unroll 4
@@ -61,7 +62,7 @@ static void conv_tile(const TileArgs& g) {
         _mm_prefetch(reinterpret_cast<const char*>(b + j * E::W * E::KU) + 8192, _MM_HINT_T1);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) {
-        const T* p = i < H ? a0 + i * lda : a1 + (i - H) * lda;
+        const Operand* p = i < H ? a0 + i * lda : a1 + (i - H) * lda;
         reg a;
         if constexpr (tail.value)
           a = E::broadcast_tail(p);
@@ -150,7 +151,7 @@ static void put_gradient(typename Out::T* p, Vec::reg v, int64_t lanes) {
 // whole step, and room for whole registers.
 template <class E>
 static void copy_steps(const typename E::T* const* rows, int64_t count, int64_t first, int64_t last,
-                       int64_t width, typename E::T* out) {
+                       int64_t width, typename E::Operand* out) {
   constexpr int W = E::W, KU = E::KU;
   for (int64_t i = 0; i < count; i += KU, out += width * KU)
     for (int64_t j = 0; j < width; j += W) {
@@ -164,7 +165,7 @@ static void copy_steps(const typename E::T* const* rows, int64_t count, int64_t 
 
 // u[i][j] = [u[i][j] +] the sum over steps of a[step][i] b[step][j], for M by NV registers of them.
 template <class E, int M>
-static void sum_products(const typename E::T* a, int64_t lda, const typename E::T* b, int64_t ldb,
+static void sum_products(const typename E::Operand* a, int64_t lda, const typename E::Operand* b, int64_t ldb,
                          int64_t steps, float* u, int64_t ldu, bool add) {
   constexpr int NV = E::NV, KU = E::KU, W = E::W;
   typename E::reg acc[M][NV];

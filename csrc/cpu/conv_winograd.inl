@@ -183,9 +183,9 @@ struct Winograd {
       for (int t = 0; t < 9; ++t) {
         const int64_t from = w + i * (by_output ? along_c : along_o) + t * weight.along_tap;
         if (by_output)
-          for (int64_t o = 0; o < lanes; ++o) to[i][t][o] = to_float(element<E>(weight, from + o * along_o));
+          for (int64_t o = 0; o < lanes; ++o) to[i][t][o] = E::widen_one(element<E>(weight, from + o * along_o));
         else
-          for (int64_t c = 0; c < channels; ++c) to[c][t][i] = to_float(element<E>(weight, from + c * along_c));
+          for (int64_t c = 0; c < channels; ++c) to[c][t][i] = E::widen_one(element<E>(weight, from + c * along_c));
       }
   }
 
@@ -277,7 +277,7 @@ struct Winograd {
         if (iy < 0 || iy >= s.h || ix < 0 || ix >= s.w) continue;
         const T* in = static_cast<const T*>(args.x) + ((at.n * s.h + iy) * s.w + ix) * s.c;
         for (int64_t c = 0; c < s.c; ++c)
-          sum = Vec::fma(Vec::set1(to_float(in[c])), Vec::load(plain + (t * s.c + c) * op), sum);
+          sum = Vec::fma(Vec::set1(E::widen_one(in[c])), Vec::load(plain + (t * s.c + c) * op), sum);
       }
       y[i] = sum;
     }

@@ -16,6 +16,12 @@ namespace rf::cpu {
 static const char* const kNames[] = {"none", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
 
 #if defined(__x86_64__)
+// Which GCC 10 has no name for.
+static bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+
 // Whether there are tile registers for bfloat16, and Linux lets this process use them, which it has to
 // be asked for.
 static bool has_amx() {
@@ -36,7 +42,7 @@ Isa detected_isa() {
 #if defined(__x86_64__)
   static const Isa isa = [] {
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::none;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c()) return Isa::none;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
       return Isa::avx2;

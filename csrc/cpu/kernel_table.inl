@@ -1,14 +1,17 @@
-// What this build offers, in no order of preference.
+// What this build offers for an element type, in no order of preference.
 
-constexpr ConvAlgorithm algorithms[] = {Winograd<Element, Wino4>::algorithm,
-                                        Winograd<Element, Wino2>::algorithm,
-                                        Direct<Element>::algorithm,
+template <class E>
+constexpr ConvAlgorithm algorithms[] = {Winograd<E, Wino4>::algorithm,
+                                        Winograd<E, Wino2>::algorithm,
+                                        Direct<E>::algorithm,
 #ifdef RF_BF16
-                                        Direct<Element, true>::algorithm,
+                                        Direct<E, true>::algorithm,
 #endif
                                         {}};
+template <class E>
 constexpr WeightGradient weight_gradients[] = {
-    weight_gradient<WinogradBackwardWeight<Element, Wino4>>(Wino4::name),
-    weight_gradient<DirectBackwardWeight<Element>>("direct"),
+    weight_gradient<WinogradBackwardWeight<E, Wino4>>(Wino4::name),
+    weight_gradient<DirectBackwardWeight<E>>("direct"),
     {}};
-constexpr KernelTable table{algorithms, weight_gradients, max_pool<Element>, head<Element>};
+template <class E>
+constexpr KernelTable kernel_table{algorithms<E>, weight_gradients<E>, max_pool<E>, head<E>};

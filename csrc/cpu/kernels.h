@@ -89,11 +89,11 @@ struct KernelTable {
   void (*head)(const HeadArgs&);
 };
 
-// Null where this build or instruction set has no kernels for the dtype.
+// Null where no instruction set with kernels is active.
 const KernelTable* kernels(DType dtype);
 
-namespace avx2 { const KernelTable* table_f32(); }
-namespace avx512 { const KernelTable* table_f32(); }
+namespace avx2 { const KernelTable *table_f32(), *table_bf16(), *table_f16(); }
+namespace avx512 { const KernelTable *table_f32(), *table_bf16(), *table_f16(); }
 namespace avx512_bf16 { const KernelTable* table_bf16(); }
 namespace amx { const KernelTable* table_bf16(); }  // null where the assembler knows no AMX
 

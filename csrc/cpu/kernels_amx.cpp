@@ -1,5 +1,6 @@
 // The kernels built for AMX, bfloat16, beside those for AVX-512 BF16. RF_AMX: the assembler knows it.
 #include "../common/moments.h"
+#include "bf16.h"
 #include "kernels.h"
 
 #if defined(__x86_64__) && (defined(RF_AMX) || defined(RF_AMX_BY_HAND))
@@ -13,7 +14,7 @@
 #include <vector>
 
 // After the system headers: their inline functions must stay runnable everywhere.
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 
 namespace rf::cpu::amx {
 namespace {

@@ -1,4 +1,5 @@
 // The kernels built for AVX2 with FMA, float32.
+#include "bf16.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -10,12 +11,11 @@
 #include <utility>
 
 // After the system headers: their inline functions must stay runnable everywhere.
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 
 namespace rf::cpu::avx2 {
 namespace {
 #include "vec_avx2.h"
-using Element = F32;
 #include "conv_tile.inl"
 #include "weight.inl"
 #include "conv_direct.inl"
@@ -25,6 +25,6 @@ using Element = F32;
 #include "pool_head.inl"
 #include "kernel_table.inl"
 }  // namespace
-const KernelTable* table_f32() { return &table; }
+const KernelTable* table_f32() { return &kernel_table<F32>; }
 }  // namespace rf::cpu::avx2
 #endif

@@ -1,4 +1,5 @@
 // The kernels built for AVX-512 with BF16 dot products, bfloat16.
+#include "bf16.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -10,13 +11,12 @@
 #include <utility>
 
 // After the system headers: their inline functions must stay runnable everywhere.
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 
 namespace rf::cpu::avx512_bf16 {
 namespace {
 #define RF_BF16
 #include "vec_avx512.h"
-using Element = Bf16;
 #include "conv_tile.inl"
 #include "weight.inl"
 #include "conv_direct.inl"
@@ -26,6 +26,6 @@ using Element = Bf16;
 #include "pool_head.inl"
 #include "kernel_table.inl"
 }  // namespace
-const KernelTable* table_bf16() { return &table; }
+const KernelTable* table_bf16() { return &kernel_table<Bf16>; }
 }  // namespace rf::cpu::avx512_bf16
 #endif

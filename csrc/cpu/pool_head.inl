@@ -31,14 +31,14 @@ static void max_pool(const PoolArgs& g) {
   }
 }
 
-// What E::load_b takes at p, or the first count elements of it, then zeros.
+// W steps at p, or the first count elements of them, then zeros.
 template <class E, bool FULL>
 static inline typename Vec::reg load_first(const typename E::T* p, int64_t count) {
-  if constexpr (FULL) return E::load_b(p);
 #ifdef RF_BF16
+  if constexpr (FULL) return E::load_b(p);
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), p));
 #else
-  return E::load(p, Vec::first(count));
+  return FULL ? E::load(p) : E::load(p, Vec::first(count));
 #endif
 }
 
@@ -71,7 +71,7 @@ static void head_tile(const HeadArgs& g, const typename E::T* mean, int64_t k, i
   float sums[PLACES] = {};
   T rounded[PLACES];
   for (int j = 0; j < CLASSES; ++j) {
-    const float bias = g.bias ? to_float(static_cast<const T*>(g.bias)[k + j]) : 0.0f;
+    const float bias = g.bias ? E::widen_one(static_cast<const T*>(g.bias)[k + j]) : 0.0f;
     for (int i = 0; i < IMAGES; ++i) sums[j * IMAGES + i] = Vec::sum(acc[j][i]) + bias;
   }
   for (int v = 0; v < PLACES; v += Vec::W) E::store(rounded + v, Vec::load(sums + v));
@@ -116,7 +116,7 @@ static void head_mean(const HeadArgs& g, const typename E::T* x, typename E::T* 
   }
 }
 
-// y = mean(x over its pixels) weight^T + bias. In bfloat16 the mean is rounded to it, as in torch.
+// y = mean(x over its pixels) weight^T + bias. In 16 bits the mean is rounded to them, as in torch.
 template <class E>
 static void head(const HeadArgs& g) {
   using T = typename E::T;

@@ -27,8 +27,8 @@ inline size_t reduction_scratch_bytes(int64_t rows, int64_t c, int doubles) {
 // Null where no instruction set with kernels is active.
 const TrainingTable* training_kernels(DType dtype);
 
-namespace avx2 { extern const TrainingTable training_f32, training_bf16; }
-namespace avx512 { extern const TrainingTable training_f32, training_bf16; }
+namespace avx2 { extern const TrainingTable training_f32, training_bf16, training_f16; }
+namespace avx512 { extern const TrainingTable training_f32, training_bf16, training_f16; }
 namespace avx512_bf16 { extern const TrainingTable training_bf16; }
 
 }  // namespace rf::cpu

@@ -1,5 +1,6 @@
-// The training kernels built for AVX-512 (F, BW, VL, DQ), float32 and bfloat16.
+// The training kernels built for AVX-512 (F, BW, VL, DQ), float32, bfloat16 and float16.
 #include "../common/bn_vectors.h"
+#include "bf16.h"
 #include "training.h"
 
 #if defined(__x86_64__)
@@ -7,7 +8,7 @@
 #include <omp.h>
 
 // After the system headers: their inline functions must stay runnable everywhere.
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 
 namespace rf::cpu::avx512 {
 namespace {
@@ -20,5 +21,6 @@ namespace {
 }  // namespace
 const TrainingTable training_f32 = training_table<F32>;
 const TrainingTable training_bf16 = training_table<Bf16Memory>;
+const TrainingTable training_f16 = training_table<F16Memory>;
 }  // namespace rf::cpu::avx512
 #endif

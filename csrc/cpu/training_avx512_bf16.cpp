@@ -1,5 +1,6 @@
 // The training kernels built for AVX-512 with BF16: bfloat16, rounded by one instruction.
 #include "../common/bn_vectors.h"
+#include "bf16.h"
 #include "training.h"
 
 #if defined(__x86_64__)
@@ -7,7 +8,7 @@
 #include <omp.h>
 
 // After the system headers: their inline functions must stay runnable everywhere.
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 
 namespace rf::cpu::avx512_bf16 {
 namespace {

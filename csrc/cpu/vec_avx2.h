@@ -105,6 +105,7 @@ struct Vec {
 
 struct F32 : Vec {
   using T = float;
+  using Operand = T;  // of the products: in packed weights, and where rows are copied
   static constexpr int KU = 1;  // channels consumed by one step
   static constexpr int MR = 6;  // rows of the register tile
   static constexpr int NV = 2;  // registers across its columns
@@ -112,6 +113,7 @@ struct F32 : Vec {
   static reg load_b(const T* p) { return _mm256_loadu_ps(p); }
   static reg rounded(reg v) { return v; }  // to what T can hold
   static T narrow_one(float v) { return v; }
+  static float widen_one(T v) { return v; }
   // A step of W elements from KU rows, zeros for a null row and beyond the mask.
   static reg step(const T* const* rows, int64_t at) { return rows[0] ? load(rows[0] + at) : zero(); }
   static reg step(const T* const* rows, int64_t at, mask m) {
@@ -122,15 +124,12 @@ struct F32 : Vec {
   static reg steps(const T* p, int64_t count) { return load(p, first(count)); }
 };
 
-static inline float to_float(float v) { return v; }
-
-// bfloat16 in memory, float32 in registers: a load shifts, a store rounds to nearest even, NaN kept.
-struct Bf16Memory : Vec {
-  using T = uint16_t;
-  static reg widen(__m128i v) {
+// What 16 bits mean.
+struct Bf16Format {
+  static __m256 widen(__m128i v) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
   }
-  static __m128i narrow(reg v) {
+  static __m128i narrow(__m256 v) {
     const __m256i u = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff));
@@ -141,6 +140,22 @@ struct Bf16Memory : Vec {
     const __m256i high = _mm256_srli_epi32(kept, 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   }
+  static float widen_one(uint16_t v) { return bf16_to_float(v); }
+  static uint16_t narrow_one(float v) { return bf16_from_float(v); }
+};
+struct F16Format {
+  static __m256 widen(__m128i v) { return _mm256_cvtph_ps(v); }
+  static __m128i narrow(__m256 v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  static float widen_one(uint16_t v) { return _cvtsh_ss(v); }
+  static uint16_t narrow_one(float v) { return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
+};
+
+// 16 bits in memory, float32 in registers: a store rounds to nearest even, NaN kept.
+template <class Format>
+struct Memory : Vec, Format {
+  using T = uint16_t;
+  using Format::narrow;
+  using Format::widen;
   static reg load(const T* p) { return widen(_mm_loadu_si128((const __m128i*)p)); }
   static reg load(const T* p, mask m) {
     __m128i v = _mm_setzero_si128();
@@ -154,3 +169,5 @@ struct Bf16Memory : Vec {
     __builtin_memcpy(p, &n, 2 * count(m));
   }
 };
+using Bf16Memory = Memory<Bf16Format>;
+using F16Memory = Memory<F16Format>;

@@ -97,6 +97,7 @@ struct Vec {
 
 struct F32 : Vec {
   using T = float;
+  using Operand = T;  // of the products: in packed weights, and where rows are copied
   static constexpr int KU = 1;   // channels consumed by one step
   static constexpr int MR = 14;  // rows of the register tile
   static constexpr int NV = 2;   // registers across its columns
@@ -104,6 +105,7 @@ struct F32 : Vec {
   static reg load_b(const T* p) { return _mm512_loadu_ps(p); }
   static reg rounded(reg v) { return v; }  // to what T can hold
   static T narrow_one(float v) { return v; }
+  static float widen_one(T v) { return v; }
   // A step of W elements from KU rows, zeros for a null row and beyond the mask.
   static reg step(const T* const* rows, int64_t at, mask m = 0xffff) {
     return rows[0] ? Vec::load(rows[0] + at, m) : zero();
@@ -113,38 +115,48 @@ struct F32 : Vec {
   static reg steps(const T* p, int64_t count) { return load(p, first(count)); }
 };
 
-static inline float to_float(float v) { return v; }
-
-// bfloat16 in memory, float32 in registers: a load shifts, a store rounds to nearest even, NaN kept.
-struct Bf16Memory : Vec {
-  using T = uint16_t;
-  static reg widen(__m256i v) {
+// What 16 bits mean.
+struct Bf16Format {
+  static __m512 widen(__m256i v) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
   }
-  static __m256i narrow(reg v) {
+  static __m256i narrow(__m512 v) {
     const __m512i u = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff));
-    const mask nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     const __m512i kept = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
   }
+  static float widen_one(uint16_t v) { return bf16_to_float(v); }
+  static uint16_t narrow_one(float v) { return bf16_from_float(v); }
+};
+struct F16Format {
+  static __m512 widen(__m256i v) { return _mm512_cvtph_ps(v); }
+  static __m256i narrow(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  static float widen_one(uint16_t v) { return _cvtsh_ss(v); }
+  static uint16_t narrow_one(float v) { return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
+};
+
+// 16 bits in memory, float32 in registers: a store rounds to nearest even, NaN kept.
+template <class Format>
+struct Memory : Vec, Format {
+  using T = uint16_t;
+  using Format::narrow;
+  using Format::widen;
   static reg load(const T* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
   static reg load(const T* p, mask m) { return widen(_mm256_maskz_loadu_epi16(m, p)); }
   static reg rounded(reg v) { return widen(narrow(v)); }
   static void store(T* p, reg v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
   static void store(T* p, reg v, mask m) { _mm256_mask_storeu_epi16(p, m, narrow(v)); }
 };
+using Bf16Memory = Memory<Bf16Format>;
+using F16Memory = Memory<F16Format>;
 
 #ifdef RF_BF16
-static inline float to_float(uint16_t v) {
-  const uint32_t u = (uint32_t)v << 16;
-  float f;
-  __builtin_memcpy(&f, &u, 4);
-  return f;
-}
-
+// Products of pairs.
 struct Bf16 : Bf16Memory {
+  using Operand = T;
   static constexpr int KU = 2;
   static constexpr int MR = 14;
   static constexpr int NV = 2;
@@ -187,11 +199,6 @@ struct Bf16 : Bf16Memory {
   }
   static reg dot(reg acc, reg a, reg b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
-  }
-  static T narrow_one(float v) {
-    uint32_t u;
-    __builtin_memcpy(&u, &v, 4);
-    return (v != v ? u | 0x400000 : u + 0x7fff + (u >> 16 & 1)) >> 16;
   }
   // As stores round: to zero where a subnormal would be left.
   static reg rounded(reg v) { return widen((__m256i)_mm512_cvtneps_pbh(v)); }

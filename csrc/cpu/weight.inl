@@ -10,6 +10,13 @@ static typename E::T element(const Weight& weight, int64_t at) {
                      : static_cast<const typename E::T*>(weight.data)[at];
 }
 
+// The same as it is multiplied.
+template <class E>
+static typename E::Operand operand(const Weight& weight, int64_t at) {
+  if constexpr (std::is_same_v<typename E::Operand, typename E::T>) return element<E>(weight, at);
+  else return E::widen_one(element<E>(weight, at));
+}
+
 // So many elements that lie side by side, at most two registers of them: where they are, or in `room`.
 // The ones that lie `ahead` are asked of the memory.
 template <class E>

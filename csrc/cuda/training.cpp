@@ -12,12 +12,7 @@ namespace {
 
 struct Cuda {
   static constexpr bool kMakesVectors = true;
-  static DType dtype(const std::string& name) {
-    if (name == "float32") return DType::f32;
-    if (name == "bfloat16") return DType::bf16;
-    if (name == "float16") return DType::f16;
-    fail("dtype: expected float32, bfloat16 or float16, got " + name);
-  }
+  static DType dtype(const std::string& name) { return parse_dtype(name); }
   static size_t scratch_bytes(int64_t rows, int64_t c, int doubles) {
     return cuda::reduction_scratch_bytes(rows, c, doubles);
   }

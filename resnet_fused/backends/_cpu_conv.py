@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fused.backends import onednn
 from resnet_fused.backends._derived import derived
 from resnet_fused.backends._sizes import output_size
 from resnet_fused.backends.native import DTYPE_NAMES, address, loaded
@@ -20,6 +21,23 @@ Call = Callable[[], None]
 def multiplies_tiles(dtype: torch.dtype) -> bool:
     """Return whether convolutions in ``dtype`` run on AMX here."""
     return dtype == torch.bfloat16 and bool(loaded().cpu_isa() == "amx_bf16")
+
+
+def multiplies_pairs(dtype: torch.dtype) -> bool:
+    """Return whether this processor has dot products of pairs in ``dtype``, or more than these.
+
+    Without them a convolution in 16 bits multiplies float32.
+    """
+    return dtype == torch.bfloat16 and loaded().cpu_isa() in ("avx512_bf16", "amx_bf16")
+
+
+def left_to_torch(dtype: torch.dtype) -> bool:
+    """Return whether convolutions are torch's own unless `tune` measured ours to be faster.
+
+    Where oneDNN computes in float16, by AVX-512 FP16 or AMX, these kernels, which multiply float32,
+    have not been measured beside it.
+    """
+    return dtype == torch.float16 and onednn.computes_in(dtype)
 
 
 class Convolution:

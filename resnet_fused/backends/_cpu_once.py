@@ -8,8 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import _turned
-from resnet_fused.backends._cpu_conv import Plan, dense, layout_of, multiplies_tiles, plan_for
+from resnet_fused.backends import _turned, onednn
+from resnet_fused.backends._cpu_conv import (
+    Plan,
+    dense,
+    layout_of,
+    left_to_torch,
+    multiplies_pairs,
+    multiplies_tiles,
+    plan_for,
+)
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends._sizes import output_size
 from resnet_fused.backends.native import address, as_vector, loaded
@@ -216,27 +224,29 @@ def _worth_packing(
     channels 1.0 to 1.4x, 48, which fill one and a half panels, 0.8x; float32 0.9 to 1.1x. Of 3
     channels, stem and CIFAR's first layer: bfloat16 1.2 to 1.3x, float32 1.1 to 1.3x.
     """
-    if groups != 1:
+    if groups != 1 or left_to_torch(x.dtype):
         return None
     if multiplies_tiles(x.dtype):
         pays = _worth_packing_for_tiles(weight, weight_shape, dilation, turned)
         return "amx" if pays else None
-    narrow = x.dtype == torch.bfloat16
+    pairs = multiplies_pairs(x.dtype)
     if weight_shape[1] < 16 and {*dilation} == {1} and weight_shape[0] >= 16:
-        return "narrow" if narrow and weight_shape[1] % 2 else "direct"
+        return "narrow" if pairs and weight_shape[1] % 2 else "direct"
     if tuple(weight_shape[2:]) == (1, 1) and not any(padding):
         return "direct"
     if is_winograds(weight_shape, stride, dilation, groups):
         n, _, *sides = x.shape
         oh, ow = output_size(sides, (3, 3), (1, 1), padding)
         tiles = n * -(-oh // 4) * -(-ow // 4)
-        pays = tiles >= 256 and min(weight_shape[:2]) >= 64 if narrow else tiles >= 32
+        pays = tiles >= 256 and min(weight_shape[:2]) >= 64 if pairs else tiles >= 32
         if pays:
             return "winograd4"
+    if not onednn.computes_in(x.dtype):
+        return "direct"
     # Taps of a contiguous weight, and odd channels, take longer to pack than all that is gained.
     packs = weight.is_contiguous(memory_format=torch.channels_last) and weight_shape[1] % 2 == 0
     full = weight_shape[0] % 32 == 0 and weight_shape[1] >= 16
-    return "direct" if narrow and packs and full else None
+    return "direct" if pairs and packs and full else None
 
 
 def _worth_packing_for_tiles(

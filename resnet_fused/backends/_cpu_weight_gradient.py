@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.backends._cpu_conv import multiplies_tiles
+from resnet_fused.backends._cpu_conv import left_to_torch, multiplies_tiles
 from resnet_fused.backends._cpu_once import is_winograds
 from resnet_fused.backends._outputs import empty_weight, scratch
 from resnet_fused.backends.native import DTYPE_NAMES, loaded
@@ -114,6 +114,8 @@ def _gradient_algorithm(
     groups: int,
 ) -> str | None:
     """Return how a weight's gradient is summed faster than by torch's oneDNN, or None."""
+    if left_to_torch(grad.dtype):
+        return None
     _, c, *kernel = weight_size
     # A tap's channels fill the kernel's registers.
     full = groups == 1 and (kernel == [1, 1] or c >= 32)

@@ -18,7 +18,7 @@ from resnet_fused.backends import _device, native
 from resnet_fused.backends._derived import derived
 from resnet_fused.backends._outputs import empty_channels_last
 from resnet_fused.backends._torch_conv import laid_out
-from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_map, as_vector
+from resnet_fused.backends.native import DTYPE_NAMES, as_map, as_vector
 
 _DTYPES = (torch.bfloat16, torch.float16)
 #: Stride, padding and dilation; size, stride and padding of the pool.
@@ -165,7 +165,7 @@ def backward_weight(
     # Kept until the kernel is in the stream. An x may begin anywhere.
     maps = as_map(grad), x.detach().contiguous(memory_format=torch.channels_last)
     addresses = [t.data_ptr() for t in (*maps, partial)]
-    sizes = (CUDA_DTYPE_NAMES[x.dtype], n, h, w, c, o, band, parts)
+    sizes = (DTYPE_NAMES[x.dtype], n, h, w, c, o, band, parts)
     native.run(x.device, "stem_backward_weight", *addresses, *sizes)
     return laid_out(partial.sum(0).to(grad.dtype).permute(0, 3, 1, 2), channels_last)
 
@@ -193,7 +193,7 @@ def _run(
     x = x.detach().contiguous(memory_format=torch.channels_last)
     vectors = as_vector(scale), as_vector(shift)
     addresses = [native.address(t) for t in (x, packed, *vectors, y)]
-    dtype = CUDA_DTYPE_NAMES[x.dtype]
+    dtype = DTYPE_NAMES[x.dtype]
     native.run(x.device, "stem", *addresses, dtype, n, h, w, c, o, band, relu, pool)
     return y
 

@@ -18,7 +18,7 @@ from resnet_fused.backends import native
 from resnet_fused.backends._device import multiprocessors
 from resnet_fused.backends._outputs import empty_channels_last, scratch
 from resnet_fused.backends._sizes import is_product
-from resnet_fused.backends.native import CUDA_DTYPE_NAMES, as_map, as_vector
+from resnet_fused.backends.native import DTYPE_NAMES, as_map, as_vector
 
 CAPABILITY = (9, 0)
 ADVICE = (
@@ -77,7 +77,7 @@ def declines(
         return f"convolves 1x1 in bfloat16 and float16, x is {x.dtype}"
     if reason := _declines_capability(x.device.index):
         return reason
-    return _verdict(CUDA_DTYPE_NAMES[x.dtype], Product.of(x, weight))[1]
+    return _verdict(DTYPE_NAMES[x.dtype], Product.of(x, weight))[1]
 
 
 @functools.cache
@@ -137,7 +137,7 @@ def candidates(
     act: str | None,
 ) -> dict[str, Callable[..., Tensor]]:
     """Return the op with every kernel that takes the call, by the kernel's name."""
-    kernels, _ = _verdict(CUDA_DTYPE_NAMES[x.dtype], Product.of(x, weight))
+    kernels, _ = _verdict(DTYPE_NAMES[x.dtype], Product.of(x, weight))
     return {kernel: functools.partial(conv_bn_act, kernel=kernel) for kernel in kernels}
 
 
@@ -156,7 +156,7 @@ def conv_bn_act(
 ) -> Tensor:
     """Run the op with a kernel, by default that of :func:`heuristic`."""
     product = Product.of(x, weight)
-    dtype = CUDA_DTYPE_NAMES[x.dtype]
+    dtype = DTYPE_NAMES[x.dtype]
     if kernel is None:
         kernel = heuristic(residual)
     # Kept until the kernel is in the stream; the allocator then keeps their memory for it.

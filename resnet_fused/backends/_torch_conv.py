@@ -28,8 +28,14 @@ def forward(
         wide = torch.promote_types(x.dtype, torch.float32)
         x, weight, dtype = x.to(wide).contiguous(), weight.to(wide).contiguous(), x.dtype
         return as_channels_last(F.conv2d(x, weight, None, *geometry).to(dtype))
-    x = x.contiguous(memory_format=torch.channels_last)
-    return as_channels_last(F.conv2d(x, _rounded(weight, x.dtype), None, *geometry))
+    dtype, x = x.dtype, x.contiguous(memory_format=torch.channels_last)
+    x, weight = _computable(x), _computable(_rounded(weight, dtype))
+    return as_channels_last(F.conv2d(x, weight, None, *geometry).to(dtype))
+
+
+def _computable(t: Tensor) -> Tensor:
+    """Return ``t`` in a dtype that its device multiplies in, which all 16 bits fit into."""
+    return t.float() if t.is_cpu and not onednn.computes_in(t.dtype) else t
 
 
 def backward_data(
@@ -43,15 +49,17 @@ def backward_data(
     residual: Tensor | None,
 ) -> Tensor:
     """Return the input's gradient plus residual, channels_last."""
+    dtype, weight = grad.dtype, _computable(_rounded(weight, grad.dtype))
+    grad = _computable(grad)
     # Not read; an expanded scalar would be copied to its full size.
     x = empty_channels_last(x_size, grad.dtype, grad.device)
     geometry = (stride, padding, dilation, False, [0, 0], groups)
     grad_x = torch.ops.aten.convolution_backward(
-        grad, x, _rounded(weight, grad.dtype), None, *geometry, [True, False, False]
+        grad, x, weight, None, *geometry, [True, False, False]
     )[0]
     if residual is not None:
         grad_x.add_(residual)
-    return as_channels_last(grad_x)
+    return as_channels_last(grad_x.to(dtype))
 
 
 def backward_weight(
@@ -66,7 +74,7 @@ def backward_weight(
     dtype: torch.dtype,
 ) -> Tensor:
     """Return the weight's gradient, channels_last or contiguous, in ``dtype``."""
-    grad, x = maps_of_weight_gradient(grad, x, weight_size, stride)
+    grad, x = maps_of_weight_gradient(_computable(grad), _computable(x), weight_size, stride)
     weight = empty_channels_last(weight_size, grad.dtype, grad.device)
     if _is_strided_pointwise(grad, weight_size, stride):
         weight = weight.contiguous()

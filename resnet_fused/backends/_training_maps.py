@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resnet_fused.backends import _bn_math, native
 from resnet_fused.backends._outputs import empty_channels_last, scratch
-from resnet_fused.backends.native import ALIGNMENT, CUDA_DTYPE_NAMES
+from resnet_fused.backends.native import ALIGNMENT, DTYPE_NAMES
 
 
 class Maps:
@@ -22,7 +22,7 @@ class Maps:
         #: What was converted, and scratch memory: alive until the kernel has run.
         self._kept: list[Tensor] = []
         self._alignment = ALIGNMENT if whole and x.is_cuda else 1
-        self.sizes = (CUDA_DTYPE_NAMES[x.dtype], n * h * w, c)
+        self.sizes = (DTYPE_NAMES[x.dtype], n * h * w, c)
 
     def run(self, kernel: str, *args: Any) -> None:
         """Run a kernel, or put it on the current stream."""

@@ -1,4 +1,4 @@
-"""The native CPU kernels of the extension, on channels_last float32 and bfloat16."""
+"""The native CPU kernels of the extension, on channels_last float32, bfloat16 and float16."""
 
 from __future__ import annotations
 
@@ -51,15 +51,12 @@ ADVICE = "Build the extension with GCC from 10 on: `pip install .` in the source
 FASTER_IN_TRAINING: Mapping[torch.dtype, int] = {
     torch.float32: 40_000_000,
     torch.bfloat16: 40_000_000,
+    torch.float16: 40_000_000,
 }
 
 #: Run unmeasured but for what :func:`faster_unmeasured` leaves to oneDNN.
 ONLY_MEASURED = ("conv_bn_act", "conv_bn_act_max_pool")
 
-#: Ops that need bfloat16 dot products for bfloat16; the others take it on any processor.
-_DOT_PRODUCTS = ("conv_bn_act", "conv_bn_act_max_pool", "avg_pool_linear")
-#: Instruction sets that have them.
-_BF16 = ("avx512_bf16", "amx_bf16")
 #: Of the widest registers.
 _LANES = 16
 #: Window and stride of the native max pool, in pixels.
@@ -80,7 +77,7 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
     """Return why the native kernels do not take this call, or None."""
     if op == "bn_update_stats":
         return None if x.is_cpu else f"runs on the CPU, running_mean is on {x.device}"
-    reason = declines(x) if op in _DOT_PRODUCTS else _declines_type(x)
+    reason = declines(x)
     if reason is None and (pool := pool_of(op, args)):
         return _declines_pool(*pool)
     return reason
@@ -95,6 +92,9 @@ def faster_unmeasured(op: str, x: Tensor, weight: Tensor, *args: Any) -> bool:
     groups in bfloat16, which these kernels have not: 0.20 to 0.46 there, 0.07 with one channel.
     What oneDNN has no right answer to is not left to torch, whose own it is.
     """
+    if _cpu_conv.left_to_torch(x.dtype):
+        geometry = args[3:6] if op == "conv_bn_act" else args[2:5]
+        return onednn.breaks_at(x, weight, *geometry) is not None
     groups = x.shape[1] // weight.shape[1]
     if groups == 1 or onednn.supports(op, x, weight, *args):
         return True
@@ -112,18 +112,11 @@ def _declines_pool(*pool: Any) -> str | None:
 
 
 def declines(x: Tensor) -> str | None:
-    """Return why the convolutions, the max pool and the head do not take ``x``, or None."""
-    reason = _declines_type(x)
-    if reason is None and x.dtype == torch.bfloat16 and native.loaded().cpu_isa() not in _BF16:
-        return "bfloat16 needs a processor with AVX-512 BF16"
-    return reason
-
-
-def _declines_type(x: Tensor) -> str | None:
+    """Return why no kernel takes ``x``, or None."""
     if x.device.type != "cpu":
         return f"runs on the CPU, x is on {x.device}"
     if x.dtype not in DTYPE_NAMES:
-        return f"takes float32 and bfloat16, x is {x.dtype}"
+        return f"takes float32, bfloat16 and float16, x is {x.dtype}"
     return None
 
 

@@ -50,7 +50,7 @@ from resnet_fused.backends._training_ops import (
     dual_bn_act_backward_reduce as dual_bn_act_backward_reduce,
 )
 from resnet_fused.backends._training_ops import max_pool_backward as max_pool_backward
-from resnet_fused.backends.native import CUDA_DTYPE_NAMES
+from resnet_fused.backends.native import DTYPE_NAMES
 
 ADVICE = (
     "Use an NVIDIA GPU from Ampere on (sm_80) with a CUDA build of torch, and build the extension "
@@ -124,7 +124,7 @@ def supports(op: str, x: Tensor, *args: Any) -> str | None:
     """Return why the kernels do not take this call, or None."""
     if x.device.type != "cuda":
         return f"runs on CUDA GPUs, x is on {x.device}"
-    if x.dtype not in CUDA_DTYPE_NAMES:
+    if x.dtype not in DTYPE_NAMES:
         return f"takes float32, bfloat16 and float16, x is {x.dtype}"
     if op in _POOLED and (pool := pool_of(op, args)):
         if any(first != second for first, second in pool):

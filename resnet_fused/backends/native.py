@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: The dtypes with CPU kernels, as the extension names them.
-DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-#: The dtypes with CUDA kernels.
-CUDA_DTYPE_NAMES = {**DTYPE_NAMES, torch.float16: "float16"}
+#: The dtypes with kernels, as the extension names them.
+DTYPE_NAMES = {
+    torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16",
+}  # fmt: skip
 #: Bytes that an access of a CUDA kernel has at most, and its address is a multiple of.
 ALIGNMENT = 16
 #: What the functions of the extension take and do, by the number in ``csrc/bindings.cpp``.
-INTERFACE = 14
+INTERFACE = 15
 
 
 @functools.cache

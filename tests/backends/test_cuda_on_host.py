@@ -21,7 +21,7 @@ import on_host
 import test_contract
 import test_training_ops
 
-DTYPES = tuple(native.CUDA_DTYPE_NAMES)
+DTYPES = tuple(native.DTYPE_NAMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 

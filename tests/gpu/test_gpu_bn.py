@@ -12,7 +12,7 @@ from resnet_fused.backends import cuda, native
 if cuda.available():
     pytest.skip(cuda.available() or "", allow_module_level=True)
 
-DTYPES = tuple(native.CUDA_DTYPE_NAMES)
+DTYPES = tuple(native.DTYPE_NAMES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 #: Samples that are larger than one block, with and without whole accesses of 16 bytes.
 SHAPES = [(2, 3, 5, 5), (8, 64, 56, 56), (16, 2048, 7, 7), (4, 301, 14, 14)]

@@ -6,7 +6,7 @@ from devices import device_of, moved
 from torch import Tensor, nn
 
 import resnet_fused as rf
-from resnet_fused.backends import ORDER, _cpu_once, cpu
+from resnet_fused.backends import ORDER, _cpu_once, cpu, onednn
 from resnet_fused.models import create_model
 from resnet_fused.ops import TRAINING
 
@@ -126,7 +126,31 @@ def test_convolutions_are_the_kernels_own_where_packing_pays(
     case, dtype, layout, algorithm, monkeypatch
 ):
     monkeypatch.setattr(_cpu_once, "multiplies_tiles", lambda dtype: False)
+    monkeypatch.setattr(_cpu_once, "multiplies_pairs", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(onednn, "computes_in", lambda dtype: True)
     assert worth_packing(case, dtype, layout) == algorithm
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("case", "algorithm"),
+    [
+        (((8, 256, 14, 14), 1024, 1, 1), "direct"),
+        (((8, 256, 14, 14), 256, 3, 1), "winograd4"),
+        (((1, 512, 7, 7), 512, 3, 1), "direct"),
+        (((8, 3, 64, 64), 64, 7, 2), "direct"),
+        (((8, 48, 14, 14), 48, 3, 2), "direct"),
+    ],
+    ids=str,
+)
+def test_all_are_where_torch_imitates_the_dtype(case, algorithm, dtype, monkeypatch):
+    monkeypatch.setattr(_cpu_once, "multiplies_tiles", lambda dtype: False)
+    monkeypatch.setattr(_cpu_once, "multiplies_pairs", lambda dtype: False)
+    monkeypatch.setattr(onednn, "computes_in", lambda dtype: False)
+    assert worth_packing(case, dtype, torch.contiguous_format) == algorithm
+    monkeypatch.setattr(onednn, "computes_in", lambda dtype: True)
+    if dtype == torch.float16:
+        assert worth_packing(case, dtype, torch.contiguous_format) is None
 
 
 def worth_packing(case, dtype, layout, turned=False):
