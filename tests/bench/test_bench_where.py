@@ -12,7 +12,14 @@ from typer.testing import CliRunner
 
 import resnet_fused as rf
 from benchmarks import training, where
-from resnet_fused.backends import _cpu_block, _torch_conv, cpu, native
+from resnet_fused.backends import (
+    _cpu_block,
+    _cpu_once,
+    _cpu_weight_gradient,
+    _torch_conv,
+    cpu,
+    native,
+)
 from resnet_fused.models.resnet import BasicBlock
 
 pytestmark = pytest.mark.skipif(bool(cpu.available()), reason=str(cpu.available()))
@@ -55,7 +62,8 @@ def test_every_kernel_of_a_step_is_counted_by_what_it_computes() -> None:
 def test_torchs_convolutions_count_where_they_stand_in_for_a_kernel() -> None:
     step = trainer()
     with rf.use_backend("cpu"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "declines", lambda x: "no")
+        patch.setattr(_cpu_once, "_worth_packing", lambda *args, **kwargs: None)
+        patch.setattr(_cpu_weight_gradient, "_gradient_algorithm", lambda *args: None)
         patch.setattr(_cpu_block, "_plans", {})
         step()
         (found,) = where.steps(step, 1)
