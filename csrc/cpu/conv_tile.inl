@@ -94,38 +94,28 @@ static void conv_tile(const TileArgs& g) {
                  acc[i][j]);
     return;
   }
-  // By value, as stores might change them, and asked once a register, not once a row: with 64 channels the
-  // end of a tile is an eighth of it.
-  const int64_t y0 = g.y0, y1 = g.y1, ldy = g.ldy, channels = g.channels;
-  const float *const scales = g.scale, *const shifts = g.shift;
-  T* const out = static_cast<T*>(g.y);
-  const T* const residual = static_cast<const T*>(g.residual);
-  const reg least = E::set1(g.relu ? 0.0f : -__builtin_inff());
   // The channels beyond the last are neither read nor written.
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) {
-    const int64_t left = channels - j * E::W;
+    const int64_t left = g.channels - j * E::W;
     if (left <= 0) break;
     const auto m = E::first(left);
-    const reg scale = scales ? Vec::load(scales + j * E::W, m) : E::set1(1.0f);
-    const reg shift = shifts ? Vec::load(shifts + j * E::W, m) : E::zero();
-    T* const y = out + j * E::W;
-    const T* const r = residual + j * E::W;
-    const auto rows = [&](const auto& row) __attribute__((always_inline)) {
+    const reg scale = g.scale ? Vec::load(g.scale + j * E::W, m) : E::set1(1.0f);
+    const reg shift = g.shift ? Vec::load(g.shift + j * E::W, m) : E::zero();
+    T* y = static_cast<T*>(g.y) + j * E::W;
+    const T* r = static_cast<const T*>(g.residual) + j * E::W;
+    const bool full = left >= E::W;
 #pragma GCC unroll 16
-      for (int i = 0; i < M; ++i)
-        row(i < H ? y0 + i * ldy : y1 + (i - H) * ldy, E::fma(acc[i][j], scale, shift));
-    };
-    if (left < E::W)
-      rows([&](int64_t at, reg v) __attribute__((always_inline)) {
-        E::store(y + at, E::at_least(least, residual ? E::add(v, E::load(r + at, m)) : v), m);
-      });
-    else if (residual)
-      rows([&](int64_t at, reg v) __attribute__((always_inline)) {
-        E::store(y + at, E::at_least(least, E::add(v, E::load(r + at))));
-      });
-    else
-      rows([&](int64_t at, reg v) __attribute__((always_inline)) { E::store(y + at, E::at_least(least, v)); });
+    for (int i = 0; i < M; ++i) {
+      const int64_t at = i < H ? g.y0 + i * g.ldy : g.y1 + (i - H) * g.ldy;
+      reg v = E::fma(acc[i][j], scale, shift);
+      if (g.residual) v = E::add(v, full ? E::load(r + at) : E::load(r + at, m));
+      if (g.relu) v = E::relu(v);
+      if (full)
+        E::store(y + at, v);
+      else
+        E::store(y + at, v, m);
+    }
   }
 }
 

@@ -23,8 +23,7 @@ struct Vec {
   static reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }    // a*b + c
   static reg fnma(reg a, reg b, reg c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a*b
   // The second operand is returned where either is NaN, so a NaN passes through both.
-  static reg at_least(reg least, reg v) { return _mm256_max_ps(least, v); }
-  static reg relu(reg v) { return at_least(zero(), v); }
+  static reg relu(reg v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
   static reg max_nan(reg a, reg b) {
     return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
   }

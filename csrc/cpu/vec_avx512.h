@@ -21,8 +21,7 @@ struct Vec {
   static reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }    // a*b + c
   static reg fnma(reg a, reg b, reg c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a*b
   // The second operand is returned where either is NaN, so a NaN passes through both.
-  static reg at_least(reg least, reg v) { return _mm512_max_ps(least, v); }
-  static reg relu(reg v) { return at_least(zero(), v); }
+  static reg relu(reg v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
   static reg max_nan(reg a, reg b) {
     const reg m = _mm512_max_ps(a, b);
     return _mm512_mask_mov_ps(m, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
