@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import build_plan  # noqa: E402
 from build_plan import Plan  # noqa: E402
 
-#: Where the inner loop of a tile lies in its line of the cache was worth up to 8 % of ResNet-50 on a Zen 3.
+#: Where a tile's inner loop lies in its line of the cache was worth up to 8 % of ResNet-50 (Zen 3).
 CXX_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-g0",
              "-falign-loops=64", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # fmt: skip
 #: CUTLASS calls constexpr functions of the standard library on the device.
