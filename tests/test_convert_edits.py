@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_fused as rf
+from resnet_fused.backends import onednn
 from resnet_fused.nn.fused import program_of
 
 X = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -120,7 +121,8 @@ def test_geometry_in_every_form_that_torch_takes(value, training, backend):
 def test_a_dtype_that_the_weights_have_not():
     fused = rf.fuse(Block().train())
     # By torch, in its words on a processor that computes in bfloat16 and on one that does not.
-    words = "should be the same|expected scalar type"
+    computes = onednn.computes_in(torch.bfloat16)
+    words = "should be the same" if computes else "expected scalar type"
     with rf.use_backend("reference"), pytest.raises(RuntimeError, match=words):
         fused(X.bfloat16())
 

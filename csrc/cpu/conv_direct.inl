@@ -3,8 +3,8 @@
 // thread copies the rows of one block of outputs, with zeros around them, into a buffer that stays in its
 // L2 cache.
 //
-// NARROW, for the first layer by pairs of bf16: the columns of the kernel and the few channels are one run of
-// elements, with one odd element per run instead of one per pixel.
+// NARROW, for the first layer by pairs of bf16: the columns of the kernel and the few channels are one run
+// of elements, with one odd element per run instead of one per pixel.
 
 template <class E, bool NARROW = false>
 struct Direct {
@@ -205,6 +205,7 @@ struct Direct {
     }
   };
 
+  // So many and no more: zeros may lie behind them already.
   static void copy_elements(const T* from, int64_t count, Operand* to) {
     if constexpr (!std::is_same_v<T, Operand>) {
       int64_t i = 0;

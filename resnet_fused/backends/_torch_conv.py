@@ -29,8 +29,8 @@ def forward(
         x, weight, dtype = x.to(wide).contiguous(), weight.to(wide).contiguous(), x.dtype
         return as_channels_last(F.conv2d(x, weight, None, *geometry).to(dtype))
     dtype, x = x.dtype, x.contiguous(memory_format=torch.channels_last)
-    x, weight = _computable(x), _computable(_rounded(weight, dtype))
-    return as_channels_last(F.conv2d(x, weight, None, *geometry).to(dtype))
+    y = F.conv2d(_computable(x), _rounded(weight, dtype), None, *geometry)
+    return as_channels_last(y.to(dtype))
 
 
 def _computable(t: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def backward_data(
     residual: Tensor | None,
 ) -> Tensor:
     """Return the input's gradient plus residual, channels_last."""
-    dtype, weight = grad.dtype, _computable(_rounded(weight, grad.dtype))
+    dtype, weight = grad.dtype, _rounded(weight, grad.dtype)
     grad = _computable(grad)
     # Not read; an expanded scalar would be copied to its full size.
     x = empty_channels_last(x_size, grad.dtype, grad.device)
@@ -113,8 +113,8 @@ def product(grad: Tensor, x: Tensor, channels_last: bool, dtype: torch.dtype) ->
 
 
 def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``weight`` in ``dtype``, in its own layout."""
-    return _cast(weight, dtype, channels_last=not weight.is_contiguous())
+    """Return ``weight`` as ``dtype`` rounds it and as torch computes, in its own layout."""
+    return _computable(_cast(weight, dtype, channels_last=not weight.is_contiguous()))
 
 
 def _cast(weight: Tensor, dtype: torch.dtype, *, channels_last: bool) -> Tensor:

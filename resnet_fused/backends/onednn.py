@@ -46,6 +46,7 @@ def available() -> str | None:
     return _probe()
 
 
+@functools.cache
 def computes_in(dtype: torch.dtype) -> bool:
     """Return whether oneDNN computes in ``dtype`` here; else torch's convolutions imitate it.
 
@@ -55,9 +56,10 @@ def computes_in(dtype: torch.dtype) -> bool:
         return True
     if not torch.backends.mkldnn.is_available():
         return False
-    ops = torch.ops.mkldnn
-    short = dtype == torch.bfloat16
-    return bool(ops._is_mkldnn_bf16_supported() if short else ops._is_mkldnn_fp16_supported())
+    short = "bf16" if dtype == torch.bfloat16 else "fp16"
+    # Asked as the package is imported, which must not end where torch has no such op any more.
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", None)
+    return supported is not None and bool(supported())
 
 
 def supports(op: str, x: Tensor, weight: Tensor, *args: Any) -> str | None:

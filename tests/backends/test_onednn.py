@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,3 +125,11 @@ for _ in range(20):
         command = [sys.executable, "-c", code, backend]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, (backend, done.returncode, done.stderr[-500:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_torch_that_does_not_say_whether_it_computes_in_a_dtype(dtype, monkeypatch):
+    """The package asks as it is imported: it must not fail by a private op."""
+    monkeypatch.setattr(torch, "ops", SimpleNamespace(mkldnn=SimpleNamespace()))
+    assert not onednn.computes_in.__wrapped__(dtype)
+    assert onednn.computes_in.__wrapped__(torch.float32)
