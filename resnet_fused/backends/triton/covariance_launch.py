@@ -76,8 +76,8 @@ def channel_covariance(x: Tensor, capability: int) -> tuple[list[Launch], Tensor
     }  # fmt: skip
     at_once = min(_PARTS, power(cut.parts))
     merged = {
-        "CHANNELS": c, "TILE": cut.tile, "BLOCK_M": _VALUES // (_COLUMNS * at_once),
-        "BLOCK_N": _COLUMNS, "BLOCK_P": at_once,
+        "CHANNELS": c, "BLOCK_M": _VALUES // (_COLUMNS * at_once), "BLOCK_N": _COLUMNS,
+        "BLOCK_P": at_once,
     }  # fmt: skip
     merge = {
         "parts_ptr": parts, "mean_ptr": mean, "cov_ptr": cov, "m": pixels, "parts": cut.parts,

@@ -368,6 +368,23 @@ def test_covariance_of_several_tiles_and_parts(shape, dtype, monkeypatch):
     assert pixels <= cut.parts * cut.steps * cut.block_k
 
 
+@each_dtype
+def test_covariance_reads_only_the_sums_that_were_taken(dtype):
+    """In few parts a merging program has rows of several tiles, also of those left of it."""
+    (x,) = maps((1, 200, 3, 3), dtype=dtype)
+    (products, merge), _, cov = covariance_launch.channel_covariance(x, 90)
+    products.arguments["parts_ptr"].fill_(float("nan"))
+    products.run()
+    assert merge.arguments["BLOCK_M"] > 200
+    cov.zero_()
+    # Some programs alone: others would write over what is wrong.
+    merge._replace(grid=(merge.grid[0], 1, 1)).run()
+    assert cov.isfinite().all()
+    merge.run()
+    assert cov.isfinite().all()
+    assert cov.ne(0).all()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_covariance_keeps_what_is_not_finite(value):
     (x,) = maps((2, 24, 5, 5), dtype=torch.bfloat16)

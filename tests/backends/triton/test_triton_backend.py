@@ -222,6 +222,7 @@ def test_trains_in_the_interpreter_by_name_only(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(sys.modules["resnet_fused.backends"], "_trains", {})
+    monkeypatch.delitem(ORDER, "cpu")  # it would train in half precision itself
     half, wide = ((torch.device("cpu"), d) for d in (torch.float16, torch.float64))
     assert not trains(*half, 1)
     with rf.use_backend("triton"):
@@ -240,7 +241,7 @@ def test_the_interpreter_runs_only_what_asks_for_it_by_name(monkeypatch):
 def test_auto_does_not_choose_the_interpreter(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    # Half precision has no kernel of ours on the CPU: the reference runs it.
+    monkeypatch.delitem(ORDER, "cpu")  # it would take this itself
     verdicts = rf.explain("add_relu", X.half(), X.half())
     assert verdicts.chosen == "reference"
     assert {v.name: v.reason for v in verdicts}["triton"].startswith("its interpreter")

@@ -59,20 +59,22 @@ def covariance_kernel(
 
 @triton.jit(do_not_specialize=["m", "parts"])
 def merge_covariance_kernel(
-    parts_ptr, mean_ptr, cov_ptr, m, parts, CHANNELS: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    parts_ptr, mean_ptr, cov_ptr, m, parts, CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M x BLOCK_N of the covariance, and what mirrors it, from all parts, BLOCK_P at a time.
 
     In double precision, as little may be left of Σ x xᵀ once the product of the means is taken out.
+    Only what is on or right of the diagonal is read: the rest is its mirror image, bit for bit,
+    whatever order a product of a tile on the diagonal has summed in.
     """
     block_m, block_n = tl.program_id(0), tl.program_id(1)
-    tile_m, tile_n = block_m * BLOCK_M // TILE, block_n * BLOCK_N // TILE
-    if tile_m <= tile_n:
-        rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if block_m * BLOCK_M < (block_n + 1) * BLOCK_N:
         row_in, column_in = rows < CHANNELS, columns < CHANNELS
-        inside = row_in[:, None] & column_in[None, :]
+        right = rows[:, None] <= columns[None, :]
+        inside = row_in[:, None] & column_in[None, :] & right
         offsets = rows[:, None] * CHANNELS + columns[None, :]
         PART: tl.constexpr = (CHANNELS + 1) * CHANNELS
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64)
@@ -89,8 +91,7 @@ def merge_covariance_kernel(
         row_means, column_means = row_sums / m, column_sums / m
         cov = (total / m - row_means[:, None] * column_means[None, :]).to(tl.float32)
         tl.store(cov_ptr + offsets, cov, mask=inside)
-        if tile_m < tile_n:
-            tl.store(cov_ptr + columns[None, :] * CHANNELS + rows[:, None], cov, mask=inside)
+        tl.store(cov_ptr + columns[None, :] * CHANNELS + rows[:, None], cov, mask=inside)
         if block_m == 0:
             tl.store(mean_ptr + columns, column_means.to(tl.float32), mask=column_in)
 
