@@ -2,7 +2,7 @@
 # make test    lint, format and type checks, then the tests
 # make gpu-test       correctness on an NVIDIA GPU; fails where there is none
 # make gpu-sanitize   our GPU kernels under compute-sanitizer's tools, or one: make gpu-memcheck
-# make sanitize  the native kernels' tests under AddressSanitizer and UBSan; builds them anew
+# make sanitize  the native kernels' tests under Address-, UB- and ThreadSanitizer; builds them anew
 # VENV=0       use the current interpreter as it is and install nothing (torch 2.10 or later there)
 
 PYTHON ?= python3

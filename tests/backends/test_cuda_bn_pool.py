@@ -27,7 +27,7 @@ def module():
     module = on_host.load()
     with kernels_of(module):
         yield module
-    module.reverse_threads(False)
+    module.reverse_turns(False)
 
 
 def arguments(shape, dtype, window, act="relu", wanted=(True, True, True)):
@@ -95,9 +95,9 @@ def test_threads_in_reverse_give_the_same_bits(module, shape, dtype):
     for window in WINDOWS[::2]:
         args = arguments(shape, dtype, window)
         forwards = run(args)
-        module.reverse_threads(True)
+        module.reverse_turns(True)
         assert all(map(torch.equal, forwards, run(args)))
-        module.reverse_threads(False)
+        module.reverse_turns(False)
 
 
 @each_dtype

@@ -56,7 +56,7 @@ def module():
     module = on_host.load()
     with kernels_of(module):
         yield module
-    module.reverse_threads(False)
+    module.reverse_turns(False)
 
 
 def ops(which):
@@ -187,7 +187,7 @@ def reductions(shape, dtype, offset=0.0):
 def test_threads_in_reverse_give_the_same_bits(module, shape, dtype):
     """What a thread reads of another lies behind a barrier."""
     forwards = reductions(shape, dtype)
-    module.reverse_threads(True)
+    module.reverse_turns(True)
     for a, b in zip(forwards, reductions(shape, dtype), strict=True):
         assert torch.equal(a, b)
 

@@ -36,7 +36,7 @@ def module():
     module = on_host.load()
     with kernels_of(module):
         yield module
-    module.reverse_threads(False)
+    module.reverse_turns(False)
 
 
 def assert_right(args, out, op=OP):
@@ -61,7 +61,7 @@ def test_edges(module, shape, band):
     args = arguments(shape)
     out = _cuda_stem.conv_bn_act_max_pool(*args, band=band)
     assert_right(args, out)
-    module.reverse_threads(True)
+    module.reverse_turns(True)
     assert torch.equal(_cuda_stem.conv_bn_act_max_pool(*args, band=band), out), "a race"
 
 
@@ -77,7 +77,7 @@ def test_without_a_pool(module, shape, band, act):
     out = _cuda_stem.conv_bn_act(*args, band=band)
     assert_right(args, out, "conv_bn_act")
     assert {*cuda.candidates("conv_bn_act", *args)} <= {f"band{b}" for b in _cuda_stem.BANDS}
-    module.reverse_threads(True)
+    module.reverse_turns(True)
     assert torch.equal(_cuda_stem.conv_bn_act(*args, band=band), out), "a race"
     raw = _cuda_stem.convolve(x, weight)
     assert_right((x, weight, None, None, None, *GEOMETRY, None), raw, "conv_bn_act")
@@ -103,9 +103,9 @@ def test_the_gradient_of_the_weight(module, monkeypatch, shape, o, channels_last
         check = two_x_rule(out, plain, expected, grad[:, 0].numel())
         assert check.ok, check
         assert out.stride() == expected.stride()
-        module.reverse_threads(True)
+        module.reverse_turns(True)
         assert torch.equal(cuda.conv_backward_weight(grad, x, *sizes, x.dtype), out), "a race"
-        module.reverse_threads(False)
+        module.reverse_turns(False)
 
 
 def test_what_lies_beside_a_row_is_in_no_gradient(module):

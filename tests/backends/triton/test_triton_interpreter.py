@@ -22,10 +22,11 @@ TRAINING = TESTS / "ops/test_training_ops.py"
 
 def interpreted(*arguments: str | Path) -> int:
     """Run pytest with these arguments; return how many tests passed, none skipped."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+    command += ["-p", "checked_memory", *map(str, arguments)]
     environment = {
         **os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(CONTRACT.parent), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(CONTRACT.parent), str(HERE), *sys.path]),
     }  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,7 +9,5 @@ void register_cuda(pybind11::module_& m);
 
 PYBIND11_MODULE(_cuda_on_host, m) {
   rf::register_cuda(m);
-  m.def("reverse_threads", [](bool reversed) {
-    on_host::Block::instance().reversed = reversed;
-  });
+  m.def("reverse_turns", [](bool reversed) { on_host::reversed = reversed; });
 }

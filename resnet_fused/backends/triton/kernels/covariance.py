@@ -73,8 +73,7 @@ def merge_covariance_kernel(
     columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if block_m * BLOCK_M < (block_n + 1) * BLOCK_N:
         row_in, column_in = rows < CHANNELS, columns < CHANNELS
-        right = rows[:, None] <= columns[None, :]
-        inside = row_in[:, None] & column_in[None, :] & right
+        inside = column_in[None, :] & (rows[:, None] <= columns[None, :])
         offsets = rows[:, None] * CHANNELS + columns[None, :]
         PART: tl.constexpr = (CHANNELS + 1) * CHANNELS
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64)
@@ -91,7 +90,8 @@ def merge_covariance_kernel(
         row_means, column_means = row_sums / m, column_sums / m
         cov = (total / m - row_means[:, None] * column_means[None, :]).to(tl.float32)
         tl.store(cov_ptr + offsets, cov, mask=inside)
-        tl.store(cov_ptr + columns[None, :] * CHANNELS + rows[:, None], cov, mask=inside)
+        mirrored = columns[None, :] * CHANNELS + rows[:, None]
+        tl.store(cov_ptr + mirrored, cov, mask=inside & (rows[:, None] < columns[None, :]))
         if block_m == 0:
             tl.store(mean_ptr + columns, column_means.to(tl.float32), mask=column_in)
 
