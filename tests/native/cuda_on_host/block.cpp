@@ -13,7 +13,6 @@ extern "C" {
 #define OPTIONAL __attribute__((weak))
 OPTIONAL void* __tsan_get_current_fiber();
 OPTIONAL void* __tsan_create_fiber(unsigned flags);
-OPTIONAL void __tsan_destroy_fiber(void* fibre);
 OPTIONAL void __tsan_switch_to_fiber(void* fibre, unsigned flags);
 OPTIONAL void __tsan_acquire(void* address);
 OPTIONAL void __tsan_release(void* address);
@@ -34,6 +33,12 @@ void leave_to_others(void* address) {
 }
 void take_from_others(void* address) {
   if (__tsan_acquire) __tsan_acquire(address);
+}
+
+// A turn alone orders nothing.
+void switch_to(void* watched) {
+  constexpr unsigned kNoSync = 1;
+  if (watched) __tsan_switch_to_fiber(watched, kNoSync);
 }
 
 // Threads that wait for each other.
@@ -58,15 +63,10 @@ class Fibre {
     context_.uc_link = then;
     makecontext(&context_, function, 0);
     done = false;
-    if (__tsan_create_fiber) watched_ = __tsan_create_fiber(0);
-  }
-  void end() {
-    if (watched_) __tsan_destroy_fiber(watched_);
+    if (!watched_ && __tsan_create_fiber) watched_ = __tsan_create_fiber(0);
   }
   void enter(ucontext_t* from) {
-    // A turn alone orders nothing.
-    constexpr unsigned kNoSync = 1;
-    if (watched_) __tsan_switch_to_fiber(watched_, kNoSync);
+    switch_to(watched_);
     swapcontext(from, &context_);
   }
   ucontext_t* context() { return &context_; }
@@ -74,18 +74,14 @@ class Fibre {
 
 class Block {
   std::vector<Fibre> fibres_;
-  Meeting block_, end_;
+  Meeting block_;
   std::vector<Meeting> warps_;
   bool moved_ = false;
   ucontext_t scheduler_;
   void* watched_scheduler_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
   size_t current_ = 0;
-
-  void to_scheduler() {
-    constexpr unsigned kNoSync = 1;
-    if (watched_scheduler_) __tsan_switch_to_fiber(watched_scheduler_, kNoSync);
-  }
+  char begin_, end_;  // places of what is before a block's threads, and of what they leave
 
   static void thread();
 
@@ -99,7 +95,7 @@ class Block {
       ++meeting.times;
     }
     do {
-      to_scheduler();
+      switch_to(watched_scheduler_);
       swapcontext(fibres_[current_].context(), &scheduler_);
     } while (meeting.times == times);
     take_from_others(place);
@@ -109,11 +105,12 @@ class Block {
   void run(unsigned threads, const std::function<void()>& kernel) {
     kernel_ = &kernel;
     if (__tsan_get_current_fiber) watched_scheduler_ = __tsan_get_current_fiber();
-    fibres_.resize(threads);
-    for (Fibre& fibre : fibres_) fibre.begin(thread, &scheduler_);
+    if (fibres_.size() < threads) fibres_.resize(threads);
+    for (unsigned i = 0; i < threads; ++i) fibres_[i].begin(thread, &scheduler_);
     block_ = {threads};
     warps_.assign((threads + 31) / 32, {0});
     for (unsigned i = 0; i < threads; ++i) ++warps_[i / 32].size;
+    leave_to_others(&begin_);
     for (size_t done = 0; done < threads;) {
       done = 0;
       moved_ = false;
@@ -129,7 +126,6 @@ class Block {
       }
     }
     take_from_others(&end_);
-    for (Fibre& fibre : fibres_) fibre.end();
   }
 
   void barrier() { meet(block_); }
@@ -140,10 +136,11 @@ Block the_block;
 
 void Block::thread() {
   Block& block = the_block;
+  take_from_others(&block.begin_);
   (*block.kernel_)();
   block.fibres_[block.current_].done = block.moved_ = true;
   leave_to_others(&block.end_);
-  block.to_scheduler();
+  switch_to(block.watched_scheduler_);
 }
 
 }  // namespace
