@@ -95,3 +95,12 @@ def test_a_gpu_held_down_by_its_power_is_told(
     line = tables.conditions_line({"clocks": clocks, "clocks_after": {POWER_CAPPED: after}})
     assert ("held down" in line) == (told is not None)
     assert told is None or line.endswith(told)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"), [("cpu", "AMD EPYC (AVX2) · "), ("cuda", "AMD EPYC · ")]
+)
+def test_a_processor_s_instructions_are_told_where_it_ran(kind: str, named: str) -> None:
+    """Two generations give the same name; beside a GPU the processor bears on little."""
+    conditions = {"device": "AMD EPYC", "device_kind": kind, "cpu_isa": "AVX2"}
+    assert tables.conditions_line(conditions).startswith(named)
