@@ -1,6 +1,7 @@
 """What a user changes about a fused model afterwards is followed, as by the model itself."""
 
 import copy
+import pickle
 import types
 
 import pytest
@@ -88,6 +89,64 @@ def test_copies_of_a_model_with_such_attributes_run_fused():
         assert program_of(model).bind(model, (X,), {}) is not None
         model.cfg.act = False
         assert program_of(model).bind(model, (X,), {}) is None
+
+
+ACTIVE, SCALES, CONFIG = True, {"x": 2.0}, types.SimpleNamespace(double=False)
+
+
+def tail(x):
+    return x * 2 if CONFIG.double else x
+
+
+class Flagged(Block):
+    """Branches on what stands beside it, itself and in what it calls."""
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        if ACTIVE:
+            x = F.relu(x)
+        return self.scaled(x)
+
+    def scaled(self, x):
+        return tail(x) * sum(scale for scale in (SCALES["x"], 1.0))
+
+
+FLAGS = {
+    "nothing": lambda patch: None,
+    "a global": lambda patch: patch.setitem(globals(), "ACTIVE", False),
+    "a value of a global": lambda patch: patch.setitem(SCALES, "x", 3.0),
+    "an attribute of a global": lambda patch: patch.setattr(CONFIG, "double", True),
+    "a global that is gone": lambda patch: patch.delitem(globals(), "ACTIVE"),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("training", [False, True])
+def test_flags_beside_a_module(name, training, monkeypatch):
+    torch.manual_seed(0)
+    plain = Flagged().train(training)
+    fused = rf.fuse(plain)
+    for model in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fused):
+        torch.testing.assert_close(model(X), plain(X), rtol=1e-4, atol=1e-5)
+        with monkeypatch.context() as patch:
+            FLAGS[name](patch)
+            runs_fused = program_of(model).bind(model, (X,), {}) is not None
+            assert runs_fused == (name == "nothing")
+            if name == "a global that is gone":
+                with pytest.raises(NameError):
+                    model(X)
+            else:
+                torch.testing.assert_close(model(X), plain(X), rtol=1e-4, atol=1e-5)
+        assert program_of(model).bind(model, (X,), {}) is not None
+
+
+def test_flags_beside_a_compiled_module(monkeypatch):
+    torch.manual_seed(0)
+    plain = Flagged().eval()
+    compiled = torch.compile(rf.fuse(plain), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), plain(X), rtol=1e-4, atol=1e-5)
+    monkeypatch.setitem(SCALES, "x", 3.0)
+    torch.testing.assert_close(compiled(X), plain(X), rtol=1e-4, atol=1e-5)
 
 
 class Patched(Block):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from resnet_fused.nn.trace import has_hooks
 
 #: Values that say all about themselves.
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 #: What is the same as long as it is the same object.
 _FIXED = (types.FunctionType, types.BuiltinFunctionType, type)
 #: Members of a collection that are looked at one by one, in every call.
@@ -113,7 +113,7 @@ def likeness(value: Any, depth: int = 2) -> Any:
     A copy of a value is like it. Of long or deeply nested ones it is their class and length, of an
     object of a class that nobody knows the class and its attributes, such as a configuration has.
     """
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         return value
     if isinstance(value, types.MethodType):
         return value.__func__

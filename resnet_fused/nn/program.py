@@ -13,9 +13,10 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from resnet_fused.backends._sizes import output_shape
-from resnet_fused.nn import block, train
+from resnet_fused.nn import block, flags, train
 from resnet_fused.nn.bn import is_batch_norm, is_sharded, scale_shift, uses_batch_statistics
 from resnet_fused.nn.child import Child, child_of
+from resnet_fused.nn.flags import Flag
 from resnet_fused.nn.match import Group, Matches
 from resnet_fused.nn.trace import Trace, has_hooks
 from resnet_fused.nn.train import Pending, geometry_of, result_dtype
@@ -79,6 +80,8 @@ class Program:
     #: Whether the steps are those of a block, and of which kind: see :mod:`block`.
     is_block: bool
     has_identity: bool
+    #: What the traced forwards read beside their modules.
+    flags: tuple[Flag, ...]
 
     @property
     def fused(self) -> list[FusedCall]:
@@ -93,7 +96,8 @@ class Program:
         It is where it may not run the steps, and where they would call nothing but torch's layers:
         in training where nothing of ours is faster, where running them one by one takes longer.
         It may with the usual arguments, no hook passed by, and no change to the module since:
-        children exchanged or removed, a flag set that the forward was traced with. Under
+        children exchanged or removed, a flag set that the forward was traced with, on it or among
+        the globals. Under
         ``torch.func`` and in forward mode it may not: ops registered from Python have no gradients
         there.
         """
@@ -109,6 +113,9 @@ class Program:
                 return None
         if self._is_torchs(module):
             return None
+        for flag in self.flags:
+            if not flag.holds():
+                return None
         bound = []
         for child in self.children:
             found = child.of(module)
@@ -186,6 +193,13 @@ class _Builder:
             skipped=tuple(self.matches.skipped.items()),
             is_block=(is_block := self.trace.inputs == 1 and block.is_block(steps)),
             has_identity=is_block and block.has_identity(steps),
+            flags=self._flags(),
+        )
+
+    def _flags(self) -> tuple[Flag, ...]:
+        traced = ("", *self.trace.inlined)
+        return tuple(
+            {f: None for name in traced for f in flags.read_by(self.module.get_submodule(name))}
         )
 
     def _child(self, name: str) -> Child:

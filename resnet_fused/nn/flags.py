@@ -1,0 +1,108 @@
+"""Flags beside a module: plain globals that its forward, or what that calls, reads.
+
+A graph holds what a forward did under them, so a program is run as long as they are as they were.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from resnet_fused.nn.child import PLAIN, likeness
+
+#: How far calls are followed.
+_DEPTH = 3
+
+
+class Flag(NamedTuple):
+    """A value by the name of the module, then of the global, then perhaps of an attribute."""
+
+    module: str
+    path: tuple[str, ...]
+    like: Any
+
+    def holds(self) -> bool:
+        """Return whether the value is as it was."""
+        return likeness(_at(self.module, self.path)) == self.like
+
+
+_MISSING = object()
+
+
+def _at(module: str, path: tuple[str, ...]) -> Any:
+    found: Any = sys.modules.get(module)
+    for name in path:
+        found = getattr(found, "__dict__", {}).get(name, _MISSING)
+    return found
+
+
+def read_by(module: nn.Module) -> tuple[Flag, ...]:
+    """Return the flags that the forward of ``module``'s class reads, and those of its calls.
+
+    Followed are the class's own methods and Python functions that are globals, but torch's.
+    """
+    kind = type(module)
+    found: dict[tuple[str, tuple[str, ...]], Flag] = {}
+    seen: set[types.CodeType] = set()
+    waiting = [(kind.forward, _DEPTH)]
+    while waiting:
+        function, depth = waiting.pop()
+        function = inspect.unwrap(function)
+        code = getattr(function, "__code__", None)
+        if code is None or code in seen or _is_torchs(function.__module__):
+            continue
+        seen.add(code)
+        scope = function.__globals__
+        if vars(sys.modules.get(scope.get("__name__"), types)) is not scope:
+            continue  # nothing would lead back to it
+        names, attributes = _names(code)
+        for path, value in _read(scope, names, attributes):
+            found.setdefault(
+                (scope["__name__"], path), Flag(scope["__name__"], path, likeness(value))
+            )
+        called = [scope.get(name) for name in names]
+        called += [inspect.getattr_static(kind, name, None) for name in attributes]
+        if depth:
+            waiting += [(f, depth - 1) for f in called if isinstance(f, types.FunctionType)]
+    return tuple(found.values())
+
+
+@functools.cache
+def _names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the globals and the attributes that code names, with what is written within it."""
+    found: dict[str, dict[str, None]] = {"LOAD_GLOBAL": {}, "LOAD_ATTR": {}, "LOAD_METHOD": {}}
+    waiting = [code]
+    while waiting:
+        one = waiting.pop()
+        for step in dis.get_instructions(one):
+            if step.opname in found:
+                found[step.opname][step.argval] = None
+        waiting += [inner for inner in one.co_consts if isinstance(inner, types.CodeType)]
+    names, *attributes = map(tuple, found.values())
+    return names, sum(attributes, ())
+
+
+def _read(
+    scope: dict[str, Any], names: Iterable[str], attributes: Iterable[str]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Go through plain values, collections of them, and plain attributes of what is neither."""
+    for name in names:
+        value = scope.get(name, _MISSING)
+        if isinstance(value, (*PLAIN, tuple, list, dict)):
+            yield (name,), value
+        elif not isinstance(value, type) and not _is_torchs(getattr(value, "__name__", "")):
+            own = getattr(value, "__dict__", {})
+            for attribute in attributes:
+                if isinstance(own.get(attribute, _MISSING), (*PLAIN, tuple, list, dict)):
+                    yield (name, attribute), own[attribute]
+
+
+def _is_torchs(name: Any) -> bool:
+    return str(name).partition(".")[0] == "torch"
