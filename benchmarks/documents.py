@@ -31,7 +31,7 @@ from resnet_fused.bench.results import (
     save_text,
 )
 from resnet_fused.bench.results import save as save_record
-from resnet_fused.bench.tables import Grid, conditions_line
+from resnet_fused.bench.tables import Grid, conditions_line, device_name
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- results: {} -->", "<!-- end of results -->"
@@ -150,7 +150,7 @@ def _part(record: Record, levels: Sequence[str]) -> Record:
 
 def _of_record(path: Path, record: Record, level: str) -> str:
     """Return a record's tables with the device in their titles, its chart and its conditions."""
-    device, section = record.conditions["device"], SECTIONS[level]
+    device, section = device_name(record.conditions), SECTIONS[level]
     grids = section.grids(_part(record, section.levels))
     parts = [replace(grid, title=f"{device}: {grid.title}").markdown() for grid in grids]
     picture = path.with_suffix(".png")

@@ -147,14 +147,18 @@ def notes(device: str) -> list[str]:
 USUAL_IMAGE = 224
 
 
+def device_name(conditions: dict[str, Any]) -> str:
+    """Return the device; of a processor with its instructions, as generations share a name."""
+    isa = conditions.get("cpu_isa") if conditions.get("device_kind") == "cpu" else None
+    return conditions.get("device", "") + (f" ({isa})" if isa else "")
+
+
 def conditions_line(conditions: dict[str, Any]) -> str:
     """Return the conditions that a number cannot do without, in one line."""
     size = conditions.get("image_size", USUAL_IMAGE)
     capped = power_capped_s(conditions)
-    # Processors of several generations give one name.
-    isa = conditions.get("cpu_isa") if conditions.get("device_kind") == "cpu" else None
     parts = [
-        conditions.get("device", "") + (f" ({isa})" if isa else ""),
+        device_name(conditions),
         f"images of {size}x{size}" if size != USUAL_IMAGE else "",
         f"{conditions.get('threads')} threads",
         f"torch {conditions.get('torch')}",
