@@ -92,6 +92,8 @@ def test_copies_of_a_model_with_such_attributes_run_fused():
 
 
 ACTIVE, SCALES, CONFIG = True, {"x": 2.0}, types.SimpleNamespace(double=False)
+#: What cannot be pickled, and what does not equal itself.
+FUNCTIONS, NOTHING = {"same": lambda x: x}, float("nan")
 
 
 def tail(x):
@@ -108,6 +110,7 @@ class Flagged(Block):
         return self.scaled(x)
 
     def scaled(self, x):
+        x = x if NOTHING == 0 else FUNCTIONS["same"](x)
         return tail(x) * sum(scale for scale in (SCALES["x"], 1.0))
 
 

@@ -114,7 +114,7 @@ def likeness(value: Any, depth: int = 2) -> Any:
     object of a class that nobody knows the class and its attributes, such as a configuration has.
     """
     if isinstance(value, PLAIN):
-        return value
+        return value if value == value else type(value)  # NaN is not like itself
     if isinstance(value, types.MethodType):
         return value.__func__
     if isinstance(value, _FIXED):

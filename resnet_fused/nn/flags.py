@@ -95,13 +95,22 @@ def _read(
     """Go through plain values, collections of them, and plain attributes of what is neither."""
     for name in names:
         value = scope.get(name, _MISSING)
-        if isinstance(value, (*PLAIN, tuple, list, dict)):
+        if _is_plain(value):
             yield (name,), value
         elif not isinstance(value, type) and not _is_torchs(getattr(value, "__name__", "")):
             own = getattr(value, "__dict__", {})
             for attribute in attributes:
-                if isinstance(own.get(attribute, _MISSING), (*PLAIN, tuple, list, dict)):
+                if _is_plain(own.get(attribute, _MISSING)):
                     yield (name, attribute), own[attribute]
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is plain or a collection of plain ones, and so can be pickled."""
+    if isinstance(value, dict):
+        value = (*value, *value.values())
+    if isinstance(value, tuple | list):
+        return all(isinstance(item, PLAIN) or _is_plain(item) for item in value)
+    return isinstance(value, PLAIN)
 
 
 def _is_torchs(name: Any) -> bool:
