@@ -5,17 +5,16 @@ A graph holds what a forward did under them, so a program is run as long as they
 
 from __future__ import annotations
 
-import dis
-import functools
 import inspect
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from resnet_fused.nn.child import PLAIN, likeness
+from resnet_fused.nn.names import Names, names_of
 
 #: How far calls are followed.
 _DEPTH = 3
@@ -43,13 +42,13 @@ def _at(module: str, path: tuple[str, ...]) -> Any:
     return found
 
 
-def read_by(module: nn.Module) -> tuple[Flag, ...]:
-    """Return the flags that the forward of ``module``'s class reads, and those of its calls.
+def read_by(module: nn.Module) -> Iterator[Flag]:
+    """Go through the flags that the forward of ``module``'s class reads, and those of its calls.
 
-    Followed are the class's own methods and Python functions that are globals, but torch's.
+    Followed are the class's own methods and Python functions that are globals, but torch's. Some
+    flags may come twice.
     """
     kind = type(module)
-    found: dict[tuple[str, tuple[str, ...]], Flag] = {}
     seen: set[types.CodeType] = set()
     waiting = [(kind.forward, _DEPTH)]
     while waiting:
@@ -62,44 +61,33 @@ def read_by(module: nn.Module) -> tuple[Flag, ...]:
         scope = function.__globals__
         if vars(sys.modules.get(scope.get("__name__"), types)) is not scope:
             continue  # nothing would lead back to it
-        names, attributes = _names(code)
-        for path, value in _read(scope, names, attributes):
-            found.setdefault(
-                (scope["__name__"], path), Flag(scope["__name__"], path, likeness(value))
-            )
-        called = [scope.get(name) for name in names]
-        called += [inspect.getattr_static(kind, name, None) for name in attributes]
+        names = _all_names(code)
+        for path, value in _read(scope, names):
+            yield Flag(scope["__name__"], path, likeness(value))
+        called = [scope.get(name) for name in names.globals]
+        called += [inspect.getattr_static(kind, name, None) for name in names.attributes]
         if depth:
             waiting += [(f, depth - 1) for f in called if isinstance(f, types.FunctionType)]
-    return tuple(found.values())
 
 
-@functools.cache
-def _names(code: types.CodeType) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the globals and the attributes that code names, with what is written within it."""
-    found: dict[str, dict[str, None]] = {"LOAD_GLOBAL": {}, "LOAD_ATTR": {}, "LOAD_METHOD": {}}
-    waiting = [code]
-    while waiting:
-        one = waiting.pop()
-        for step in dis.get_instructions(one):
-            if step.opname in found:
-                found[step.opname][step.argval] = None
-        waiting += [inner for inner in one.co_consts if isinstance(inner, types.CodeType)]
-    names, *attributes = map(tuple, found.values())
-    return names, sum(attributes, ())
+def _all_names(code: types.CodeType) -> Names:
+    """Return what code names, with the functions that are written within it."""
+    codes = [code]
+    for one in codes:
+        codes += [inner for inner in one.co_consts if isinstance(inner, types.CodeType)]
+    globals_, attributes = (sum(found, ()) for found in zip(*map(names_of, codes), strict=True))
+    return Names(globals_, attributes)
 
 
-def _read(
-    scope: dict[str, Any], names: Iterable[str], attributes: Iterable[str]
-) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _read(scope: dict[str, Any], names: Names) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Go through plain values, collections of them, and plain attributes of what is neither."""
-    for name in names:
+    for name in names.globals:
         value = scope.get(name, _MISSING)
         if _is_plain(value):
             yield (name,), value
         elif not isinstance(value, type) and not _is_torchs(getattr(value, "__name__", "")):
             own = getattr(value, "__dict__", {})
-            for attribute in attributes:
+            for attribute in names.attributes:
                 if _is_plain(own.get(attribute, _MISSING)):
                     yield (name, attribute), own[attribute]
 

@@ -197,10 +197,8 @@ class _Builder:
         )
 
     def _flags(self) -> tuple[Flag, ...]:
-        traced = ("", *self.trace.inlined)
-        return tuple(
-            {f: None for name in traced for f in flags.read_by(self.module.get_submodule(name))}
-        )
+        modules = (self.module.get_submodule(name) for name in ("", *self.trace.inlined))
+        return tuple(dict.fromkeys(flag for m in modules for flag in flags.read_by(m)))
 
     def _child(self, name: str) -> Child:
         module = self.module.get_submodule(name)

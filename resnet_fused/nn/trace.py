@@ -8,7 +8,6 @@ add outside it. Everything else stays one call, with its hooks and wrappers inta
 from __future__ import annotations
 
 import contextlib
-import dis
 import gc
 import inspect
 import operator
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from resnet_fused.nn.names import names_of
 from resnet_fused.nn.watch import Watch
 from resnet_fused.ops._checks import AUTOCAST_DEVICES
 
@@ -255,11 +255,7 @@ def _required_arguments(module: nn.Module) -> list[str]:
 def _calls(function: Any, name: str) -> bool:
     """Return whether a function names what is global or built in."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None or name not in code.co_names:
-        return False
-    # The name may be an attribute's.
-    found = dis.get_instructions(code)
-    return any(i.opname == "LOAD_GLOBAL" and i.argval == name for i in found)
+    return code is not None and name in names_of(code).globals
 
 
 def _text(graph: fx.Graph) -> list[str]:

@@ -44,7 +44,7 @@ def build(sanitizer: str = "") -> Path:
     if build_plan.cxx_fault() or os.uname().machine != "x86_64":
         pytest.skip(build_plan.cxx_fault() or "float16 is converted by x86 instructions")
     extra = SANITIZERS[sanitizer]
-    folder = ROOT / "build" / "_".join(["cuda_on_host", *filter(None, [sanitizer])])
+    folder = ROOT / "build" / f"cuda_on_host_{sanitizer}".rstrip("_")
     folder.mkdir(parents=True, exist_ok=True)
     sources = [*sorted(ROOT.glob("csrc/cuda/*.c*")), *sorted(SHIM.glob("*.cpp"))]
     # CUTLASS's kernels do not run on the host; their bindings do, over a table of plain loops.
